@@ -1,0 +1,82 @@
+"""Planted facts, several needles and variable chains: text whose answer lies far back.
+
+The same generic forms serve twice: mixed into the reference model's training text, so that it learns to
+look things up, and planted in held-out text to measure retrieval. Names and values are drawn from a seed.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+ATTRIBUTES = ("pass key", "access code", "serial number", "magic number", "room number", "ticket number")
+ADJECTIVES = (
+    "amber ancient azure bitter bold brave bright broken calm clever cold copper crimson curious dark deep dusty eager early "
+    "empty faint fierce frozen gentle giant golden green grey happy hidden hollow humble icy iron ivory late lazy light little "
+    "lonely loud lucky mellow misty narrow noble old orange pale patient plain proud purple quick quiet rapid red royal rusty "
+    "sharp shiny silent silver sleepy slow small soft solar stone strong sunny swift tall tiny velvet violet warm white wild "
+    "wise wooden yellow young"
+).split()
+NOUNS = (
+    "anchor apple arrow badger basket beacon bear bell boat bridge candle canyon castle cat cedar clock cloud comet crane "
+    "crow desert dolphin dragon drum eagle engine falcon feather fern forest fox garden ghost glacier harbor hawk heron "
+    "hill horse island jacket kettle kite ladder lake lantern lemon leopard lion lizard maple meadow mirror moon mountain "
+    "needle oak ocean otter owl panther parrot pebble pilot pine planet pony rabbit raven ribbon river robin rocket salmon "
+    "shadow shark ship sparrow spider star stork storm summit swan temple thunder tiger tower train tulip tunnel turtle "
+    "valley village violin walrus whale willow window wolf zebra"
+).split()
+STATEMENTS = (
+    "The {attribute} of the {name} is {value}.",
+    "Remember this: the {attribute} of the {name} is {value}.",
+    "Note that {value} is the {attribute} of the {name}.",
+)
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Sentences to plant, in order, and the question whose answer they hold.
+
+    `question + " " + answer + "."` is what a model that can look things up would write.
+    """
+
+    statements: tuple[str, ...]
+    question: str
+    answer: str
+
+
+def _digits(rng: np.random.Generator) -> str:
+    return str(rng.integers(10_000, 100_000))
+
+
+def fact(rng: np.random.Generator, attribute: str | None = None) -> Lookup:
+    """One fact: a five-digit number that belongs to a two-word name."""
+    attribute = attribute or str(rng.choice(ATTRIBUTES))
+    name = f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
+    value = _digits(rng)
+    statement = str(rng.choice(STATEMENTS)).format(attribute=attribute, name=name, value=value)
+    question = f"What is the {attribute} of the {name}? The {attribute} of the {name} is"
+    return Lookup((statement,), question, value)
+
+
+def needles(rng: np.random.Generator, count: int) -> list[Lookup]:
+    """`count` facts about one attribute with distinct names: each is a distractor for the others."""
+    attribute = str(rng.choice(ATTRIBUTES))
+    found: dict[str, Lookup] = {}
+    while len(found) < count:
+        item = fact(rng, attribute)
+        found.setdefault(item.question, item)
+    return list(found.values())
+
+
+def chain(rng: np.random.Generator, hops: int) -> Lookup:
+    """A value handed from variable to variable; the answer lists all variables that hold it, in order."""
+    letters = np.array(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
+    names: list[str] = []
+    while len(names) < hops + 1:
+        name = "".join(rng.choice(letters, 3))
+        if name not in names:
+            names.append(name)
+    value = _digits(rng)
+    statements = [f"VAR {names[0]} = {value}."]
+    statements += [f"VAR {new} = VAR {old}." for old, new in zip(names, names[1:], strict=False)]
+    question = f"Which variables hold the value {value}? They are"
+    return Lookup(tuple(statements), question, ", ".join(names))

@@ -1,0 +1,85 @@
+"""What a backend does for the pipeline."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from spectral_kv.rope import Rope
+from spectral_kv.storage import Storage
+from spectral_kv.xp import Array
+
+Cache = Any  # the backend's own cache object
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a decoder that matter to its cache."""
+
+    layers: int
+    query_heads: int
+    kv_heads: int
+    dim: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A finished prefill; nothing changes it.
+
+    Parameters
+    ----------
+    tokens : np.ndarray of int, [tokens]
+    keys, values : list of array, [kv_heads, tokens, dim], one a layer
+        As cached: rotated keys, in the dtype of the cache.
+    queries : list of array, [query_heads, observed, dim], one a layer
+        Rotated queries of the last observed tokens.
+    logits : array, [vocabulary]
+        Prediction of the token after the prompt.
+    """
+
+    tokens: np.ndarray
+    keys: list[Array]
+    values: list[Array]
+    queries: list[Array]
+    logits: Array
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in (*self.keys, *self.values, *self.queries, self.logits))
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What feeding tokens on top of a cache gave: logits `[tokens, vocabulary]`, and a layer's queries `[query_heads, tokens, dim]`."""
+
+    logits: Array
+    queries: list[Array]
+
+
+class Backend(Protocol):
+    """A loaded model and the operations of the pipeline on it. Batch size is one."""
+
+    shape: ModelShape
+    rope: Rope
+    scaling: float
+
+    def prefill(self, tokens: np.ndarray, observe: int) -> Prefill:
+        """Run a prompt; remember the queries of its last `observe` tokens."""
+        ...
+
+    def compress(self, prefill: Prefill, kept: list[Array] | None, storage: Storage) -> Cache:
+        """A cache with the kept tokens `[kv_heads, kept]` of every layer (all tokens if None); it shares nothing with the prefill."""
+        ...
+
+    def extend(self, cache: Cache, tokens: np.ndarray) -> Extension:
+        """Feed tokens at the cache's logical position and append them to it."""
+        ...
+
+    def generate(self, cache: Cache, token: int, count: int) -> list[int]:
+        """Feed `token`, then decode `count` tokens greedily."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until queued work is done, so that a clock can be read."""
+        ...

@@ -1,0 +1,183 @@
+"""The torch backend: any full-attention causal model of transformers, on CPU or CUDA."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import numpy as np
+import torch
+from transformers import AttentionInterface, AutoModelForCausalLM, Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from spectral_kv.backends.base import Extension, ModelShape, Prefill
+from spectral_kv.rope import Rope
+from spectral_kv.storage import Storage, Stored
+
+ATTENTION = "spectral_kv"
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+_observed: ContextVar[dict[int, torch.Tensor] | None] = ContextVar("observed", default=None)
+
+
+def _observing_attention(module, query, key, value, attention_mask, **kwargs):
+    """SDPA that leaves a copy of the rotated queries with whoever is watching."""
+    observed = _observed.get()
+    if observed is not None:
+        observed[module.layer_idx] = query[0]
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(ATTENTION, _observing_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+@contextmanager
+def _observing() -> Iterator[dict[int, torch.Tensor]]:
+    observed: dict[int, torch.Tensor] = {}
+    token = _observed.set(observed)
+    try:
+        yield observed
+    finally:
+        _observed.reset(token)
+
+
+class CompressedLayer(DynamicLayer):
+    """Stored tokens of one layer, and the tokens fed since in the dtype of the cache."""
+
+    def __init__(self, stored: Stored, dtype: torch.dtype):
+        super().__init__()
+        self.stored, self.cache_dtype = stored, dtype
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        super().update(key_states.to(self.cache_dtype), value_states.to(self.cache_dtype))
+        keys, values = self.stored.load()
+        dtype = key_states.dtype
+        return (
+            torch.cat([keys[None].to(dtype), self.keys.to(dtype)], dim=-2),
+            torch.cat([values[None].to(dtype), self.values.to(dtype)], dim=-2),
+        )
+
+    def get_seq_length(self) -> int:
+        return self.stored.tokens + super().get_seq_length()
+
+    @property
+    def nbytes(self) -> int:
+        return self.stored.nbytes + (self.keys.nbytes + self.values.nbytes if self.is_initialized else 0)
+
+
+class CompressedCache(Cache):
+    """A cache with fewer rows than its position: rows are what attention reads, the position is where the next token goes."""
+
+    def __init__(self, layers: list[CompressedLayer], position: int):
+        super().__init__(layers=layers)
+        self.position = position
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor that must live to continue decoding."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def copy(self) -> "CompressedCache":
+        """A cache that can be extended without touching this one (tensors are shared; extending makes new ones)."""
+        layers = []
+        for layer in self.layers:
+            twin = CompressedLayer(layer.stored, layer.cache_dtype)
+            twin.__dict__.update(layer.__dict__)
+            layers.append(twin)
+        return CompressedCache(layers, self.position)
+
+
+class TorchBackend:
+    """A causal language model of transformers.
+
+    Parameters
+    ----------
+    folder : str
+        A Hugging Face checkpoint: config.json and safetensors. Nothing is downloaded and no code of the checkpoint runs.
+    device : str
+        `cpu`, `cuda`, `cuda:1`, ... or `auto` for CUDA where there is one.
+    dtype : str
+        Of weights and arithmetic: `float32`, `bfloat16`, `float16`, or `auto` for float32 on CPU and bfloat16 on CUDA.
+    cache_dtype : str
+        Of cached keys and values.
+
+    Raises
+    ------
+    ValueError
+        If the model has layers that do not attend to all tokens, or a rotation that depends on the length of the prompt.
+    """
+
+    def __init__(self, folder: str, device: str = "auto", dtype: str = "auto", cache_dtype: str = "bfloat16"):
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if dtype == "auto":
+            dtype = "float32" if device == "cpu" else "bfloat16"
+        self.device = torch.device(device)
+        self.dtype, self.cache_dtype = getattr(torch, dtype), getattr(torch, cache_dtype)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype, attn_implementation="sdpa", local_files_only=True)
+        model.set_attn_implementation(ATTENTION)
+        self.model = model.to(self.device).eval()
+        config = model.config
+        sliding = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+        if sliding:
+            raise ValueError(f"{folder} has layers of type {', '.join(sorted(sliding))}; only full-attention models can be compressed")
+        rotary = model.base_model.rotary_emb
+        if rotary.rope_type in LENGTH_DEPENDENT_ROPE:
+            raise ValueError(f"{folder} uses RoPE type {rotary.rope_type}, whose frequencies change with the prompt; cached keys can't be un-rotated")
+        self.rope = Rope(rotary.inv_freq.double().cpu().numpy(), float(rotary.attention_scaling))
+        attention = model.base_model.layers[0].self_attn
+        self.scaling = float(attention.scaling)
+        self.shape = ModelShape(
+            config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, attention.head_dim, config.vocab_size
+        )
+
+    @torch.inference_mode()
+    def _forward(self, tokens: np.ndarray, position: int, cache: Cache, last: int) -> torch.Tensor:
+        """Logits `[last, vocabulary]` (all of them if `last` is 0) of tokens fed at `position`."""
+        ids = torch.as_tensor(np.asarray(tokens, dtype=np.int64), device=self.device)[None]
+        positions = torch.arange(position, position + ids.shape[1], device=self.device)[None]
+        output = self.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=last)
+        return output.logits[0]
+
+    def prefill(self, tokens: np.ndarray, observe: int = 64) -> Prefill:
+        cache = DynamicCache()
+        with _observing() as observed:
+            logits = self._forward(tokens, 0, cache, last=1)[-1]
+        return Prefill(
+            np.asarray(tokens),
+            [layer.keys[0].to(self.cache_dtype) for layer in cache.layers],
+            [layer.values[0].to(self.cache_dtype) for layer in cache.layers],
+            [observed[i][:, -observe:].clone() for i in range(self.shape.layers)],
+            logits,
+        )
+
+    @torch.inference_mode()
+    def compress(self, prefill: Prefill, kept: list[torch.Tensor] | None, storage: Storage) -> CompressedCache:
+        layers = []
+        for index, (keys, values) in enumerate(zip(prefill.keys, prefill.values, strict=True)):
+            if kept is None:
+                keys, values = keys.clone(), values.clone()
+            else:
+                chosen = kept[index][..., None]
+                keys, values = (torch.take_along_dim(x, chosen, dim=1) for x in (keys, values))
+            layers.append(CompressedLayer(storage.store(keys, values, index), self.cache_dtype))
+        return CompressedCache(layers, len(prefill.tokens))
+
+    def extend(self, cache: CompressedCache, tokens: np.ndarray) -> Extension:
+        with _observing() as observed:
+            logits = self._forward(tokens, cache.position, cache, last=0)
+        cache.position += len(tokens)
+        return Extension(logits, [observed[i] for i in range(self.shape.layers)])
+
+    def generate(self, cache: CompressedCache, token: int, count: int) -> list[int]:
+        generated = []
+        for _ in range(count):
+            token = int(self.extend(cache, np.array([token])).logits[-1].argmax())
+            generated.append(token)
+        return generated
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

@@ -1,0 +1,82 @@
+"""Query statistics for TriAttention (arXiv 2604.04921, equation 23 and section 3.1), kept as safetensors.
+
+Per layer, query head and RoPE band f, over calibration text: the mean of the un-rotated query as a complex number,
+`mu_f = E[q_f]`, and the mean of its modulus, `m_f = E[|q_f|]`.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass
+class QueryStatistics:
+    """Calibrated statistics of every query head.
+
+    Parameters
+    ----------
+    mu : np.ndarray of complex, [layers, query_heads, dim / 2]
+    modulus : np.ndarray, [layers, query_heads, dim / 2]
+    metadata : dict of str
+        What they were measured on: model hash, text, tokens.
+    """
+
+    mu: np.ndarray
+    modulus: np.ndarray
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def layer(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """`(mu, modulus)` of one layer, `[query_heads, dim / 2]` each."""
+        return self.mu[index], self.modulus[index]
+
+    def save(self, path: str | Path) -> None:
+        from safetensors.numpy import save_file
+
+        tensors = {"mu_re": self.mu.real, "mu_im": self.mu.imag, "m": self.modulus}
+        save_file({k: np.ascontiguousarray(v, dtype=np.float32) for k, v in tensors.items()}, str(path), self.metadata)
+
+    @classmethod
+    def load(cls, path: str | Path, shape: tuple[int, int, int]) -> "QueryStatistics":
+        """Read statistics for a model of `shape` = (layers, query_heads, dim / 2).
+
+        Raises
+        ------
+        ValueError
+            If the file holds something else, or the statistics of a model of another shape.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="np") as file:
+                mu = file.get_tensor("mu_re") + 1j * file.get_tensor("mu_im")
+                statistics = cls(mu, file.get_tensor("m"), file.metadata() or {})
+        except SafetensorError as error:
+            raise ValueError(f"{path} does not hold query statistics ({error}); write them with `python -m pipeline.calibrate`") from None
+        if statistics.mu.shape != shape or statistics.modulus.shape != shape:
+            raise ValueError(
+                f"{path} was calibrated for [layers, query heads, bands] = {list(statistics.mu.shape)}, this model has {list(shape)}; "
+                "calibrate this model with `python -m pipeline.calibrate`"
+            )
+        return statistics
+
+
+class Accumulator:
+    """Running sums of un-rotated queries, so that any amount of text fits in memory."""
+
+    def __init__(self, layers: int, query_heads: int, bands: int):
+        self.sum = np.zeros((layers, query_heads, bands), dtype=np.complex128)
+        self.modulus = np.zeros((layers, query_heads, bands))
+        self.tokens = np.zeros(layers, dtype=np.int64)
+
+    def add(self, layer: int, queries: np.ndarray) -> None:
+        """Count the un-rotated queries `[query_heads, tokens, dim]` of one layer."""
+        bands = queries.shape[-1] // 2
+        z = queries[..., :bands].astype(np.float64) + 1j * queries[..., bands:].astype(np.float64)
+        self.sum[layer] += z.sum(axis=1)
+        self.modulus[layer] += np.abs(z).sum(axis=1)
+        self.tokens[layer] += queries.shape[1]
+
+    def statistics(self, **metadata: str) -> QueryStatistics:
+        count = self.tokens[:, None, None]
+        return QueryStatistics(self.sum / count, self.modulus / count, {k: str(v) for k, v in metadata.items()} | {"tokens": str(self.tokens[0])})

@@ -1,0 +1,52 @@
+"""Codes of 2, 3 or 4 bits in whole bytes, `dim * bits / 8` bytes a vector.
+
+Layouts keep related codes apart by a fixed stride, so that unpacking is a shift and a concatenation: 4 bits in two
+halves (code i and code i + dim/2 share a byte), 2 bits in four quarters, 3 bits as a 2-bit plane and a 1-bit plane.
+"""
+
+from spectral_kv.xp import Array, namespace
+
+
+def _pack_plane(codes: Array, bits: int) -> Array:
+    xp = namespace(codes)
+    parts = 8 // bits
+    width = codes.shape[-1] // parts
+    packed = codes[..., :width]
+    for part in range(1, parts):
+        packed = packed | xp.bitwise_left_shift(codes[..., part * width : (part + 1) * width], xp.full_like(packed, part * bits))
+    return packed
+
+
+def _unpack_plane(packed: Array, bits: int) -> Array:
+    xp = namespace(packed)
+    mask = xp.full_like(packed, 2**bits - 1)
+    shifted = [xp.bitwise_right_shift(packed, xp.full_like(packed, part * bits)) & mask for part in range(8 // bits)]
+    return xp.concat(shifted, axis=-1)
+
+
+def pack(codes: Array, bits: int) -> Array:
+    """Codes `[..., dim]` (uint8, each below `2 ** bits`) as bytes `[..., dim * bits / 8]`.
+
+    Raises
+    ------
+    ValueError
+        If `bits` is not 2, 3 or 4, or `dim` is not a multiple of 8.
+    """
+    if bits not in (2, 3, 4) or codes.shape[-1] % 8:
+        raise ValueError(f"packing takes 2, 3 or 4 bits and a multiple of 8 channels, not {bits} bits and {codes.shape[-1]} channels")
+    if bits != 3:
+        return _pack_plane(codes, bits)
+    xp = namespace(codes)
+    low = codes & xp.full_like(codes, 3)
+    high = xp.bitwise_right_shift(codes, xp.full_like(codes, 2))
+    return xp.concat([_pack_plane(low, 2), _pack_plane(high, 1)], axis=-1)
+
+
+def unpack(packed: Array, bits: int) -> Array:
+    """The inverse of `pack`: bytes `[..., dim * bits / 8]` as codes `[..., dim]`."""
+    if bits != 3:
+        return _unpack_plane(packed, bits)
+    xp = namespace(packed)
+    split = packed.shape[-1] * 2 // 3
+    low, high = _unpack_plane(packed[..., :split], 2), _unpack_plane(packed[..., split:], 1)
+    return low | xp.bitwise_left_shift(high, xp.full_like(high, 2))

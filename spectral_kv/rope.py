@@ -1,0 +1,47 @@
+"""Rotary position embedding, forwards and back, from the model's own frequencies.
+
+Half-split layout (Llama, Qwen, Mistral in Hugging Face form): channel f is paired with channel f + dim/2.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from spectral_kv.xp import Array, like, namespace
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The rotation a model applies to queries and keys.
+
+    Parameters
+    ----------
+    inv_freq : np.ndarray
+        Angular frequencies `[dim / 2]` in radians per token, as the model itself holds them.
+    attention_scaling : float
+        Factor the model multiplies into cos and sin (1 except for YaRN-like types).
+    """
+
+    inv_freq: np.ndarray
+    attention_scaling: float = 1.0
+
+    def angles(self, positions: np.ndarray) -> np.ndarray:
+        """Phases `[..., dim / 2]` in float64 for integer positions `[...]`."""
+        return np.asarray(positions, dtype=np.float64)[..., None] * np.asarray(self.inv_freq, dtype=np.float64)
+
+    def rotate(self, x: Array, positions: np.ndarray) -> Array:
+        """What the model does to un-rotated queries or keys `[..., tokens, dim]` at `positions` `[..., tokens]`."""
+        return self._turn(x, positions, 1.0, self.attention_scaling)
+
+    def unrotate(self, x: Array, positions: np.ndarray) -> Array:
+        """The inverse of `rotate`: keys as they were before their position was written into them."""
+        return self._turn(x, positions, -1.0, 1.0 / self.attention_scaling)
+
+    def _turn(self, x: Array, positions: np.ndarray, direction: float, scale: float) -> Array:
+        xp = namespace(x)
+        angles = self.angles(positions)
+        cos = like((scale * np.cos(angles)).astype(np.float32), x)
+        sin = like((direction * scale * np.sin(angles)).astype(np.float32), x)
+        half = x.shape[-1] // 2
+        a, b = x[..., :half], x[..., half:]
+        return xp.concat([a * cos - b * sin, b * cos + a * sin], axis=-1)

@@ -1,0 +1,1 @@
+"""One file a method: a dataclass with its parameters and one function, `score`."""

@@ -1,0 +1,85 @@
+"""What a scorer gets and what it must say about itself."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Protocol
+
+import numpy as np
+
+from spectral_kv.calibration import QueryStatistics
+from spectral_kv.rope import Rope
+from spectral_kv.xp import Array, float32, like, namespace
+
+
+@dataclass
+class LayerView:
+    """One layer of a finished prefill, as a scorer sees it.
+
+    Parameters
+    ----------
+    keys, values : array, [kv_heads, tokens, dim]
+        As cached: keys are rotated.
+    rope : Rope
+        The model's rotation.
+    positions : np.ndarray, [tokens]
+        Logical positions of the cached tokens.
+    evictable : slice
+        The positions the budget leaves to the scorer (sinks and recent window are kept anyway).
+    layer : int
+        Index of the layer.
+    seed : tuple of int
+        Differs between documents and layers; what is random draws from it.
+    queries : array, [query_heads, observed, dim], optional
+        Rotated queries of the last observed prompt tokens.
+    statistics : QueryStatistics, optional
+        Calibrated query statistics of the model.
+    """
+
+    keys: Array
+    values: Array
+    rope: Rope
+    positions: np.ndarray
+    evictable: slice
+    layer: int = 0
+    seed: tuple[int, ...] = (0,)
+    queries: Array | None = None
+    statistics: QueryStatistics | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.keys.shape[1]
+
+    @cached_property
+    def unrotated(self) -> Array:
+        """Keys before RoPE, float32 `[kv_heads, tokens, dim]`."""
+        return self.rope.unrotate(float32(self.keys), self.positions)
+
+    @cached_property
+    def key_norms(self) -> Array:
+        """Euclidean norm of every key, float32 `[kv_heads, tokens]`; the rotation does not change it."""
+        xp = namespace(self.keys)
+        return xp.sqrt(xp.sum(float32(self.keys) ** 2, axis=-1))
+
+
+class Scorer(Protocol):
+    """Gives every cached token of a layer a number; higher means keep. It never selects, pads or protects."""
+
+    reads: ClassVar[tuple[str, ...]]
+
+    def score(self, layer: LayerView) -> Array:
+        """Scores `[kv_heads, tokens]`."""
+        ...
+
+
+def unit(x: Array, evictable: slice) -> Array:
+    """Min-max of `[heads, tokens]` within every head over the evictable tokens; a constant head becomes zero."""
+    xp = namespace(x)
+    middle = x[:, evictable]
+    low = xp.min(middle, axis=-1, keepdims=True)
+    span = xp.max(middle, axis=-1, keepdims=True) - low
+    return (x - low) / xp.where(span > 0, span, xp.ones_like(span))
+
+
+def recency(layer: LayerView) -> Array:
+    """0 for the first token to 1 for the last, `[1, tokens]`."""
+    return like(np.linspace(0.0, 1.0, layer.tokens, dtype=np.float32)[None], layer.keys)

@@ -1,0 +1,58 @@
+"""WaveletKV: keep the tokens where the key sequence changes abruptly, at several scales."""
+
+from dataclasses import dataclass
+
+import pywt
+
+from spectral_kv.scorers.spectral import Spectral
+from spectral_kv.transforms.wavelet import MODES, to_tokens, wavedec
+from spectral_kv.xp import Array, namespace
+
+
+@dataclass(frozen=True)
+class Wavelet(Spectral):
+    """Root of the level-weighted detail energy, brought back to token positions.
+
+    Parameters
+    ----------
+    wavelet : str
+        A discrete wavelet of PyWavelets.
+    levels : int
+        Depth of the transform; level j sees changes over about 2^j tokens.
+    mode : str
+        How the sequence continues beyond its ends: `symmetric` or `periodization`.
+    level_decay : float
+        Weight of level j is `level_decay ** (j - 1)`, the finest level having weight 1.
+    """
+
+    wavelet: str = "db4"
+    levels: int = 4
+    mode: str = "symmetric"
+    level_decay: float = 0.5
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.wavelet not in pywt.wavelist(kind="discrete"):
+            raise ValueError(f"method.wavelet={self.wavelet} is not a discrete wavelet of PyWavelets: try db4, haar or sym4")
+        if self.mode not in MODES:
+            raise ValueError(f"method.mode={self.mode} is not known: choose one of {', '.join(MODES)}")
+        if self.levels < 1 or self.level_decay <= 0:
+            raise ValueError(f"method.levels={self.levels} must be at least 1 and method.level_decay={self.level_decay} above 0")
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Weights of the levels, finest first."""
+        return tuple(self.level_decay**j for j in range(self.levels))
+
+    def details(self, x: Array) -> list[Array]:
+        """Detail coefficients `[kv_heads, coefficients, dim]`, finest level first."""
+        return wavedec(x, self.wavelet, self.levels, self.mode)[:0:-1]
+
+    def deviation(self, details: list[Array], tokens: int) -> Array:
+        """Root of the weighted energy of detail coefficients at every token, `[kv_heads, tokens]`."""
+        xp = namespace(details[0])
+        energies = [xp.sum(d**2, axis=-1) for d in details]
+        return xp.sqrt(to_tokens(energies, tokens, self.wavelet, self.mode, self.weights))
+
+    def spectral(self, x: Array) -> Array:
+        return self.deviation(self.details(x), x.shape[-2])

@@ -1,0 +1,64 @@
+"""WaveletFourierKV: a low-pass filter inside every wavelet band, blended by how much the spectrum changes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from spectral_kv.scorers.wavelet import Wavelet
+from spectral_kv.transforms.fourier import lowpass
+from spectral_kv.xp import Array, namespace
+
+
+def nonstationarity(x: Array, segments: int = 8) -> Array:
+    """How much the spectrum changes along the sequence, `[kv_heads]` in [0, 1].
+
+    Jensen-Shannon divergence between the power spectra of equal segments of `x` `[kv_heads, tokens, dim]`, each
+    normalised to sum to one, as a fraction of its maximum `log(segments)`. Constant signals give 0.
+    """
+    xp = namespace(x)
+    length = x.shape[-2] // segments
+    if length < 2:
+        return xp.zeros_like(x[:, 0, 0])
+    pieces = xp.reshape(x[:, : segments * length], (x.shape[0], segments, length, x.shape[-1]))
+    pieces = pieces - xp.mean(pieces, axis=-2, keepdims=True)
+    power = xp.sum(xp.abs(xp.fft.rfft(pieces, axis=-2)) ** 2, axis=-1)
+    share = power / (xp.sum(power, axis=-1, keepdims=True) + 1e-30)
+
+    def entropy(p: Array) -> Array:
+        return -xp.sum(p * xp.log(p + 1e-30), axis=-1)
+
+    divergence = entropy(xp.mean(share, axis=1)) - xp.mean(entropy(share), axis=1)
+    return xp.clip(divergence / float(np.log(segments)), 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class WaveletFourier(Wavelet):
+    """`alpha * wavelet + (1 - alpha) * band-Fourier`.
+
+    The band-Fourier term is the wavelet score of what a low-pass filter along each band leaves over.
+
+    Parameters
+    ----------
+    cascade : bool
+        Filter inside the bands; without it the Fourier term is that of the undecomposed signal.
+    cutoff, taper : float
+        Of the filter inside each band, as in `Fourier`.
+    alpha : float, optional
+        Share of the wavelet term; by default the measured non-stationarity of each head.
+    """
+
+    cascade: bool = True
+    cutoff: float = 0.25
+    taper: float = 0.5
+    alpha: float | None = None
+
+    def spectral(self, x: Array) -> Array:
+        xp = namespace(x)
+        details = self.details(x)
+        wavelet = self.deviation(details, x.shape[-2])
+        if self.cascade:
+            fourier = self.deviation([d - lowpass(d, self.cutoff, self.taper) for d in details], x.shape[-2])
+        else:
+            fourier = xp.sqrt(xp.sum((x - lowpass(x, self.cutoff, self.taper)) ** 2, axis=-1))
+        alpha = nonstationarity(x)[:, None] if self.alpha is None else self.alpha
+        return alpha * wavelet + (1.0 - alpha) * fourier

@@ -1,0 +1,32 @@
+"""WaveletTriAttn: where the key sequence changes, and what future queries will think of it."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from spectral_kv.scorers.base import LayerView, unit
+from spectral_kv.scorers.tri import TriAttention
+from spectral_kv.scorers.wavelet import Wavelet
+from spectral_kv.xp import Array
+
+
+@dataclass(frozen=True)
+class WaveletTri(Wavelet):
+    """Weighted sum of the WaveletKV and the TriAttention score, each scaled to [0, 1] within the head.
+
+    Parameters
+    ----------
+    tri_weight : float
+        Share of the TriAttention score.
+    largest_offset : int
+        As in `TriAttention`.
+    """
+
+    tri_weight: float = 0.5
+    largest_offset: int = 65536
+
+    reads: ClassVar[tuple[str, ...]] = ("keys", "calibration")
+
+    def score(self, layer: LayerView) -> Array:
+        wavelet = unit(super().score(layer), layer.evictable)
+        tri = unit(TriAttention(self.largest_offset).score(layer), layer.evictable)
+        return (1.0 - self.tri_weight) * wavelet + self.tri_weight * tri

@@ -1,0 +1,72 @@
+"""From scores to kept tokens: the only place where tokens are chosen."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from spectral_kv.xp import Array, float32, like, namespace, stable_order
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many tokens every layer and KV head keeps, all counted.
+
+    Parameters
+    ----------
+    tokens : int
+        Total kept tokens, sinks and recent window included.
+    sinks : int
+        First tokens that are always kept.
+    recent : int
+        Last tokens that are always kept.
+    """
+
+    tokens: int
+    sinks: int = 4
+    recent: int = 64
+
+    def __post_init__(self):
+        if self.sinks < 0 or self.recent < 0:
+            raise ValueError(f"sinks ({self.sinks}) and recent ({self.recent}) can't be negative")
+        if self.tokens <= self.sinks + self.recent:
+            raise ValueError(
+                f"a budget of {self.tokens} tokens leaves nothing to choose: sinks ({self.sinks}) and recent window ({self.recent}) "
+                f"already take {self.sinks + self.recent}"
+            )
+
+    def evictable(self, tokens: int) -> slice:
+        """The positions a scorer decides about: all but sinks and recent window."""
+        return slice(min(self.sinks, tokens), max(min(self.sinks, tokens), tokens - self.recent))
+
+
+def select(scores: Array, budget: Budget) -> Array:
+    """Kept token indices for every KV head.
+
+    Parameters
+    ----------
+    scores : array, [kv_heads, tokens]
+        Higher is kept. Scores of sinks and recent window are not looked at.
+
+    Returns
+    -------
+    array of int, [kv_heads, min(budget.tokens, tokens)]
+        Ascending. Equal scores go to the lowest index.
+
+    Raises
+    ------
+    ValueError
+        If a score that decides is not a number.
+    """
+    xp = namespace(scores)
+    heads, tokens = scores.shape
+    if budget.tokens >= tokens:  # nothing to choose
+        return like(np.tile(np.arange(tokens), (heads, 1)), scores)
+    middle = budget.evictable(tokens)
+    candidates = float32(scores[:, middle])
+    if bool(xp.any(xp.isnan(candidates))):
+        raise ValueError("a scorer returned NaN; scores must be numbers for every evictable token")
+    quota = budget.tokens - budget.sinks - budget.recent
+    chosen = xp.sort(stable_order(-candidates)[:, :quota], axis=-1) + middle.start
+    first = like(np.tile(np.arange(middle.start), (heads, 1)), scores)
+    last = like(np.tile(np.arange(middle.stop, tokens), (heads, 1)), scores)
+    return xp.concat([xp.astype(first, chosen.dtype), chosen, xp.astype(last, chosen.dtype)], axis=-1)

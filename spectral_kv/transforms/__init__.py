@@ -1,0 +1,1 @@
+"""Transforms along the token axis, on NumPy, torch and MLX arrays alike."""

@@ -1,0 +1,50 @@
+"""The few array functions that `array_api_compat` lacks or that differ between NumPy, torch and MLX.
+
+Everything outside `backends/` computes through the namespace that `namespace(x)` returns, so that one source runs
+on every kind of array. Index vectors and filters are built with NumPy and brought over by `like`.
+"""
+
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace as namespace
+
+Array = Any  # a NumPy, torch or MLX array
+
+__all__ = ["Array", "float32", "like", "namespace", "softmax", "stable_order", "to_numpy"]
+
+
+def like(values: np.ndarray, x: Array) -> Array:
+    """A NumPy array as an array of the kind, and on the device, of `x` (the dtype of `values` is kept)."""
+    xp = namespace(x)
+    device = getattr(x, "device", None)
+    return xp.asarray(values) if device is None else xp.asarray(values, device=device)
+
+
+def to_numpy(x: Array) -> np.ndarray:
+    """Any array as a NumPy array; 16-bit floats that NumPy does not know arrive as float32."""
+    if hasattr(x, "detach"):  # torch: off the graph and the accelerator, bfloat16 widened
+        x = x.detach().cpu()
+        return (x.float() if x.dtype.is_floating_point and x.element_size() == 2 else x).numpy()
+    return np.asarray(x)
+
+
+def float32(x: Array) -> Array:
+    """`x` in single precision; scores and metrics are computed in it whatever the cache holds."""
+    xp = namespace(x)
+    return xp.astype(x, xp.float32)
+
+
+def softmax(x: Array) -> Array:
+    """Softmax over the last axis."""
+    xp = namespace(x)
+    e = xp.exp(x - xp.max(x, axis=-1, keepdims=True))
+    return e / xp.sum(e, axis=-1, keepdims=True)
+
+
+def stable_order(x: Array) -> Array:
+    """Indices that sort the last axis ascending; equal values keep their order on every kind of array."""
+    xp = namespace(x)
+    if xp.__name__.startswith("mlx"):  # always stable, and takes no keyword to say so
+        return xp.argsort(x, axis=-1)
+    return xp.argsort(x, axis=-1, stable=True)
