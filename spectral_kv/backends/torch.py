@@ -10,6 +10,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, Cache, Dynami
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.utils.logging import disable_progress_bar
 
 from spectral_kv.backends.base import Extension, ModelShape, Prefill
 from spectral_kv.rope import Rope
@@ -116,6 +117,7 @@ class TorchBackend:
             dtype = "float32" if device == "cpu" else "bfloat16"
         self.device = torch.device(device)
         self.dtype, self.cache_dtype = getattr(torch, dtype), getattr(torch, cache_dtype)
+        disable_progress_bar()
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype, attn_implementation="sdpa", local_files_only=True)
         model.set_attn_implementation(ATTENTION)
         self.model = model.to(self.device).eval()

@@ -1,0 +1,111 @@
+"""The folder a model is loaded from: a local path, or a snapshot of a hub repository."""
+
+import hashlib
+import json
+import os
+import socket
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from urllib.parse import urlparse
+
+from tokenizers import Tokenizer
+
+from pipeline.config import ModelConfig
+from pipeline.errors import InputError
+
+FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "*.safetensors", "*.safetensors.index.json"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder that has what a run needs."""
+
+    folder: Path
+
+    @cached_property
+    def config(self) -> dict:
+        return json.loads((self.folder / "config.json").read_text())
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+
+    @cached_property
+    def hash(self) -> str:
+        """Hash of the configuration, the tokenizer and the weights."""
+        digest = hashlib.sha256()
+        for path in [self.folder / "config.json", self.folder / "tokenizer.json", *sorted(self.folder.glob("*.safetensors"))]:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()[:16]
+
+    def bos(self) -> int:
+        """The BOS token that the configuration names."""
+        bos = self.config.get("bos_token_id")
+        if not isinstance(bos, int):
+            raise InputError(f"model.bos=true but {self.folder}/config.json names no bos_token_id: set model.bos=false")
+        return bos
+
+
+def _reachable(endpoint: str) -> bool:
+    url = urlparse(endpoint)
+    try:
+        with socket.create_connection((url.hostname, url.port or 443), timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+def _snapshot(model: ModelConfig) -> Path:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model.id, revision=model.revision, allow_patterns=FILES, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass
+    except HFValidationError:
+        raise InputError(f"model.id={model.id} is not the name of a hub repository: write owner/name") from None
+    if os.environ.get("HF_HUB_OFFLINE") or not _reachable(constants.ENDPOINT):
+        raise InputError(
+            f"model.id={model.id} is not in the local Hugging Face cache and {constants.ENDPOINT} can't be reached: "
+            "connect to a network, or set model.path=<checkpoint folder>"
+        )
+    try:
+        return Path(snapshot_download(model.id, revision=model.revision, allow_patterns=FILES))
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"model.id={model.id} can't be downloaded ({reason}): check the name, or set model.path=<checkpoint folder>") from None
+
+
+def locate(model: ModelConfig, prompt: int, continuation: int) -> Checkpoint:
+    """The checkpoint of a model, checked for what a run of `prompt + continuation` tokens needs.
+
+    Raises
+    ------
+    InputError
+        If it is missing, incomplete, not reachable, or too short of context.
+    """
+    if model.path is not None:
+        folder = Path(model.path).expanduser()
+        if not folder.is_dir():
+            raise InputError(f"model.path={model.path} is not a folder: give the folder of a Hugging Face checkpoint")
+    elif model.id is not None:
+        folder = _snapshot(model)
+    else:
+        raise InputError("the model has neither path nor id: set model.path=<checkpoint folder> or model.id=<hub repository>")
+    for pattern in ("config.json", "tokenizer.json", "*.safetensors"):
+        if not any(folder.glob(pattern)):
+            raise InputError(f"{folder} holds no {pattern}: a Hugging Face checkpoint folder has config.json, tokenizer.json and *.safetensors")
+    checkpoint = Checkpoint(folder)
+    try:
+        context = checkpoint.config.get("max_position_embeddings")
+    except ValueError:
+        raise InputError(f"{folder}/config.json is not valid JSON: save the checkpoint again") from None
+    if context is not None and prompt + continuation > context:
+        raise InputError(
+            f"document.tokens={prompt} plus document.continuation={continuation} exceed the {context} positions of model={model.name}: "
+            "ask for shorter documents"
+        )
+    return checkpoint

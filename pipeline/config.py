@@ -1,0 +1,212 @@
+"""From a composed configuration to checked objects, before anything heavy is loaded.
+
+The classes that do the work are their own schemas: a `_target_` dataclass says which settings exist, of what type,
+and refuses impossible values when it is made.
+"""
+
+import difflib
+import importlib
+import math
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.documents.base import Documents
+from pipeline.errors import InputError
+from spectral_kv.scorers.base import Scorer
+from spectral_kv.selection import Budget
+from spectral_kv.storage import Storage
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def conf_dir() -> str:
+    """The configuration folder: beside the package in a checkout, inside it in an installed wheel."""
+    shipped = PACKAGE / "conf"
+    return str(shipped if shipped.is_dir() else PACKAGE.parent / "conf")
+
+
+def register_resolvers() -> None:
+    """`${shipped:x}` is the path of a file that comes with the package."""
+    OmegaConf.register_new_resolver("shipped", lambda path: str(PACKAGE / path), replace=True)
+
+
+@dataclass
+class MethodConfig:
+    """`method`: what a method is called; its own parameters are those of `_target_`."""
+
+    name: str
+    title: str
+    scorer: Scorer | None  # None keeps every token
+
+
+@dataclass
+class ModelConfig:
+    """`model`: where a checkpoint is and how prompts for it begin."""
+
+    name: str
+    id: str | None
+    revision: str | None
+    path: str | None
+    bos: bool
+    calibration: str | None
+
+
+@dataclass
+class BudgetConfig:
+    """`budget`: see `spectral_kv.selection.Budget`; `ratio` counts in prompts and wins over `tokens`."""
+
+    tokens: int | None
+    ratio: float | None
+    sinks: int
+    recent: int
+
+    def resolve(self, prompt: int) -> Budget:
+        """The budget for prompts of `prompt` tokens."""
+        tokens = self.tokens
+        key = f"budget.tokens={self.tokens}"
+        if self.ratio is not None:
+            if not 0 < self.ratio <= 1:
+                raise InputError(f"budget.ratio={self.ratio} must lie above 0 and at most at 1")
+            tokens, key = math.ceil(self.ratio * prompt), f"budget.ratio={self.ratio} of {prompt} tokens"
+        if tokens is None:
+            raise InputError("no budget is given: set budget.tokens or budget.ratio")
+        if self.sinks < 0 or self.recent < 0:
+            raise InputError(f"budget.sinks={self.sinks} and budget.recent={self.recent} can't be negative")
+        if tokens <= self.sinks + self.recent:
+            raise InputError(
+                f"{key} leaves nothing to choose beside budget.sinks={self.sinks} and budget.recent={self.recent}: "
+                f"give at least {self.sinks + self.recent + 1} tokens, or fewer sinks and recent tokens"
+            )
+        return Budget(tokens, self.sinks, self.recent)
+
+
+@dataclass
+class BackendConfig:
+    """`backend`: which class loads the model, and its arguments."""
+
+    name: str
+    _target_: str
+    device: str
+    dtype: str
+    cache_dtype: str
+
+
+@dataclass
+class TrackingConfig:
+    """`tracking`: the MLflow store."""
+
+    uri: str | None
+    experiment: str
+
+
+@dataclass
+class Settings:
+    """Everything a run needs to know, checked."""
+
+    method: MethodConfig
+    model: ModelConfig
+    budget: Budget
+    storage: Storage
+    storage_name: str
+    backend: BackendConfig
+    documents: Documents
+    phases: dict[str, Any]
+    tracking: TrackingConfig
+    outputs: Path
+    seed: int
+    force: bool
+    prefill_memory_gb: float
+
+
+def _sentence(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")
+
+
+def suggestion(word: str, known: list[str]) -> str:
+    """`; did you mean x?`, or the list of what there is."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else f": choose one of {', '.join(sorted(known))}"
+
+
+def typed(cls: type, node: DictConfig, key: str) -> Any:
+    """An instance of dataclass `cls` from a configuration node, refusing unknown keys, wrong types and impossible values."""
+    known = [f.name for f in fields(cls)]
+    values = OmegaConf.to_container(node, resolve=True)
+    for name in values:
+        if name not in known:
+            raise InputError(f"{key}.{name} is not a setting of {key}={node.get('name', cls.__name__)}{suggestion(name, known)}")
+    schema = OmegaConf.structured(cls)
+    OmegaConf.set_readonly(schema, False)
+    for name, value in values.items():
+        try:
+            schema[name] = value
+        except OmegaConfBaseException as error:
+            raise InputError(f"{key}.{name}={value} can't be used: {_sentence(error)}") from None
+    missing = OmegaConf.missing_keys(schema)
+    if missing:
+        raise InputError(f"{key}.{sorted(missing)[0]} has no value: set it on the command line or in conf/{key}/")
+    try:
+        return OmegaConf.to_object(schema)
+    except (ValueError, TypeError) as error:
+        raise InputError(_sentence(error)) from None
+
+
+def target(node: DictConfig, key: str, *extra: str) -> Any:
+    """The object that a node with a `_target_` describes; keys in `extra` belong to the pipeline, not to the object."""
+    path = str(node.get("_target_"))
+    module, _, name = path.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        raise InputError(f"{key}._target_={path} can't be imported: write the full path of a dataclass") from None
+    if not is_dataclass(cls):
+        raise InputError(f"{key}._target_={path} is not a dataclass")
+    own = {k: v for k, v in OmegaConf.to_container(node, resolve=True).items() if k not in ("_target_", *extra)}
+    return typed(cls, OmegaConf.create(own), key)
+
+
+def check(cfg: DictConfig) -> Settings:
+    """Turn a composed configuration into checked settings.
+
+    Raises
+    ------
+    InputError
+        Names the key and the remedy.
+    """
+    method = cfg.method
+    if method._target_ is None:
+        extra = set(method) - {"name", "title", "_target_"}
+        if extra:
+            raise InputError(f"method.{sorted(extra)[0]} is not a setting of method={method.name}, which keeps every token")
+        scorer = None
+    else:
+        scorer = target(method, "method", "name", "title")
+    documents = target(cfg.document, "document", "name")
+    documents.check()
+    phases = {name: target(node, f"phase.{name}") for name, node in cfg.phase.items()}
+    if not phases:
+        raise InputError("phase=[] measures nothing: choose among memory, perturbation, perplexity, or phase=all")
+    for name, phase in phases.items():
+        if phase.needs > documents.continuation:
+            raise InputError(
+                f"phase.{name} needs {phase.needs} tokens after the prompt but document.continuation={documents.continuation}: raise the latter"
+            )
+    return Settings(
+        method=MethodConfig(method.name, method.title, scorer),
+        model=typed(ModelConfig, cfg.model, "model"),
+        budget=typed(BudgetConfig, cfg.budget, "budget").resolve(documents.tokens),
+        storage=target(cfg.storage, "storage", "name"),
+        storage_name=cfg.storage.name,
+        backend=typed(BackendConfig, cfg.backend, "backend"),
+        documents=documents,
+        phases=phases,
+        tracking=typed(TrackingConfig, cfg.tracking, "tracking"),
+        outputs=Path(cfg.outputs).resolve(),
+        seed=int(cfg.seed),
+        force=bool(cfg.force),
+        prefill_memory_gb=float(cfg.prefill_memory_gb),
+    )

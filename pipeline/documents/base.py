@@ -1,0 +1,76 @@
+"""Documents: token windows of a prompt and its true continuation."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from pipeline.errors import InputError
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Base of the document sources.
+
+    Parameters
+    ----------
+    tokens : int
+        Prompt length T.
+    continuation : int
+        Tokens after the prompt.
+    count : int
+        Number of windows, spread evenly over all windows there are.
+    """
+
+    tokens: int = 4096
+    continuation: int = 256
+    count: int = 8
+
+    source: ClassVar[str]  # how messages call it
+
+    def texts(self) -> list[str]:
+        """The texts to cut; no window crosses from one to the next."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Refuse sizes that can't be, and whatever a source can tell without reading all of its text."""
+        for name, least in (("tokens", 16), ("continuation", 2), ("count", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"document.{name}={getattr(self, name)} is too small: give at least {least}")
+
+    def windows(self, tokenizer: Tokenizer, bos: int | None) -> list[np.ndarray]:
+        """`count` arrays of `tokens + continuation` token ids.
+
+        Parameters
+        ----------
+        bos : int, optional
+            Token that begins every window; it counts as one of the prompt's tokens.
+
+        Raises
+        ------
+        InputError
+            If the source does not hold that many windows.
+        """
+        length = self.tokens + self.continuation - (bos is not None)
+        windows, total = [], 0
+        for encoding in tokenizer.encode_batch(self.texts(), add_special_tokens=False):
+            ids = np.array(encoding.ids, dtype=np.int64)
+            total += len(ids)
+            windows += [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+        if len(windows) < self.count:
+            raise InputError(
+                f"document.count={self.count} windows of document.tokens={self.tokens} plus document.continuation={self.continuation} tokens are more "
+                f"than {self.source} holds ({total} tokens, {len(windows)} windows): ask for fewer or shorter windows, or give more text"
+            )
+        chosen = [windows[i * len(windows) // self.count] for i in range(self.count)]
+        return chosen if bos is None else [np.concatenate([[bos], w]) for w in chosen]
+
+
+def content_hash(windows: list[np.ndarray]) -> str:
+    """Hash of the token windows: the same tokens give the same hash wherever the text came from."""
+    digest = hashlib.sha256()
+    for window in windows:
+        digest.update(np.asarray(window, dtype="<i8").tobytes())
+    return digest.hexdigest()[:16]

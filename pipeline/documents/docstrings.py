@@ -1,0 +1,31 @@
+"""Docstrings of the standard library: calibration text that every Python has and that the language reference is not part of."""
+
+import ast
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from pipeline.documents.base import Documents
+
+LEFT_OUT = {"pydoc_data", "test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages"}
+
+
+@dataclass(frozen=True)
+class Docstrings(Documents):
+    """Windows of all docstrings of at least 100 characters, in the order of the files."""
+
+    source: ClassVar[str] = "the standard library's docstrings"
+
+    def texts(self) -> list[str]:
+        root = Path(sysconfig.get_path("stdlib"))
+        found = []
+        for file in sorted(root.rglob("*.py")):
+            if LEFT_OUT.isdisjoint(file.relative_to(root).parts):
+                try:
+                    tree = ast.parse(file.read_text(encoding="utf-8"))
+                except (SyntaxError, ValueError):
+                    continue
+                nodes = (n for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)))
+                found += [doc for n in nodes if (doc := ast.get_docstring(n)) and len(doc) >= 100]
+        return ["\n\n".join(found)]

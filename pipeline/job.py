@@ -1,0 +1,91 @@
+"""A configuration made ready to run: checked, its contents read and hashed. Nothing heavy is imported here."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+
+import spectral_kv
+from pipeline.checkpoint import Checkpoint, locate
+from pipeline.config import PACKAGE, Settings, check
+from pipeline.documents.base import content_hash
+from pipeline.errors import InputError
+from pipeline.tracking import writable
+from spectral_kv.calibration import QueryStatistics
+
+# What decides where a result is written or how it is computed, not what it is; contents are hashed instead of paths.
+NOT_IDENTITY = {"outputs", "tracking", "force", "prefill_memory_gb"}
+
+
+def code_fingerprint() -> str:
+    """Hash of the sources that produce numbers: the library and the pipeline without its tables and its recipe."""
+    digest = hashlib.sha256()
+    library = Path(spectral_kv.__file__).parent
+    for root in (library, PACKAGE):
+        for path in sorted(root.rglob("*.py")):
+            relative = path.relative_to(root)
+            if relative.parts[0] not in ("paper", "reference_model"):
+                digest.update(f"{root.name}/{relative.as_posix()}".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked configuration with the contents it names, and the hash of all that determines its result."""
+
+    settings: Settings
+    checkpoint: Checkpoint
+    windows: list[np.ndarray]
+    statistics: QueryStatistics | None
+    resolved: dict
+    identity: str
+    document_hash: str
+    code_hash: str
+
+
+def _statistics(settings: Settings, checkpoint: Checkpoint) -> QueryStatistics | None:
+    scorer, model = settings.method.scorer, settings.model
+    if scorer is None or "calibration" not in scorer.reads:
+        return None
+    remedy = f"run `python -m pipeline.calibrate model={model.name}` and set model.calibration=<the file it writes>"
+    if model.calibration is None:
+        raise InputError(f"method={settings.method.name} reads calibrated query statistics and model={model.name} has none: {remedy}")
+    if not Path(model.calibration).is_file():
+        raise InputError(f"model.calibration={model.calibration} is not a file: {remedy}")
+    config = checkpoint.config
+    heads = config["num_attention_heads"]
+    dim = config.get("head_dim") or config["hidden_size"] // heads
+    try:
+        return QueryStatistics.load(model.calibration, (config["num_hidden_layers"], heads, dim // 2))
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def prepare(cfg: DictConfig) -> Job:
+    """Check a configuration and read what it names, without loading a framework.
+
+    Raises
+    ------
+    InputError
+        Names the key and the remedy.
+    """
+    settings = check(cfg)
+    writable(settings.outputs)
+    checkpoint = locate(settings.model, settings.documents.tokens, settings.documents.continuation)
+    windows = settings.documents.windows(checkpoint.tokenizer, checkpoint.bos() if settings.model.bos else None)
+    statistics = _statistics(settings, checkpoint)
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    what = {k: v for k, v in resolved.items() if k not in NOT_IDENTITY}
+    what["model"] = checkpoint.hash
+    what["document"] = document_hash = content_hash(windows)
+    what["prompt"] = settings.documents.tokens
+    what["code"] = code_hash = code_fingerprint()
+    if settings.method.scorer is None:
+        del what["budget"]  # every token is kept
+    if statistics is not None:
+        what["statistics"] = hashlib.sha256(statistics.mu.tobytes() + statistics.modulus.tobytes()).hexdigest()
+    identity = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
+    return Job(settings, checkpoint, windows, statistics, resolved, identity, document_hash, code_hash)

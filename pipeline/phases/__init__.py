@@ -1,0 +1,1 @@
+"""The phases of the evaluation, one file each."""

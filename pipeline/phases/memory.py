@@ -1,0 +1,35 @@
+"""Memory: bytes of every tensor that must live to continue decoding, and tokens kept."""
+
+from dataclasses import dataclass
+
+from pipeline.phases.base import Context, Row
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes after compression and after `generated` further tokens, beside the full cache's.
+
+    Decimal megabytes. The full cache holds all tokens in the dtype of the cache.
+    """
+
+    generated: int = 64
+
+    @property
+    def needs(self) -> int:
+        return self.generated
+
+    def measure(self, context: Context) -> list[Row]:
+        prefill, cache = context.full.prefill, context.compressed.cache
+        full = sum(x.nbytes for x in (*prefill.keys, *prefill.values))
+        after = cache.copy()
+        context.backend.extend(after, context.full.continuation[: self.generated])
+        kept = len(prefill.tokens) if context.compressed.kept is None else context.compressed.kept[0].shape[-1]
+        values = {
+            "memory/bytes": cache.nbytes,
+            "memory/mb": cache.nbytes / 1e6,
+            "memory/mb_after_generation": after.nbytes / 1e6,
+            "memory/full_mb": full / 1e6,
+            "memory/ratio": full / cache.nbytes,
+            "memory/tokens": kept,
+        }
+        return [{"metric": name, "value": float(value)} for name, value in values.items()]

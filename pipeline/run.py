@@ -1,0 +1,141 @@
+"""One job, from prefill to MLflow."""
+
+import importlib
+import time
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pandas as pd
+from omegaconf import OmegaConf
+
+from pipeline import tracking
+from pipeline.aggregate import Estimate, aggregate
+from pipeline.checkpoint import Checkpoint
+from pipeline.config import Settings
+from pipeline.errors import InputError
+from pipeline.job import NOT_IDENTITY, Job
+from pipeline.phases.base import Context
+from pipeline.progress import progress
+from pipeline.stages.compress import compress
+from pipeline.stages.prefill import FullRuns
+
+ROW_COLUMNS = ["document", "layer", "head", "metric", "value"]
+
+# Module state on purpose: the jobs of a sweep run in one process and share the model and the prefills.
+_full_runs = FullRuns()
+_loaded: dict[tuple, object] = {}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run found, and where MLflow has it."""
+
+    run_id: str
+    metrics: dict[str, float]
+    title: str
+    budget: int | None
+    storage: str
+    model: str
+    documents: str
+    store: str
+    reused: bool
+
+    def estimate(self, metric: str) -> Estimate | None:
+        """A metric with its interval, or None if the run did not measure it."""
+        if metric not in self.metrics:
+            return None
+        return Estimate(self.metrics[metric], self.metrics.get(f"{metric}_low", np.nan), self.metrics.get(f"{metric}_high", np.nan))
+
+
+def loaded(settings: Settings, checkpoint: Checkpoint):
+    """The loaded model; one at a time is kept."""
+    config = settings.backend
+    key = (checkpoint.hash, config.name, config.device, config.dtype, config.cache_dtype)
+    if key not in _loaded:
+        _loaded.clear()
+        _full_runs.clear()
+        module, _, name = config._target_.rpartition(".")
+        try:
+            _loaded[key] = getattr(importlib.import_module(module), name)(
+                str(checkpoint.folder), device=config.device, dtype=config.dtype, cache_dtype=config.cache_dtype
+            )
+        except ValueError as error:
+            raise InputError(f"model={settings.model.name}: {error}") from None
+    return key, _loaded[key]
+
+
+def _flat(node: dict, prefix: str = "") -> dict[str, object]:
+    flat = {}
+    for key, value in node.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _result(job: Job, run_id: str, metrics: dict[str, float], reused: bool) -> Result:
+    settings = job.settings
+    documents = settings.documents
+    return Result(
+        run_id, metrics, settings.method.title,
+        None if settings.method.scorer is None else settings.budget.tokens,
+        settings.storage_name, settings.model.name,
+        f"{documents.count} x {documents.tokens} + {documents.continuation} tokens of {documents.source}",
+        tracking.store_uri(settings.tracking, settings.outputs), reused,
+    )  # fmt: skip
+
+
+def measure(job: Job) -> tuple[pd.DataFrame, dict[str, float]]:
+    """Prefill, compress and measure every document: tidy rows, and the metrics of the run itself."""
+    settings = job.settings
+    key, backend = loaded(settings, job.checkpoint)
+    limit = int(settings.prefill_memory_gb * 1e9)
+    rows, computed, prefill_seconds, compress_seconds = [], 0, [], []
+    label = f"{settings.method.title} {'' if settings.method.scorer is None else settings.budget.tokens}".strip()
+    for index, window in enumerate(progress(job.windows, label)):
+        full, fresh = _full_runs.get(key, backend, window, settings.documents.tokens, limit)
+        computed += fresh
+        prefill_seconds.append(full.seconds)
+        compressed = compress(full.prefill, backend, settings.method.scorer, settings.budget, settings.storage, index, job.statistics)
+        compress_seconds.append(compressed.seconds)
+        context = Context(backend, full, compressed)
+        for phase in settings.phases.values():
+            rows += [{"document": index} | row for row in phase.measure(context)]
+    timing = {
+        "prefill/computed": float(computed),
+        "prefill/reused": float(len(job.windows) - computed),
+        "time/prefill_s": float(np.median(prefill_seconds)),
+        "time/compress_s": float(np.median(compress_seconds)),
+    }
+    return pd.DataFrame(rows).reindex(columns=ROW_COLUMNS), timing
+
+
+def execute(job: Job) -> Result:
+    """Measure a job and record it; a finished run of the same identity is returned instead unless `force` is set."""
+    settings = job.settings
+    mlflow = tracking.connect(settings.tracking, settings.outputs)
+    if not settings.force and (run := tracking.find_finished(mlflow, settings.tracking.experiment, job.identity)):
+        return _result(job, run.info.run_id, dict(run.data.metrics), reused=True)
+
+    scorer = settings.method.scorer
+    params = _flat({k: v for k, v in job.resolved.items() if k not in NOT_IDENTITY})
+    params["budget.resolved"] = "all" if scorer is None else settings.budget.tokens
+    params["method.reads"] = "-" if scorer is None else ", ".join(scorer.reads) or "nothing"
+    tags = tracking.environment() | {
+        tracking.CONFIGURATION: job.identity,
+        "hash.model": job.checkpoint.hash,
+        "hash.document": job.document_hash,
+        "hash.code": job.code_hash,
+        "method": settings.method.name,
+        "title": settings.method.title,
+    }
+    name = f"{settings.method.name}-{params['budget.resolved']}-{settings.storage_name}-{settings.model.name}"
+    with tracking.tracked(mlflow, name, params, tags) as run_id:
+        start = time.perf_counter()
+        mlflow.log_text(OmegaConf.to_yaml(OmegaConf.create(job.resolved)), "config.yaml")
+        rows, metrics = measure(job)
+        for metric, value in aggregate(rows).items():
+            metrics[metric] = value.mean
+            metrics |= {f"{metric}_{bound}": v for bound, v in asdict(value).items() if bound != "mean" and np.isfinite(v)}
+        metrics["time/total_s"] = time.perf_counter() - start
+        mlflow.log_table(rows.astype(object).where(rows.notna(), None), "rows.json")
+        mlflow.log_metrics(metrics)
+    return _result(job, run_id, metrics, reused=False)

@@ -1,0 +1,1 @@
+"""The stages that come before measuring: prefill, then compress."""

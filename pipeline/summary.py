@@ -1,0 +1,57 @@
+"""What a run prints at its end: one screen."""
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.aggregate import Estimate
+from pipeline.run import Result
+
+LABELS = {
+    "memory/mb": ("Cache, MB", "{:.2f}"),
+    "memory/mb_after_generation": ("Cache after generating, MB", "{:.2f}"),
+    "memory/ratio": ("Full cache / cache", "{:.2f}x"),
+    "memory/tokens": ("Tokens kept", "{:.0f}"),
+    "aop/mean": ("AOP, mean", "{:.3f}"),
+    "aop/p95": ("AOP, 95th percentile", "{:.3f}"),
+    "aop/max": ("AOP, largest", "{:.2f}"),
+    "ppl/full": ("Perplexity, full cache", "{:.2f}"),
+    "ppl/comp": ("Perplexity, compressed", "{:.2f}"),
+    "ppl/nd": ("ND-PPL, relative rise", "{:+.3f}"),
+    "ppl/kl": ("KL(full || compressed), nats", "{:.3f}"),
+    "ppl/top1": ("Top-1 agreement", "{:.3f}"),
+}
+
+
+def spread(value: Estimate, pattern: str) -> str:
+    """`mean [low, high]`, or the mean alone where documents do not differ or are too few."""
+    mean = pattern.format(value.mean)
+    if not value.low < value.high:
+        return mean
+    return f"{mean} [{pattern.format(value.low)}, {pattern.format(value.high)}]"
+
+
+def show(result: Result) -> None:
+    """Print the metrics of a run with their 95 % intervals, its MLflow id and the command that opens the UI."""
+    console = Console(highlight=False)
+    budget = "all tokens" if result.budget is None else f"{result.budget} tokens"
+    table = Table(title=f"{result.title}, {budget}, {result.storage}, model {result.model}", title_justify="left", title_style="bold")
+    table.add_column("")
+    table.add_column("mean over documents [95 % interval]", justify="right")
+    for metric, (label, pattern) in LABELS.items():
+        if (value := result.estimate(metric)) is not None:
+            table.add_row(label, spread(value, pattern))
+    console.print(table)
+    metrics = result.metrics
+    if metrics.get("ppl/flagged", 0) > 0:
+        share = metrics["ppl/flagged"]
+        console.print(f"Warning: the full cache predicts {share:.0%} of the documents almost perfectly (perplexity under 1.5): they measure copying.")
+    console.print(result.documents)
+    if result.reused:
+        console.print("Measured before with the same code, model and documents; force=true measures again.")
+    else:
+        console.print(
+            f"{metrics['time/total_s']:.1f} s; prefill {metrics['time/prefill_s']:.2f} s and compression {metrics['time/compress_s']:.3f} s a document; "
+            f"{metrics['prefill/computed']:.0f} prefills computed, {metrics['prefill/reused']:.0f} reused",
+            soft_wrap=True,
+        )
+    console.print(f"MLflow run {result.run_id}   mlflow ui --backend-store-uri {result.store}", soft_wrap=True)
