@@ -26,7 +26,9 @@ def estimate(values: np.ndarray) -> Estimate:
         return Estimate(mean, mean, mean) if len(values) > 1 else Estimate(mean, np.nan, np.nan)
     if len(values) < 3:
         return Estimate(mean, np.nan, np.nan)
-    interval = bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0)).confidence_interval
+    interval = bootstrap(
+        (values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
     return Estimate(mean, float(interval.low), float(interval.high))
 
 

@@ -36,7 +36,9 @@ def calibrate(overrides: list[str], out: Path | None) -> Path:
             sums.add(layer, to_numpy(backend.rope.unrotate(float32(queries), positions)))
     path = out or job.settings.outputs / "calibration" / f"{job.settings.model.name}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    sums.statistics(model=job.checkpoint.hash, text=job.settings.documents.source, document=job.document_hash).save(path)
+    sums.statistics(model=job.checkpoint.hash, text=job.settings.documents.source, document=job.document_hash).save(
+        path
+    )
     return path
 
 
@@ -44,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="settings as for python -m pipeline")
     parser.add_argument("--out", type=Path, help="file to write (default: <outputs>/calibration/<model>.safetensors)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     with reporting(sys.argv[1:]):
         print(calibrate(arguments.overrides, arguments.out))
 

@@ -14,7 +14,14 @@ from tokenizers import Tokenizer
 from pipeline.config import ModelConfig
 from pipeline.errors import InputError
 
-FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "*.safetensors", "*.safetensors.index.json"]
+FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+]
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,11 @@ class Checkpoint:
     def hash(self) -> str:
         """Hash of the configuration, the tokenizer and the weights."""
         digest = hashlib.sha256()
-        for path in [self.folder / "config.json", self.folder / "tokenizer.json", *sorted(self.folder.glob("*.safetensors"))]:
+        for path in [
+            self.folder / "config.json",
+            self.folder / "tokenizer.json",
+            *sorted(self.folder.glob("*.safetensors")),
+        ]:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()[:16]
@@ -76,7 +87,9 @@ def _snapshot(model: ModelConfig) -> Path:
         return Path(snapshot_download(model.id, revision=model.revision, allow_patterns=FILES))
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise InputError(f"model.id={model.id} can't be downloaded ({reason}): check the name, or set model.path=<checkpoint folder>") from None
+        raise InputError(
+            f"model.id={model.id} can't be downloaded ({reason}): check the name, or set model.path=<checkpoint folder>"
+        ) from None
 
 
 def locate(model: ModelConfig, prompt: int, continuation: int) -> Checkpoint:
@@ -94,10 +107,14 @@ def locate(model: ModelConfig, prompt: int, continuation: int) -> Checkpoint:
     elif model.id is not None:
         folder = _snapshot(model)
     else:
-        raise InputError("the model has neither path nor id: set model.path=<checkpoint folder> or model.id=<hub repository>")
+        raise InputError(
+            "the model has neither path nor id: set model.path=<checkpoint folder> or model.id=<hub repository>"
+        )
     for pattern in ("config.json", "tokenizer.json", "*.safetensors"):
         if not any(folder.glob(pattern)):
-            raise InputError(f"{folder} holds no {pattern}: a Hugging Face checkpoint folder has config.json, tokenizer.json and *.safetensors")
+            raise InputError(
+                f"{folder} holds no {pattern}: a Hugging Face checkpoint folder has config.json, tokenizer.json and *.safetensors"
+            )
     checkpoint = Checkpoint(folder)
     try:
         context = checkpoint.config.get("max_position_embeddings")

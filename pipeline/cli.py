@@ -5,9 +5,12 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import hydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -20,6 +23,17 @@ register_resolvers()
 
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")
 def _run(cfg: DictConfig) -> float | None:
+    if HydraConfig.get().mode == RunMode.RUN:
+        with reporting(sys.argv[1:]):  # Hydra would put a line of its own before the sentence
+            return _measure(cfg)
+    try:
+        return _measure(cfg)
+    except InputError as error:  # the other jobs go on; Hydra raises the first error again when all are through
+        print(f"pipeline: {error}", file=sys.stderr)
+        raise
+
+
+def _measure(cfg: DictConfig) -> float | None:
     from pipeline.job import prepare
 
     job = prepare(cfg)  # refuses bad input before anything heavy is imported
@@ -53,6 +67,8 @@ def sentence(error: Exception, overrides: list[str]) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).partition("/")
         return f"{group}={option} is not known{suggestion(option, list(error.options or []))}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} can't be read: write group=option or setting=value, and quote it if the shell could change it"
     text = str(error)
     if found := re.search(r"Could not (?:override|append to config) '?([\w.@/]+)", text):
         key = found.group(1)
@@ -69,15 +85,20 @@ def reporting(overrides: list[str]) -> Iterator[None]:
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         yield
         return
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print its own rendering and exit; with this it hands exceptions over
+    os.environ["HYDRA_FULL_ERROR"] = (
+        "1"  # Hydra would print its own rendering and exit; with this it hands exceptions over
+    )
     try:
         yield
     except (InputError, HydraException, OmegaConfBaseException) as error:
         message = str(error) if isinstance(error, InputError) else sentence(error, overrides)
         print(f"pipeline: {message}", file=sys.stderr)
         sys.exit(2)
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        print(f"pipeline: {error.filename} can't be written to ({error.strerror}): set outputs=<a folder of yours>", file=sys.stderr)
+    except OSError as error:
+        outputs = Path(next((o.partition("=")[2] for o in reversed(overrides) if o.startswith("outputs=")), "outputs"))
+        if error.filename is None or not Path(error.filename).absolute().is_relative_to(outputs.absolute()):
+            raise
+        print(f"pipeline: outputs={outputs} can't be written to ({error.strerror}): set outputs=<a folder of yours>", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("pipeline: interrupted; finished runs are kept", file=sys.stderr)

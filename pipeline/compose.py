@@ -35,6 +35,8 @@ def sweep(experiment: str, overrides: list[str]) -> list[list[str]]:
     choices = []
     for override in parser.parse_overrides([f"{key}={value}" for key, value in params.items()]):
         name = override.get_key_element()
-        values = override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_element_as_str()]
+        values = (
+            override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_element_as_str()]
+        )
         choices.append([f"{name}={value}" for value in values])
     return [[f"experiment={experiment}", *job] for job in product(*choices)]

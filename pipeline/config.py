@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.documents.base import Documents
 from pipeline.errors import InputError
+from pipeline.manual import manual
 from spectral_kv.scorers.base import Scorer
 from spectral_kv.selection import Budget
 from spectral_kv.storage import Storage
@@ -30,8 +31,9 @@ def conf_dir() -> str:
 
 
 def register_resolvers() -> None:
-    """`${shipped:x}` is the path of a file that comes with the package."""
+    """`${shipped:x}` is the path of a file that comes with the package, `${manual:}` the body of the help text."""
     OmegaConf.register_new_resolver("shipped", lambda path: str(PACKAGE / path), replace=True)
+    OmegaConf.register_new_resolver("manual", lambda: manual(conf_dir()), replace=True)
 
 
 @dataclass
@@ -128,17 +130,18 @@ def _sentence(error: Exception) -> str:
 
 def suggestion(word: str, known: list[str]) -> str:
     """`; did you mean x?`, or the list of what there is."""
-    close = difflib.get_close_matches(word, known, n=1)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.8)
     return f"; did you mean {close[0]}?" if close else f": choose one of {', '.join(sorted(known))}"
 
 
-def typed(cls: type, node: DictConfig, key: str) -> Any:
-    """An instance of dataclass `cls` from a configuration node, refusing unknown keys, wrong types and impossible values."""
+def typed(cls: type, node: DictConfig, key: str, option: str | None = None) -> Any:
+    """An instance of dataclass `cls` from the node at `key` (of the chosen `option`), refusing unknown keys, wrong types and impossible values."""
     known = [f.name for f in fields(cls)]
     values = OmegaConf.to_container(node, resolve=True)
     for name in values:
         if name not in known:
-            raise InputError(f"{key}.{name} is not a setting of {key}={node.get('name', cls.__name__)}{suggestion(name, known)}")
+            whole = f"{key}={option}" if option else key
+            raise InputError(f"{key}.{name} is not a setting of {whole}{suggestion(name, known)}")
     schema = OmegaConf.structured(cls)
     OmegaConf.set_readonly(schema, False)
     for name, value in values.items():
@@ -166,7 +169,7 @@ def target(node: DictConfig, key: str, *extra: str) -> Any:
     if not is_dataclass(cls):
         raise InputError(f"{key}._target_={path} is not a dataclass")
     own = {k: v for k, v in OmegaConf.to_container(node, resolve=True).items() if k not in ("_target_", *extra)}
-    return typed(cls, OmegaConf.create(own), key)
+    return typed(cls, OmegaConf.create(own), key, node.get("name"))
 
 
 def check(cfg: DictConfig) -> Settings:
@@ -181,7 +184,9 @@ def check(cfg: DictConfig) -> Settings:
     if method._target_ is None:
         extra = set(method) - {"name", "title", "_target_"}
         if extra:
-            raise InputError(f"method.{sorted(extra)[0]} is not a setting of method={method.name}, which keeps every token")
+            raise InputError(
+                f"method.{sorted(extra)[0]} is not a setting of method={method.name}, which keeps every token"
+            )
         scorer = None
     else:
         scorer = target(method, "method", "name", "title")

@@ -52,7 +52,9 @@ def _statistics(settings: Settings, checkpoint: Checkpoint) -> QueryStatistics |
         return None
     remedy = f"run `python -m pipeline.calibrate model={model.name}` and set model.calibration=<the file it writes>"
     if model.calibration is None:
-        raise InputError(f"method={settings.method.name} reads calibrated query statistics and model={model.name} has none: {remedy}")
+        raise InputError(
+            f"method={settings.method.name} reads calibrated query statistics and model={model.name} has none: {remedy}"
+        )
     if not Path(model.calibration).is_file():
         raise InputError(f"model.calibration={model.calibration} is not a file: {remedy}")
     config = checkpoint.config

@@ -11,6 +11,12 @@ T = TypeVar("T")
 
 def progress(items: Sequence[T], label: str) -> Iterator[T]:
     """Yield the items while a bar with the label moves on standard error."""
-    columns = TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TextColumn("documents"), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("documents"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         yield from bar.track(items, description=label)

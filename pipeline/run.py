@@ -44,7 +44,9 @@ class Result:
         """A metric with its interval, or None if the run did not measure it."""
         if metric not in self.metrics:
             return None
-        return Estimate(self.metrics[metric], self.metrics.get(f"{metric}_low", np.nan), self.metrics.get(f"{metric}_high", np.nan))
+        return Estimate(
+            self.metrics[metric], self.metrics.get(f"{metric}_low", np.nan), self.metrics.get(f"{metric}_high", np.nan)
+        )
 
 
 def loaded(settings: Settings, checkpoint: Checkpoint):
@@ -94,7 +96,9 @@ def measure(job: Job) -> tuple[pd.DataFrame, dict[str, float]]:
         full, fresh = _full_runs.get(key, backend, window, settings.documents.tokens, limit)
         computed += fresh
         prefill_seconds.append(full.seconds)
-        compressed = compress(full.prefill, backend, settings.method.scorer, settings.budget, settings.storage, index, job.statistics)
+        compressed = compress(
+            full.prefill, backend, settings.method.scorer, settings.budget, settings.storage, index, job.statistics
+        )
         compress_seconds.append(compressed.seconds)
         context = Context(backend, full, compressed)
         for phase in settings.phases.values():
@@ -134,7 +138,9 @@ def execute(job: Job) -> Result:
         rows, metrics = measure(job)
         for metric, value in aggregate(rows).items():
             metrics[metric] = value.mean
-            metrics |= {f"{metric}_{bound}": v for bound, v in asdict(value).items() if bound != "mean" and np.isfinite(v)}
+            metrics |= {
+                f"{metric}_{bound}": v for bound, v in asdict(value).items() if bound != "mean" and np.isfinite(v)
+            }
         metrics["time/total_s"] = time.perf_counter() - start
         mlflow.log_table(rows.astype(object).where(rows.notna(), None), "rows.json")
         mlflow.log_metrics(metrics)

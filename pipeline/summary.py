@@ -34,7 +34,11 @@ def show(result: Result) -> None:
     """Print the metrics of a run with their 95 % intervals, its MLflow id and the command that opens the UI."""
     console = Console(highlight=False)
     budget = "all tokens" if result.budget is None else f"{result.budget} tokens"
-    table = Table(title=f"{result.title}, {budget}, {result.storage}, model {result.model}", title_justify="left", title_style="bold")
+    table = Table(
+        title=f"{result.title}, {budget}, {result.storage}, model {result.model}",
+        title_justify="left",
+        title_style="bold",
+    )
     table.add_column("")
     table.add_column("mean over documents [95 % interval]", justify="right")
     for metric, (label, pattern) in LABELS.items():
@@ -44,7 +48,9 @@ def show(result: Result) -> None:
     metrics = result.metrics
     if metrics.get("ppl/flagged", 0) > 0:
         share = metrics["ppl/flagged"]
-        console.print(f"Warning: the full cache predicts {share:.0%} of the documents almost perfectly (perplexity under 1.5): they measure copying.")
+        console.print(
+            f"Warning: the full cache predicts {share:.0%} of the documents almost perfectly (perplexity under 1.5): they measure copying."
+        )
     console.print(result.documents)
     if result.reused:
         console.print("Measured before with the same code, model and documents; force=true measures again.")

@@ -35,7 +35,9 @@ def writable(outputs: Path) -> None:
         with tempfile.NamedTemporaryFile(dir=outputs):
             pass
     except OSError as error:
-        raise InputError(f"outputs={outputs} can't be written to ({error.strerror}): set outputs=<a folder of yours>") from None
+        raise InputError(
+            f"outputs={outputs} can't be written to ({error.strerror}): set outputs=<a folder of yours>"
+        ) from None
 
 
 def store_uri(tracking: TrackingConfig, outputs: Path) -> str:
@@ -80,12 +82,20 @@ def find_finished(mlflow, experiment: str, identity: str):
 def environment() -> dict[str, str]:
     """Versions and code revision, for the tags of a run."""
     tags = {f"version.{name}": version(name) for name in PACKAGES}
-    tags |= {"version.python": platform.python_version(), "platform": platform.platform(), "command": " ".join(sys.argv[1:])[:4000]}
+    tags |= {
+        "version.python": platform.python_version(),
+        "platform": platform.platform(),
+        "command": " ".join(sys.argv[1:])[:4000],
+    }
     here = Path(__file__).resolve().parent
     git = ["git", "-C", str(here)]
     try:
-        tags["git.revision"] = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout.strip()
+        tags["git.revision"] = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         tags["git.changed"] = str(bool(changed)).lower()
     except (OSError, subprocess.CalledProcessError):
         tags["git.revision"] = "unknown (not a git checkout)"

@@ -52,7 +52,9 @@ class QueryStatistics:
                 mu = file.get_tensor("mu_re") + 1j * file.get_tensor("mu_im")
                 statistics = cls(mu, file.get_tensor("m"), file.metadata() or {})
         except SafetensorError as error:
-            raise ValueError(f"{path} does not hold query statistics ({error}); write them with `python -m pipeline.calibrate`") from None
+            raise ValueError(
+                f"{path} does not hold query statistics ({error}); write them with `python -m pipeline.calibrate`"
+            ) from None
         if statistics.mu.shape != shape or statistics.modulus.shape != shape:
             raise ValueError(
                 f"{path} was calibrated for [layers, query heads, bands] = {list(statistics.mu.shape)}, this model has {list(shape)}; "
@@ -79,4 +81,8 @@ class Accumulator:
 
     def statistics(self, **metadata: str) -> QueryStatistics:
         count = self.tokens[:, None, None]
-        return QueryStatistics(self.sum / count, self.modulus / count, {k: str(v) for k, v in metadata.items()} | {"tokens": str(self.tokens[0])})
+        return QueryStatistics(
+            self.sum / count,
+            self.modulus / count,
+            {k: str(v) for k, v in metadata.items()} | {"tokens": str(self.tokens[0])},
+        )

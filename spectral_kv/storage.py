@@ -103,7 +103,9 @@ class TurboQuantStorage:
 
     def __post_init__(self):
         if self.key_bits not in (2, 3, 4) or self.value_bits not in (2, 3, 4):
-            raise ValueError(f"storage.key_bits={self.key_bits} and storage.value_bits={self.value_bits} must be 2, 3 or 4")
+            raise ValueError(
+                f"storage.key_bits={self.key_bits} and storage.value_bits={self.value_bits} must be 2, 3 or 4"
+            )
         if self.sinks < 0 or self.recent < 0:
             raise ValueError(f"storage.sinks={self.sinks} and storage.recent={self.recent} can't be negative")
 

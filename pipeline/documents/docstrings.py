@@ -26,6 +26,10 @@ class Docstrings(Documents):
                     tree = ast.parse(file.read_text(encoding="utf-8"))
                 except (SyntaxError, ValueError):
                     continue
-                nodes = (n for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)))
+                nodes = (
+                    n
+                    for n in ast.walk(tree)
+                    if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+                )
                 found += [doc for n in nodes if (doc := ast.get_docstring(n)) and len(doc) >= 100]
         return ["\n\n".join(found)]

@@ -26,9 +26,13 @@ class File(Documents):
     def files(self) -> list[Path]:
         if not self.path:
             raise InputError("document=file needs document.path=<a file or a quoted glob>")
-        found = sorted(Path(p) for p in glob.glob(str(Path(self.path).expanduser()), recursive=True) if Path(p).is_file())
+        found = sorted(
+            Path(p) for p in glob.glob(str(Path(self.path).expanduser()), recursive=True) if Path(p).is_file()
+        )
         if not found:
-            raise InputError(f"document.path={self.path} names no file: check the path (relative to the current folder), quote globs")
+            raise InputError(
+                f"document.path={self.path} names no file: check the path (relative to the current folder), quote globs"
+            )
         return found
 
     def check(self) -> None:

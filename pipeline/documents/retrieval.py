@@ -7,6 +7,7 @@ look things up, and planted in held-out text to measure retrieval. Names and val
 from dataclasses import dataclass
 
 import numpy as np
+import itertools
 
 ATTRIBUTES = ("pass key", "access code", "serial number", "magic number", "room number", "ticket number")
 ADJECTIVES = (
@@ -77,6 +78,6 @@ def chain(rng: np.random.Generator, hops: int) -> Lookup:
             names.append(name)
     value = _digits(rng)
     statements = [f"VAR {names[0]} = {value}."]
-    statements += [f"VAR {new} = VAR {old}." for old, new in zip(names, names[1:], strict=False)]
+    statements += [f"VAR {new} = VAR {old}." for old, new in itertools.pairwise(names)]
     question = f"Which variables hold the value {value}? They are"
     return Lookup(tuple(statements), question, ", ".join(names))

@@ -33,8 +33,12 @@ PERMISSIVE = re.compile(
     r"\b(mit|bsd|apache|isc|psf|python software foundation|hpnd|historical permission|zpl|zope public|unlicense|zlib|cc0|0bsd|public domain|mit-cmu)\b",
     re.IGNORECASE,
 )
-RESTRICTIVE = re.compile(r"gpl|general public|mozilla|mpl|eclipse|epl|cddl|affero|proprietary|creative commons attribution", re.IGNORECASE)
-SKIPPED_FOLDERS = re.compile(r"(^|/)(tests?|testing|locale|_?vendor|third_?party|node_modules|licenses?|extern)(/|$)", re.IGNORECASE)
+RESTRICTIVE = re.compile(
+    r"gpl|general public|mozilla|mpl|eclipse|epl|cddl|affero|proprietary|creative commons attribution", re.IGNORECASE
+)
+SKIPPED_FOLDERS = re.compile(
+    r"(^|/)(tests?|testing|locale|_?vendor|third_?party|node_modules|licenses?|extern)(/|$)", re.IGNORECASE
+)
 PROSE_LIMIT, CODE_LIMIT = 6_000_000, 2_500_000  # characters a package, so that no package dominates
 SHINGLE = 10  # words
 
@@ -133,7 +137,9 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[BOS, END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[BOS, END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 

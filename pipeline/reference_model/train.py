@@ -53,7 +53,9 @@ class Sequences(IterableDataset):
     def __init__(self, tokens: np.ndarray, tokenizer: Tokenizer, length: int, retrieval: float, seed: int):
         self.tokens, self.tokenizer, self.length, self.retrieval, self.seed = tokens, tokenizer, length, retrieval, seed
         self.bos = tokenizer.token_to_id(BOS)
-        self.breaks = np.array([tokenizer.decode([i], skip_special_tokens=False).endswith("\n") for i in range(VOCABULARY)])
+        self.breaks = np.array(
+            [tokenizer.decode([i], skip_special_tokens=False).endswith("\n") for i in range(VOCABULARY)]
+        )
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self.tokenizer.encode(text).ids, dtype=self.tokens.dtype)
@@ -78,7 +80,9 @@ class Sequences(IterableDataset):
         breaks = np.concatenate([[0], breaks, [len(text)]])
         pieces, last = [], 0
         for place, encoded in events:
-            cut = len(text) if place == 1.0 else int(breaks[np.searchsorted(breaks, place * len(text), side="right") - 1])
+            cut = (
+                len(text) if place == 1.0 else int(breaks[np.searchsorted(breaks, place * len(text), side="right") - 1])
+            )
             pieces += [text[last:cut], encoded]
             last = cut
         return np.concatenate([*pieces, text[last:]])
@@ -124,7 +128,9 @@ def main() -> None:
     parser.add_argument("corpus", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=7.5, help="time for the optimisation itself")
-    parser.add_argument("--long-share", type=float, default=0.4, help="last share of the time, on sequences of 8192 tokens")
+    parser.add_argument(
+        "--long-share", type=float, default=0.4, help="last share of the time, on sequences of 8192 tokens"
+    )
     parser.add_argument("--retrieval", type=float, default=0.2, help="share of sequences with planted lookups")
     parser.add_argument("--muon-rate", type=float, default=4e-3)
     parser.add_argument("--adam-rate", type=float, default=3e-3)

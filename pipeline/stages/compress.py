@@ -22,7 +22,14 @@ class Compressed:
     seconds: float
 
 
-def choose(prefill: Prefill, backend: Backend, scorer: Scorer, budget: Budget, document: int, statistics: QueryStatistics | None) -> list[Array]:
+def choose(
+    prefill: Prefill,
+    backend: Backend,
+    scorer: Scorer,
+    budget: Budget,
+    document: int,
+    statistics: QueryStatistics | None,
+) -> list[Array]:
     """The tokens that `scorer` keeps in every layer, `[kv_heads, kept]` each."""
     tokens = len(prefill.tokens)
     kept = []
@@ -39,7 +46,13 @@ def choose(prefill: Prefill, backend: Backend, scorer: Scorer, budget: Budget, d
 
 
 def compress(
-    prefill: Prefill, backend: Backend, scorer: Scorer | None, budget: Budget, storage: Storage, document: int, statistics: QueryStatistics | None
+    prefill: Prefill,
+    backend: Backend,
+    scorer: Scorer | None,
+    budget: Budget,
+    storage: Storage,
+    document: int,
+    statistics: QueryStatistics | None,
 ) -> Compressed:
     """Compress a prefill; without a scorer every token is kept and only stored."""
     backend.synchronize()

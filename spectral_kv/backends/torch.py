@@ -118,21 +118,31 @@ class TorchBackend:
         self.device = torch.device(device)
         self.dtype, self.cache_dtype = getattr(torch, dtype), getattr(torch, cache_dtype)
         disable_progress_bar()
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype, attn_implementation="sdpa", local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=self.dtype, attn_implementation="sdpa", local_files_only=True
+        )
         model.set_attn_implementation(ATTENTION)
         self.model = model.to(self.device).eval()
         config = model.config
         sliding = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
         if sliding:
-            raise ValueError(f"{folder} has layers of type {', '.join(sorted(sliding))}; only full-attention models can be compressed")
+            raise ValueError(
+                f"{folder} has layers of type {', '.join(sorted(sliding))}; only full-attention models can be compressed"
+            )
         rotary = model.base_model.rotary_emb
         if rotary.rope_type in LENGTH_DEPENDENT_ROPE:
-            raise ValueError(f"{folder} uses RoPE type {rotary.rope_type}, whose frequencies change with the prompt; cached keys can't be un-rotated")
+            raise ValueError(
+                f"{folder} uses RoPE type {rotary.rope_type}, whose frequencies change with the prompt; cached keys can't be un-rotated"
+            )
         self.rope = Rope(rotary.inv_freq.double().cpu().numpy(), float(rotary.attention_scaling))
         attention = model.base_model.layers[0].self_attn
         self.scaling = float(attention.scaling)
         self.shape = ModelShape(
-            config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, attention.head_dim, config.vocab_size
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            attention.head_dim,
+            config.vocab_size,
         )
 
     @torch.inference_mode()
@@ -140,7 +150,9 @@ class TorchBackend:
         """Logits `[last, vocabulary]` (all of them if `last` is 0) of tokens fed at `position`."""
         ids = torch.as_tensor(np.asarray(tokens, dtype=np.int64), device=self.device)[None]
         positions = torch.arange(position, position + ids.shape[1], device=self.device)[None]
-        output = self.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=last)
+        output = self.model(
+            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=last
+        )
         return output.logits[0]
 
     def prefill(self, tokens: np.ndarray, observe: int = 64) -> Prefill:

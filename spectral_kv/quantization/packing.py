@@ -13,7 +13,9 @@ def _pack_plane(codes: Array, bits: int) -> Array:
     width = codes.shape[-1] // parts
     packed = codes[..., :width]
     for part in range(1, parts):
-        packed = packed | xp.bitwise_left_shift(codes[..., part * width : (part + 1) * width], xp.full_like(packed, part * bits))
+        packed = packed | xp.bitwise_left_shift(
+            codes[..., part * width : (part + 1) * width], xp.full_like(packed, part * bits)
+        )
     return packed
 
 
@@ -33,7 +35,9 @@ def pack(codes: Array, bits: int) -> Array:
         If `bits` is not 2, 3 or 4, or `dim` is not a multiple of 8.
     """
     if bits not in (2, 3, 4) or codes.shape[-1] % 8:
-        raise ValueError(f"packing takes 2, 3 or 4 bits and a multiple of 8 channels, not {bits} bits and {codes.shape[-1]} channels")
+        raise ValueError(
+            f"packing takes 2, 3 or 4 bits and a multiple of 8 channels, not {bits} bits and {codes.shape[-1]} channels"
+        )
     if bits != 3:
         return _pack_plane(codes, bits)
     xp = namespace(codes)

@@ -98,6 +98,8 @@ class TurboQuant:
         codes = unpack(packed.codes, self.bits)
         dim = codes.shape[-1]
         centroids, _ = codebook(self.bits)
-        y = xp.reshape(xp.take(like(centroids, packed.codes), xp.reshape(xp.astype(codes, xp.int64), (-1,)), axis=0), codes.shape)
+        y = xp.reshape(
+            xp.take(like(centroids, packed.codes), xp.reshape(xp.astype(codes, xp.int64), (-1,)), axis=0), codes.shape
+        )
         x = xp.matmul(y * float32(packed.scale)[..., None], like(rotation(dim, self.seed), packed.codes))
         return x if packed.mean is None else x + float32(packed.mean)

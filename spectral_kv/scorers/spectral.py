@@ -43,7 +43,11 @@ class Spectral:
         raise NotImplementedError
 
     def score(self, layer: LayerView) -> Array:
-        signals = {"unrotated_keys": lambda: layer.unrotated, "rotated_keys": lambda: layer.keys, "values": lambda: layer.values}
+        signals = {
+            "unrotated_keys": lambda: layer.unrotated,
+            "rotated_keys": lambda: layer.keys,
+            "values": lambda: layer.values,
+        }
         deviation = self.spectral(float32(signals[self.signal]()))
         if self.sign == "smoothness":
             deviation = -deviation

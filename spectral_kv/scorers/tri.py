@@ -40,7 +40,7 @@ class TriAttention:
             raise ValueError("TriAttention needs calibrated query statistics")
         xp = namespace(layer.keys)
         keys = float32(layer.keys)
-        kv_heads, tokens, dim = keys.shape
+        kv_heads, _, dim = keys.shape
         mu, modulus = layer.statistics.layer(layer.layer)  # [query_heads, dim / 2]
         now = int(layer.positions[-1]) + 1
         phases = layer.rope.angles(now + offsets(self.largest_offset))  # float64: the phases reach 1e5 radians

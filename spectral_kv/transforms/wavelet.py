@@ -74,7 +74,9 @@ def _level_matrix(tokens: int, taps: np.ndarray, mode: str) -> sparse.csr_matrix
 
 
 @lru_cache(maxsize=16)
-def back_projection(tokens: int, wavelet: str, levels: int, mode: str, weights: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+def back_projection(
+    tokens: int, wavelet: str, levels: int, mode: str, weights: tuple[float, ...]
+) -> tuple[np.ndarray, np.ndarray]:
     """How the energy of detail coefficients is handed back to tokens.
 
     With `psi[c, t]` the response of detail coefficient c to a unit impulse at token t and `w[c]` the weight of its

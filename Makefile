@@ -1,0 +1,29 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help setup paper test lint clean
+
+help:           ## List the targets.
+	@grep -E '^[a-z]+: .*##' Makefile | sed 's/: .*##/\t/'
+
+setup: .venv/installed  ## Make .venv with the project and its tools.
+
+# torch first and alone: another package's requirement could pick a build with gigabytes of CUDA libraries
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+paper: setup    ## Measure the published comparison on the embedded model and print its tables.
+	$(BIN)/python -m pipeline.paper
+
+test: setup     ## Run the fast tests.
+	$(BIN)/python -m pytest
+
+lint: setup     ## Check style and formatting.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:          ## Remove the virtual environment.
+	rm -rf .venv
