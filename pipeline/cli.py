@@ -18,19 +18,22 @@ from pipeline.compose import spelled_out
 from pipeline.config import conf_dir, register_resolvers, suggestion
 from pipeline.errors import InputError
 
+SHOW_TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"
+
 register_resolvers()
 
 
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")
 def _run(cfg: DictConfig) -> float | None:
-    if HydraConfig.get().mode == RunMode.RUN:
-        with reporting(sys.argv[1:]):  # Hydra would put a line of its own before the sentence
-            return _measure(cfg)
     try:
         return _measure(cfg)
-    except InputError as error:  # the other jobs go on; Hydra raises the first error again when all are through
+    except InputError as error:
+        if SHOW_TRACEBACKS:
+            raise
         print(f"pipeline: {error}", file=sys.stderr)
-        raise
+        if HydraConfig.get().mode == RunMode.RUN:
+            sys.exit(2)
+        raise  # in a sweep the other jobs go on; Hydra raises the first error again when all are through
 
 
 def _measure(cfg: DictConfig) -> float | None:
@@ -82,7 +85,7 @@ def reporting(overrides: list[str]) -> Iterator[None]:
 
     `HYDRA_FULL_ERROR=1` shows tracebacks instead. Anything else is a defect or a failed run and keeps its traceback.
     """
-    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+    if SHOW_TRACEBACKS:
         yield
         return
     os.environ["HYDRA_FULL_ERROR"] = (

@@ -18,7 +18,6 @@ CENTROIDS = {
     3: (0.2450942, 0.7560053, 1.3439093, 2.1519457),
     4: (0.1283950, 0.3880483, 0.6567591, 0.9423405, 1.2562312, 1.6180464, 2.0690172, 2.7325896),
 }
-CORRECTIONS = ("renorm", "unbiased")
 
 
 def codebook(bits: int) -> tuple[np.ndarray, np.ndarray]:
@@ -58,7 +57,8 @@ class TurboQuant:
     seed : int
         Of the rotation.
     correction : str
-        `renorm` keeps the norm of every vector (for keys), `unbiased` its inner product with itself (for values).
+        `plain` stores the norm as the paper does, and vectors shrink; `renorm` keeps their norm (for keys),
+        `unbiased` their inner product with themselves (for values).
     center : bool
         Subtract the mean over tokens of each head and channel first. Attention does not see a shift common to all keys.
     """
@@ -85,10 +85,12 @@ class TurboQuant:
         y_hat = xp.reshape(y_hat, y.shape)
         dot = xp.sum(y * y_hat, axis=-1, keepdims=True)
         square = xp.sum(y * y, axis=-1, keepdims=True)
-        if self.correction == "renorm":
-            factor = xp.sqrt(square / xp.sum(y_hat * y_hat, axis=-1, keepdims=True))
-        else:
-            factor = square / xp.where(dot > 0, dot, xp.ones_like(dot))
+        factors = {
+            "plain": lambda: xp.ones_like(square),
+            "renorm": lambda: xp.sqrt(square / xp.sum(y_hat * y_hat, axis=-1, keepdims=True)),
+            "unbiased": lambda: square / xp.where(dot > 0, dot, xp.ones_like(dot)),
+        }
+        factor = factors[self.correction]()
         scale = xp.astype((norm * factor / dim**0.5)[..., 0], xp.float16)
         return Packed(pack(codes, self.bits), scale, mean)
 

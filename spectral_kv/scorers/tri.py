@@ -35,7 +35,8 @@ class TriAttention:
 
     reads: ClassVar[tuple[str, ...]] = ("keys", "calibration")
 
-    def score(self, layer: LayerView) -> Array:
+    def expectation(self, layer: LayerView) -> Array:
+        """Mean expected logit over the future distances (up to a common factor), `[kv_heads, tokens, query heads a KV head]`."""
         if layer.statistics is None:
             raise ValueError("TriAttention needs calibrated query statistics")
         xp = namespace(layer.keys)
@@ -45,14 +46,16 @@ class TriAttention:
         now = int(layer.positions[-1]) + 1
         phases = layer.rope.angles(now + offsets(self.largest_offset))  # float64: the phases reach 1e5 radians
         weight = mu * np.mean(np.exp(1j * phases), axis=0)
-        spread = modulus - np.abs(mu)
-        coefficients = np.concatenate([weight.real, weight.imag, spread], axis=-1).astype(np.float32)
+        coefficients = np.concatenate([weight.real, weight.imag, modulus - np.abs(mu)], axis=-1).astype(np.float32)
         coefficients = coefficients.reshape(kv_heads, -1, 3 * dim // 2).transpose(0, 2, 1)
-
         real, imaginary = keys[..., : dim // 2], keys[..., dim // 2 :]
         features = xp.concat([real, imaginary, xp.sqrt(real**2 + imaginary**2)], axis=-1)
-        scores = xp.matmul(features, like(np.ascontiguousarray(coefficients), keys))  # [kv_heads, tokens, group]
-        middle = scores[:, layer.evictable]
+        return xp.matmul(features, like(np.ascontiguousarray(coefficients), keys))
+
+    def score(self, layer: LayerView) -> Array:
+        xp = namespace(layer.keys)
+        logits = self.expectation(layer)
+        middle = logits[:, layer.evictable]
         mean = xp.mean(middle, axis=1, keepdims=True)
         deviation = xp.sqrt(xp.mean((middle - mean) ** 2, axis=1, keepdims=True))
-        return xp.max((scores - mean) / xp.clip(deviation, 1e-6, None), axis=-1)
+        return xp.max((logits - mean) / xp.clip(deviation, 1e-6, None), axis=-1)

@@ -1,0 +1,167 @@
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from spectral_kv.backends.torch import TorchBackend
+from spectral_kv.scorers.base import LayerView
+from spectral_kv.scorers.random import Random
+from spectral_kv.selection import Budget, select
+from spectral_kv.storage import Dense, TurboQuantStorage
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@pytest.fixture
+def tokens(rng):
+    return rng.integers(2, 8000, size=300)
+
+
+def logits_of(model, tokens, **kwargs) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(torch.from_numpy(tokens)[None], **kwargs).logits[0]
+
+
+def keep(backend, prefill, kept: int, seed: int) -> list[torch.Tensor]:
+    budget = Budget(kept, sinks=2, recent=4)
+    layers = range(backend.shape.layers)
+    size = len(prefill.tokens)
+    views = [LayerView(prefill.keys[i], prefill.values[i], backend.rope, np.arange(size), budget.evictable(size), i, (0, i)) for i in layers]
+    return [select(Random(seed).score(view), budget) for view in views]
+
+
+def test_prefill_and_extension_equal_the_plain_model(backend, model, tokens):
+    expected = logits_of(model, tokens)
+    prefill = backend.prefill(tokens[:200], observe=10)
+    torch.testing.assert_close(prefill.logits, expected[199], atol=1e-4, rtol=1e-4)
+    extension = backend.extend(backend.compress(prefill, None, Dense()), tokens[200:])
+    torch.testing.assert_close(extension.logits, expected[200:], atol=1e-4, rtol=1e-4)
+
+
+def test_observed_queries_reproduce_the_attention_weights(backend, model, tokens):
+    """Queries and cached keys of the prefill give the weights that the model's own eager attention reports."""
+    prefill = backend.prefill(tokens, observe=1)
+    with torch.inference_mode():
+        weights = model(torch.from_numpy(tokens)[None], output_attentions=True).attentions
+    for layer in range(backend.shape.layers):
+        keys = prefill.keys[layer].repeat_interleave(2, dim=0)
+        ours = torch.softmax((prefill.queries[layer] @ keys.transpose(1, 2)) * backend.scaling, dim=-1)
+        torch.testing.assert_close(ours[:, 0], weights[layer][0, :, -1], atol=1e-5, rtol=1e-3)
+
+
+def test_a_budget_that_holds_the_prompt_reproduces_the_full_cache_exactly(backend, tokens):
+    prefill = backend.prefill(tokens[:200], observe=10)
+    full = backend.extend(backend.compress(prefill, None, Dense()), tokens[200:]).logits
+    kept = backend.extend(backend.compress(prefill, keep(backend, prefill, 200, 0), Dense()), tokens[200:]).logits
+    assert torch.equal(kept, full)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_evicting_a_set_equals_masking_it(backend, model, tokens, seed):
+    """Per-head sets, and a multi-token chunk after eviction, against the plain model with those keys masked out."""
+    prompt, size = 200, len(tokens)
+    prefill = backend.prefill(tokens[:prompt], observe=10)
+    kept = keep(backend, prefill, 60, seed)
+    compressed = backend.extend(backend.compress(prefill, kept, Dense()), tokens[prompt:]).logits
+
+    causal = torch.ones(size, size, dtype=torch.bool).tril()
+    masks = []
+    for chosen in kept:
+        mask = causal.repeat(backend.shape.query_heads, 1, 1)
+        for head in range(backend.shape.query_heads):
+            evicted = torch.ones(prompt, dtype=torch.bool)
+            evicted[chosen[head // 2]] = False
+            mask[head, prompt:, :prompt] &= ~evicted
+        masks.append(mask)
+
+    def masked(layer):
+        def hook(module, args, kwargs):
+            allowed = masks[layer][None]
+            return args, kwargs | {"attention_mask": torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))}
+
+        return hook
+
+    hooks = [b.self_attn.register_forward_pre_hook(masked(i), with_kwargs=True) for i, b in enumerate(model.model.layers)]
+    try:
+        expected = logits_of(model, tokens)[prompt:]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    torch.testing.assert_close(compressed, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(compressed, logits_of(model, tokens)[prompt:], atol=1e-2)
+
+
+def test_new_tokens_take_the_logical_position(backend, tokens):
+    """A cache that goes on at its number of rows instead gives other logits."""
+    prefill = backend.prefill(tokens[:200], observe=10)
+    cache = backend.compress(prefill, keep(backend, prefill, 60, 0), Dense())
+    wrong = cache.copy()
+    assert (cache.position, cache.get_seq_length()) == (200, 60)
+    wrong.position = wrong.get_seq_length()
+    right, shifted = (backend.extend(c, tokens[200:220]).logits for c in (cache, wrong))
+    assert (right - shifted).abs().max() > 0.1
+    assert (cache.position, cache.get_seq_length()) == (220, 80)
+
+
+def test_feeding_one_by_one_equals_feeding_at_once(backend, tokens):
+    prefill = backend.prefill(tokens[:200], observe=10)
+    cache = backend.compress(prefill, keep(backend, prefill, 60, 0), Dense())
+    single = cache.copy()
+    one_by_one = torch.cat([backend.extend(single, tokens[i : i + 1]).logits for i in range(200, 230)])
+    torch.testing.assert_close(backend.extend(cache, tokens[200:230]).logits, one_by_one, atol=1e-4, rtol=1e-4)
+
+
+def test_extending_a_copy_leaves_the_cache_alone(backend, tokens):
+    prefill = backend.prefill(tokens[:200], observe=10)
+    for storage in (Dense(), TurboQuantStorage(sinks=2, recent=10)):
+        cache = backend.compress(prefill, keep(backend, prefill, 60, 0), storage)
+        before = cache.nbytes
+        first = backend.extend(cache.copy(), tokens[200:210]).logits
+        assert (cache.nbytes, cache.position) == (before, 200)
+        assert torch.equal(backend.extend(cache.copy(), tokens[200:210]).logits, first)
+
+
+def test_a_compressed_cache_does_not_hold_on_to_the_prefill(backend, tokens):
+    prefill = backend.prefill(tokens[:200], observe=10)
+    cache = backend.compress(prefill, keep(backend, prefill, 60, 0), Dense())
+    allocated = sum(x.untyped_storage().nbytes() for layer in cache.layers for x in layer.stored.load())
+    assert allocated == cache.nbytes == 2 * 2 * 2 * 60 * 16 * 4  # layers, K and V, heads, tokens, dim, float32
+
+
+def test_generates_what_transformers_generates(backend, model, tokens):
+    ids = torch.from_numpy(tokens[:50])[None]
+    expected = model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False)[0, 50:].tolist()
+    cache = backend.compress(backend.prefill(tokens[:49], observe=1), None, Dense())
+    assert backend.generate(cache, int(tokens[49]), 12) == expected
+
+
+def test_packed_storage_is_close_and_smaller(backend, tokens):
+    prefill = backend.prefill(tokens[:200], observe=10)
+    full = backend.compress(prefill, None, Dense())
+    packed = backend.compress(prefill, None, TurboQuantStorage(sinks=2, recent=10))
+    assert packed.nbytes < full.nbytes / 4
+    exact, near = (torch.log_softmax(backend.extend(c, tokens[200:]).logits, -1) for c in (full, packed))
+    assert (near - exact).abs().max() > 0
+    assert (exact.exp() * (exact - near)).sum(-1).mean() < 0.1
+
+
+def test_the_cache_dtype_is_what_is_stored(checkpoint, tokens):
+    backend = TorchBackend(str(checkpoint), device="cpu", cache_dtype="bfloat16")
+    cache = backend.compress(backend.prefill(tokens[:200], observe=1), None, Dense())
+    backend.extend(cache, tokens[200:])
+    assert cache.nbytes == 2 * 2 * 2 * 300 * 16 * 2
+
+
+def test_refuses_rotations_that_depend_on_the_prompt(checkpoint, tmp_path):
+    import json
+    import shutil
+
+    folder = shutil.copytree(checkpoint, tmp_path / "dynamic")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="RoPE type dynamic"):
+        TorchBackend(str(folder), device="cpu")

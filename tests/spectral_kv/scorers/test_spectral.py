@@ -1,0 +1,110 @@
+import numpy as np
+import pytest
+import torch
+
+from spectral_kv.scorers.base import LayerView
+from spectral_kv.scorers.fourier import Fourier
+from spectral_kv.scorers.wavelet import Wavelet
+from spectral_kv.scorers.wavelet_fourier import WaveletFourier, nonstationarity
+
+SCORERS = [Fourier(), Fourier(taper=0.0), Wavelet(), Wavelet(mode="periodization"), WaveletFourier(), WaveletFourier(cascade=False)]
+NAMES = ["fourier", "fourier-box", "wavelet", "wavelet-per", "wavelet_fourier", "wavelet_fourier-flat"]
+spectral = pytest.mark.parametrize("scorer", SCORERS, ids=NAMES)
+
+
+def view(x: np.ndarray, rope, evictable: slice | None = None) -> LayerView:
+    """A layer whose keys before RoPE are `x` `[kv_heads, tokens, dim]`; values differ from keys."""
+    positions = np.arange(x.shape[1])
+    x = torch.from_numpy(x.astype(np.float32))
+    return LayerView(rope.rotate(x, positions), x.flip(1), rope, positions, evictable or slice(0, x.shape[1]))
+
+
+@spectral
+def test_an_impulse_is_the_top_score_wherever_it_is(scorer, rope):
+    tokens = 257
+    x = np.zeros((tokens, tokens, 16))
+    x[np.arange(tokens), np.arange(tokens), 3] = 1.0  # head h has its impulse at token h
+    np.testing.assert_array_equal(scorer.score(view(x, rope)).argmax(dim=1).numpy(), np.arange(tokens))
+
+
+@spectral
+def test_an_impulse_in_noise_is_in_the_top_percent(scorer, rope, rng):
+    tokens = 257
+    x = 0.1 * rng.normal(size=(tokens, tokens, 16)) / 4  # 20 dB below the unit impulse, summed over 16 channels
+    x[np.arange(tokens), np.arange(tokens), 3] += 1.0
+    deviation = scorer.spectral(torch.from_numpy(x.astype(np.float32)))
+    ranks = (deviation > deviation.diagonal()[:, None]).sum(dim=1)
+    assert ranks.max() <= 2  # 1 % of 257
+
+
+@pytest.mark.parametrize("scorer", [Fourier(), Wavelet(), WaveletFourier()], ids=["fourier", "wavelet", "wavelet_fourier"])
+def test_a_tone_below_the_cut_off_hardly_deviates(scorer):
+    tokens = 1024
+    tone = torch.from_numpy(np.cos(np.pi * 8 * np.arange(tokens) / (tokens - 1)).astype(np.float32))[None, :, None]
+    assert scorer.spectral(tone).max() < 0.02
+    assert scorer.spectral(tone + torch.eye(tokens)[500][None, :, None])[0, 500] > 0.3
+
+
+@spectral
+def test_constant_keys_give_numbers(scorer, rope):
+    scores = scorer.score(view(np.ones((2, 300, 16)), rope))
+    assert torch.isfinite(scores).all()
+
+
+@spectral
+def test_order_matters_to_the_spectrum(scorer, rng):
+    x = torch.from_numpy(np.cumsum(rng.normal(size=(1, 400, 16)), axis=1).astype(np.float32))
+    order = torch.from_numpy(rng.permutation(400))
+    shuffled = scorer.spectral(x[:, order])
+    assert (shuffled - scorer.spectral(x)[:, order]).abs().mean() > 0.5 * shuffled.mean()
+
+
+def test_the_blend_is_the_weighted_sum_of_its_terms(rope, rng):
+    layer = view(rng.normal(size=(2, 200, 16)), rope, slice(4, 150))
+    scorer = Wavelet(spectral_weight=0.5, recency_weight=0.3, norm_weight=0.7)
+    x = layer.unrotated
+
+    def unit(a):
+        low, high = a[:, 4:150].min(dim=1, keepdim=True).values, a[:, 4:150].max(dim=1, keepdim=True).values
+        return (a - low) / (high - low)
+
+    expected = 0.5 * unit(scorer.spectral(x)) + 0.3 * torch.linspace(0, 1, 200) + 0.7 * unit(x.norm(dim=-1))
+    torch.testing.assert_close(scorer.score(layer), expected, atol=1e-5, rtol=0)
+
+
+def test_sign_and_signal_choose_what_is_scored(rope, rng):
+    layer = view(np.cumsum(rng.normal(size=(1, 300, 16)), axis=1), rope)
+    alone = {"recency_weight": 0.0, "norm_weight": 0.0, "spectral_weight": 1.0}
+    score = Fourier(**alone).score(layer)
+    torch.testing.assert_close(Fourier(sign="smoothness", **alone).score(layer), 1 - score, atol=1e-5, rtol=0)
+    for signal in ("rotated_keys", "values"):
+        assert not torch.allclose(Fourier(signal=signal, **alone).score(layer), score, atol=0.05)
+    flipped = Fourier(signal="values", **alone).score(layer)
+    torch.testing.assert_close(flipped.flip(1), score, atol=1e-4, rtol=0)
+
+
+def test_nonstationarity_is_zero_for_a_constant_small_for_noise_and_large_for_changing_tones(rng):
+    tokens = np.arange(1024)
+    changing = np.concatenate([np.cos(np.pi * 0.1 * (s + 1) * tokens[:128]) for s in range(8)])
+    noise = rng.normal(size=(1024, 64))
+    x = np.stack([np.ones((1024, 64)), noise, np.tile(changing[:, None], (1, 64))]).astype(np.float32)
+    constant, steady, moving = nonstationarity(torch.from_numpy(x)).tolist()
+    assert constant == 0
+    assert steady < 0.05 < 0.5 < moving <= 1
+
+
+def test_alpha_one_is_the_wavelet_score_and_alpha_zero_the_cascade(rng):
+    x = torch.from_numpy(rng.normal(size=(1, 300, 8)).astype(np.float32))
+    torch.testing.assert_close(WaveletFourier(alpha=1.0).spectral(x), Wavelet().spectral(x))
+    cascade, flat = WaveletFourier(alpha=0.0).spectral(x), WaveletFourier(alpha=0.0, cascade=False).spectral(x)
+    torch.testing.assert_close(flat, Fourier().spectral(x))
+    assert (cascade - flat).abs().mean() > 0.05
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Wavelet(wavelet="morl"), lambda: Wavelet(mode="zero"), lambda: Wavelet(levels=0), lambda: Fourier(cutoff=0.0), lambda: Fourier(sign="up")],
+)
+def test_refuses_impossible_parameters(make):
+    with pytest.raises(ValueError, match="method"):
+        make()

@@ -1,0 +1,40 @@
+import numpy as np
+import pytest
+import torch
+
+from spectral_kv.transforms.fourier import lowpass, lowpass_mask
+
+
+def reference(x: np.ndarray, cutoff: float, taper: float) -> np.ndarray:
+    """Float64, by the full complex transform of the even continuation."""
+    n = x.shape[1]
+    even = np.concatenate([x, x[:, -2:0:-1]], axis=1).astype(np.float64)
+    frequency = np.abs(np.fft.fftfreq(2 * n - 2, d=0.5))
+    start = cutoff * (1 - taper)
+    gain = np.where(frequency <= start, 1.0, 0.0)
+    inside = (frequency > start) & (frequency <= cutoff)
+    gain[inside] = 0.5 * (1 + np.cos(np.pi * (frequency[inside] - start) / (cutoff - start)))
+    return np.fft.ifft(np.fft.fft(even, axis=1) * gain[None, :, None], axis=1).real[:, :n]
+
+
+@pytest.mark.parametrize("make", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
+@pytest.mark.parametrize("tokens", [16, 257, 1000])
+@pytest.mark.parametrize("cutoff, taper", [(0.25, 0.5), (0.1, 0.0), (1.0, 1.0)])
+def test_equals_the_float64_reference(make, tokens, cutoff, taper, rng):
+    x = rng.normal(size=(2, tokens, 3)).astype(np.float32)
+    np.testing.assert_allclose(np.asarray(lowpass(make(x), cutoff, taper)), reference(x, cutoff, taper), atol=1e-5)
+
+
+def test_mask_is_one_then_half_a_cosine_then_zero():
+    mask = lowpass_mask(101, cutoff=0.4, taper=0.5)
+    assert (mask[:21] == 1).all() and (mask[41:] == 0).all()
+    assert mask[30] == pytest.approx(0.5, abs=1e-6)
+    assert (np.diff(mask[20:41]) < 0).all()
+    assert set(lowpass_mask(101, 0.4, 0.0)) == {0.0, 1.0}
+
+
+def test_passes_low_tones_and_stops_high_ones():
+    tokens = 1001
+    tone = lambda cycles: np.cos(np.pi * cycles * np.arange(tokens) / (tokens - 1))[None, :, None]  # noqa: E731
+    np.testing.assert_allclose(lowpass(tone(50), 0.25, 0.5), tone(50), atol=1e-6)
+    np.testing.assert_allclose(lowpass(tone(600), 0.25, 0.5), 0, atol=1e-6)
