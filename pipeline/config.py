@@ -192,7 +192,7 @@ def check(cfg: DictConfig) -> Settings:
         scorer = target(method, "method", "name", "title")
     documents = target(cfg.document, "document", "name")
     documents.check()
-    phases = {name: target(node, f"phase.{name}") for name, node in cfg.phase.items()}
+    phases = {name: target(node, f"phase.{name}") for name, node in cfg.get("phase", {}).items()}
     if not phases:
         raise InputError("phase=[] measures nothing: choose among memory, perturbation, perplexity, or phase=all")
     for name, phase in phases.items():

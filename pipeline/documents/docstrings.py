@@ -7,18 +7,25 @@ from pathlib import Path
 from typing import ClassVar
 
 from pipeline.documents.base import Documents
+from pipeline.documents.overlap import shingles
+from pipeline.documents.pydoc import topics_text
 
 LEFT_OUT = {"pydoc_data", "test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages"}
 
 
 @dataclass(frozen=True)
 class Docstrings(Documents):
-    """Windows of all docstrings of at least 100 characters, in the order of the files."""
+    """Windows of all docstrings of at least 100 characters, in the order of the files.
+
+    Those that share ten words in a row with the language reference are left out: it contains the manual of pdb, and so
+    does the module.
+    """
 
     source: ClassVar[str] = "the standard library's docstrings"
 
     def texts(self) -> list[str]:
         root = Path(sysconfig.get_path("stdlib"))
+        evaluation = shingles(topics_text())
         found = []
         for file in sorted(root.rglob("*.py")):
             if LEFT_OUT.isdisjoint(file.relative_to(root).parts):
@@ -32,4 +39,4 @@ class Docstrings(Documents):
                     if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
                 )
                 found += [doc for n in nodes if (doc := ast.get_docstring(n)) and len(doc) >= 100]
-        return ["\n\n".join(found)]
+        return ["\n\n".join(doc for doc in found if evaluation.isdisjoint(shingles(doc)))]

@@ -5,9 +5,9 @@ look things up, and planted in held-out text to measure retrieval. Names and val
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
-import itertools
 
 ATTRIBUTES = ("pass key", "access code", "serial number", "magic number", "room number", "ticket number")
 ADJECTIVES = (
@@ -77,7 +77,7 @@ def chain(rng: np.random.Generator, hops: int) -> Lookup:
         if name not in names:
             names.append(name)
     value = _digits(rng)
-    statements = [f"VAR {names[0]} = {value}."]
-    statements += [f"VAR {new} = VAR {old}." for old, new in itertools.pairwise(names)]
-    question = f"Which variables hold the value {value}? They are"
-    return Lookup(tuple(statements), question, ", ".join(names))
+    statements = [f"The value {value} is stored in VAR {names[0]}."]
+    statements += [f"VAR {old} is copied to VAR {new}." for old, new in pairwise(names)]
+    question = f"Which variables hold the value {value}? They are VAR"
+    return Lookup(tuple(statements), question, ", VAR ".join(names))

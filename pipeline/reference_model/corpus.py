@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from pipeline.documents.overlap import shingles
 from pipeline.documents.pydoc import topics_text
 
 BOS, END = "<|bos|>", "<|end|>"
@@ -40,7 +41,6 @@ SKIPPED_FOLDERS = re.compile(
     r"(^|/)(tests?|testing|locale|_?vendor|third_?party|node_modules|licenses?|extern)(/|$)", re.IGNORECASE
 )
 PROSE_LIMIT, CODE_LIMIT = 6_000_000, 2_500_000  # characters a package, so that no package dominates
-SHINGLE = 10  # words
 
 
 def members(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -64,11 +64,6 @@ def licence(metadata: email.message.Message) -> str:
     if not any(parts):
         parts.append((metadata.get("License") or "").strip().split("\n")[0])
     return "; ".join(p for p in parts if p)
-
-
-def shingles(text: str) -> set[int]:
-    words = re.findall(r"[a-z0-9_]+", text.lower())
-    return {hash(tuple(words[i : i + SHINGLE])) for i in range(len(words) - SHINGLE + 1)}
 
 
 def readable(text: str) -> bool:

@@ -11,6 +11,7 @@ The text is Python's language reference, which the model never saw. Further argu
 """
 
 import argparse
+import itertools
 import sys
 
 import numpy as np
@@ -29,7 +30,6 @@ from spectral_kv.metrics.attention import attention_weights
 from spectral_kv.metrics.prediction import negative_log_likelihood
 from spectral_kv.storage import Dense
 from spectral_kv.xp import like, to_numpy
-import itertools
 
 EDGES = (0, 256, 512, 1024, 2048, 4096, 8192)
 DEPTHS = np.linspace(0.0, 1.0, 11)

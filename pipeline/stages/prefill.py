@@ -59,6 +59,7 @@ class FullRuns:
         key = (*key, tokens, document.tobytes())
         if key in self._runs:
             self._runs.move_to_end(key)
+            self._shrink(limit)
             return self._runs[key], False
         start = time.perf_counter()
         prefill = backend.prefill(document[:tokens], OBSERVED)
@@ -66,9 +67,12 @@ class FullRuns:
         seconds = time.perf_counter() - start
         extension = backend.extend(backend.compress(prefill, None, Dense()), document[tokens:])
         self._runs[key] = run = FullRun(document, prefill, extension, seconds)
+        self._shrink(limit)
+        return run, True
+
+    def _shrink(self, limit: int) -> None:
         while len(self._runs) > 1 and sum(r.nbytes for r in self._runs.values()) > limit:
             self._runs.popitem(last=False)
-        return run, True
 
     def clear(self) -> None:
         self._runs.clear()

@@ -1,0 +1,49 @@
+"""A small model, short documents and an outputs folder of its own for every test."""
+
+import shutil
+
+import pytest
+
+from pipeline.calibrate import calibrate
+from pipeline.compose import composed
+from pipeline.job import prepare
+
+SMALL = ["document.tokens=200", "document.continuation=40", "document.count=3", "budget.tokens=60", "budget.recent=16"]
+PHASES = ["phase.memory.generated=8", "phase.perturbation.positions=8", "phase.perplexity.tokens=40"]
+
+
+@pytest.fixture(scope="session")
+def statistics(checkpoint, tmp_path_factory):
+    """Query statistics of the small model."""
+    folder = tmp_path_factory.mktemp("statistics")
+    overrides = [f"model.path={checkpoint}", f"outputs={folder}", "document=pydoc", *SMALL, *PHASES]
+    return calibrate(overrides, folder / "statistics.safetensors")
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory):
+    """A store with its tables and no experiment: MLflow takes seconds to make one."""
+    from pipeline import tracking
+    from pipeline.config import TrackingConfig
+
+    folder = tmp_path_factory.mktemp("store")
+    mlflow = tracking.connect(TrackingConfig(None, "Default"), folder)
+    mlflow.end_run()
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def small(checkpoint, statistics, empty_store, tmp_path) -> list[str]:
+    """Overrides that make any run quick and write to a temporary folder."""
+    (tmp_path / "outputs").mkdir()
+    shutil.copy(empty_store, tmp_path / "outputs" / "mlflow.db")
+    model = ["model=qwen2_5_0_5b", f"model.path={checkpoint}", "model.bos=true", f"model.calibration={statistics}"]
+    return [*model, f"outputs={tmp_path / 'outputs'}", *SMALL, *PHASES]
+
+
+@pytest.fixture
+def run(small):
+    """Execute a configuration given by overrides on top of the small ones."""
+    from pipeline.run import execute
+
+    return lambda *overrides: execute(prepare(composed([*small, *overrides])))

@@ -1,0 +1,28 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from pipeline.aggregate import aggregate, estimate
+
+
+def test_the_mean_is_over_documents_and_ignores_finer_rows():
+    rows = pd.DataFrame(
+        [{"document": d, "layer": None, "metric": "x", "value": v} for d, v in enumerate([1.0, 2.0, 6.0])]
+        + [{"document": 0, "layer": 1.0, "metric": "x", "value": 100.0}]
+    )
+    value = aggregate(rows)["x"]
+    assert value.mean == 3
+    assert 1 <= value.low < 3 < value.high <= 6
+
+
+def test_the_interval_is_about_two_standard_errors_wide(rng):
+    values = rng.normal(size=400)
+    value = estimate(values)
+    assert value.high - value.low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
+    assert value.low < values.mean() < value.high
+
+
+def test_no_interval_where_there_can_be_none():
+    assert np.isnan(estimate(np.array([1.0])).low)
+    assert np.isnan(estimate(np.array([1.0, 2.0])).low)
+    assert estimate(np.array([2.0, 2.0, 2.0])).high == 2

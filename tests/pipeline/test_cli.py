@@ -1,0 +1,98 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+import pipeline.cli as cli
+
+
+def pipeline(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pipeline", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=120)
+
+
+def call(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
+    """Exit status and last line on standard error of a call in this process."""
+    monkeypatch.setattr(sys, "argv", ["pipeline", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return end.value.code, lines[0]
+
+
+def test_help_is_a_manual_and_loads_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['pipeline', '--help']\n"
+        "from pipeline.cli import main\n"
+        "main()\n"
+        "heavy = {'torch', 'transformers', 'mlflow', 'pandas'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    for words in ("* wavelet_tri", "method.levels: 4", "budget.recent: 64", "last tokens, always kept", "Examples"):
+        assert words in result.stdout
+
+
+def test_a_sweep_on_the_command_line_gives_a_finished_run_a_budget(small):
+    import mlflow
+
+    overrides = [o for o in small if not o.startswith("budget.tokens")]
+    result = pipeline(*overrides, "method=wavelet_tri", "budget=60,100", "-m")
+    assert result.returncode == 0, result.stderr
+    outputs = next(o for o in small if o.startswith("outputs=")).removeprefix("outputs=")
+    mlflow.set_tracking_uri(f"sqlite:///{outputs}/mlflow.db")
+    runs = mlflow.search_runs(experiment_names=["spectral-kv"]).sort_values("start_time")
+    assert runs["status"].tolist() == ["FINISHED"] * 2
+    assert runs["metrics.memory/bytes"].tolist() == [60 * 256, 100 * 256]
+    assert runs["metrics.prefill/computed"].tolist() == [3, 0]
+    for run_id in runs["run_id"]:
+        assert f"MLflow run {run_id}" in result.stdout
+    assert f"mlflow ui --backend-store-uri sqlite:///{outputs}/mlflow.db" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["method=nope"], ["method=nope", "wavelet_tri"]),
+        (["method.levles=3"], ["method.levles", "did you mean method.levels?"]),
+        (["method=["], ["method=["]),
+        (["budget=0"], ["budget.tokens=0", "at least 69"]),
+        (["document.count=400"], ["document.count=400"]),
+        (["model.path=/nowhere"], ["model.path=/nowhere"]),
+        (["foo=1"], ["foo is not a setting"]),
+    ],
+)
+def test_bad_input_is_one_sentence(monkeypatch, capsys, tmp_path, arguments, words):
+    status, line = call(monkeypatch, capsys, f"outputs={tmp_path}", *arguments)
+    assert status == 2
+    for word in words:
+        assert word in line
+
+
+def test_an_unwritable_outputs_folder_is_one_sentence(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    status, line = call(monkeypatch, capsys, f"outputs={tmp_path / 'file'}")
+    assert status == 2
+    assert f"outputs={tmp_path / 'file'} can't be written to" in line
+
+
+def test_bad_input_leaves_no_run(monkeypatch, capsys, tmp_path):
+    call(monkeypatch, capsys, f"outputs={tmp_path}", "budget=0")
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_one_bad_job_does_not_stop_the_others(small):
+    overrides = [o for o in small if not o.startswith("budget.tokens")]
+    result = pipeline(*overrides, "method=random", "budget=0,60", "-m")
+    assert result.returncode == 2
+    assert "budget.tokens=0 leaves nothing to choose" in result.stderr
+    assert result.stdout.count("MLflow run") == 1
+
+
+def test_tracebacks_on_request(tmp_path):
+    result = pipeline(f"outputs={tmp_path}", "budget=0", HYDRA_FULL_ERROR="1")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr and "InputError" in result.stderr

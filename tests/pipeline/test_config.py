@@ -1,0 +1,115 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.compose import composed, spelled_out, sweep
+from pipeline.config import check, conf_dir
+from pipeline.errors import InputError
+
+CONF = Path(conf_dir())
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("method", options("method"))
+@pytest.mark.parametrize("storage", options("storage"))
+def test_every_method_combines_with_every_storage(method, storage):
+    cfg = composed([f"method={method}", f"storage={storage}"])
+    settings = check(cfg)
+    assert settings.method.name == cfg.method.name == method
+    assert settings.storage_name == storage
+    assert settings.method.scorer is None or callable(settings.method.scorer.score)
+
+
+@pytest.mark.parametrize("group", ["document", "model", "backend", "phase"])
+def test_every_option_composes_and_is_named_after_its_file(group):
+    for option in options(group):
+        cfg = composed([f"{group}={option}"])
+        if "name" in cfg[group]:
+            assert cfg[group].name == option
+        if option != "file":  # needs a path
+            check(cfg)
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_composes_to_checked_jobs(experiment):
+    jobs = sweep(experiment, [])
+    assert len(jobs) > 1
+    for job in jobs:
+        check(composed(job))
+
+
+def test_turboquant_packs_unless_told_otherwise():
+    assert check(composed(["method=turboquant"])).storage.key_bits == 4
+    assert check(composed(["method=turboquant", "storage=turboquant_2bit"])).storage.key_bits == 2
+
+
+def test_a_number_for_a_budget_is_short_for_its_tokens():
+    assert spelled_out(["budget=256,512", "budget=range(100,300)", "budget=default", "x=1"]) == [
+        "budget.tokens=256,512",
+        "budget.tokens=range(100,300)",
+        "budget=default",
+        "x=1",
+    ]
+    assert check(composed(["budget=300"])).budget.tokens == 300
+
+
+def test_a_ratio_wins_over_tokens_and_counts_in_prompts():
+    assert check(composed(["budget.ratio=0.125", "document.tokens=2001"])).budget.tokens == 251
+
+
+def test_a_sweep_is_the_product_of_its_commas_first_key_outermost():
+    jobs = sweep("paper", ["method=tri,full", "budget.tokens=100,200"])
+    assert [job[1:] for job in jobs] == [
+        [f"method={m}", f"budget.tokens={b}"] for m in ("tri", "full") for b in (100, 200)
+    ]
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["method=wavelet", "method.levels=abc"], ["method.levels=abc"]),
+        (["method=wavelet", "+method.levles=3"], ["method.levles", "did you mean levels?"]),
+        (["method=wavelet", "method.mode=zero"], ["method.mode=zero", "symmetric"]),
+        (["method=full", "+method.levels=3"], ["method.levels", "keeps every token"]),
+        (["method._target_=nowhere.Nothing"], ["nowhere.Nothing", "imported"]),
+        (["budget=0"], ["budget.tokens=0", "at least 69"]),
+        (["budget=68"], ["budget.tokens=68", "at least 69"]),
+        (["budget.ratio=1.5"], ["budget.ratio=1.5"]),
+        (["budget.ratio=0.01"], ["budget.ratio=0.01 of 4096", "at least 69"]),
+        (["budget.tokens=null"], ["budget.tokens"]),
+        (["document.tokens=3"], ["document.tokens=3", "at least 16"]),
+        (["document=file"], ["document.path"]),
+        (["document=file", "document.path=/does/not/exist"], ["/does/not/exist"]),
+        (["phase.perplexity.tokens=500"], ["phase.perplexity", "500", "document.continuation=256"]),
+        (["phase=[]"], ["phase=[]"]),
+        (["storage=turboquant_4bit", "storage.key_bits=7"], ["storage.key_bits=7"]),
+        (["model.bos=maybe"], ["model.bos=maybe"]),
+    ],
+)
+def test_refusals_name_the_key_and_the_remedy(overrides, words):
+    with pytest.raises(InputError) as refusal:
+        check(composed(overrides))
+    message = str(refusal.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_every_setting_has_a_comment_or_a_telling_name():
+    """Numbers an experimenter may vary carry their meaning beside them."""
+    silent = {"name", "title", "_target_", "seed", "value_bits", "recency_weight", "norm_weight", "id", "revision", "split", "column", "subset"}
+    for path in CONF.glob("*/*.yaml"):
+        if path.parent.name == "experiment":
+            continue
+        text = path.read_text()
+        content = yaml.safe_load(text)
+        content = content.get("method", content)
+        for key, value in content.items():
+            if key in silent or key == "defaults" or isinstance(value, dict) or value is None:
+                continue
+            line = next(x for x in text.splitlines() if x.strip().startswith(f"{key}:"))
+            assert "#" in line or "${" in line, f"{path}: {key}"

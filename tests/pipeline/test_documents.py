@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from pipeline.documents.base import content_hash
+from pipeline.documents.docstrings import Docstrings
+from pipeline.documents.file import File
+from pipeline.documents.overlap import shingles
+from pipeline.documents.pydoc import Pydoc, topics_text
+from pipeline.documents.repeated import Repeated
+from pipeline.documents.retrieval import chain, fact, needles
+from pipeline.errors import InputError
+from tests.conftest import REFERENCE
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.from_file(str(REFERENCE / "tokenizer.json"))
+
+
+def test_windows_are_disjoint_consecutive_text_behind_bos(tokenizer):
+    windows = Pydoc(tokens=500, continuation=100, count=5).windows(tokenizer, bos=0)
+    assert [len(w) for w in windows] == [600] * 5
+    text = topics_text()
+    starts = []
+    for window in windows:
+        assert window[0] == 0
+        starts.append(text.find(tokenizer.decode(window[5:595].tolist())))
+    assert starts[0] >= 0 and all(b - a > 1000 for a, b in zip(starts, starts[1:], strict=False))
+    assert starts[-1] > len(text) / 2  # spread over the whole text
+
+
+def test_without_bos_a_window_is_all_text(tokenizer):
+    (window,) = Pydoc(tokens=50, continuation=10, count=1).windows(tokenizer, bos=None)
+    assert len(window) == 60
+    assert topics_text().startswith(tokenizer.decode(window.tolist()))
+
+
+def test_files_are_not_joined(tokenizer, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} " * 300)
+    windows = File(tokens=80, continuation=20, count=4, path=str(tmp_path / "*.txt")).windows(tokenizer, bos=None)
+    assert {tuple(set(tokenizer.decode(w.tolist()).split())) for w in windows} == {("a",), ("b",)}
+
+
+def test_refuses_more_than_there_is(tokenizer, tmp_path):
+    (tmp_path / "short.txt").write_text("only a few words")
+    with pytest.raises(InputError, match=r"document.count=8 .* \(4 tokens, 0 windows\)"):
+        File(path=str(tmp_path / "short.txt")).windows(tokenizer, bos=0)
+    with pytest.raises(InputError, match=r"document.count=400"):
+        Pydoc(count=400).windows(tokenizer, bos=0)
+
+
+def test_refuses_bytes_that_are_no_text(tokenizer, tmp_path):
+    (tmp_path / "x.txt").write_bytes(b"\xff\xfe\x00\x80" * 1000)
+    with pytest.raises(InputError, match="UTF-8"):
+        File(path=str(tmp_path / "x.txt")).windows(tokenizer, bos=0)
+
+
+def test_the_repeated_paragraph_repeats_and_fills_every_window(tokenizer):
+    for paragraph in (None, "one two three"):
+        (window,) = Repeated(tokens=3000, continuation=100, paragraph=paragraph).windows(tokenizer, bos=0)
+        assert len(window) == 3100
+        assert any((window[1:-period] == window[1 + period :]).all() for period in range(2, 200))
+
+
+def test_calibration_text_shares_nothing_with_the_evaluation_text():
+    (text,) = Docstrings().texts()
+    assert len(text) > 500_000
+    assert shingles(topics_text()).isdisjoint(shingles(text))
+
+
+def test_shingles_see_through_case_and_punctuation():
+    text = "One two, three: four five six seven eight nine ten"
+    assert shingles(text) == {tuple(text.lower().replace(",", "").replace(":", "").split())}
+    assert len(shingles(text + " eleven")) == 2
+    assert not shingles("too short")
+
+
+def test_the_hash_follows_the_tokens():
+    a, b = np.arange(5), np.arange(5, 10)
+    assert content_hash([a, b]) == content_hash([a.astype(np.int32), b])
+    assert content_hash([a, b]) != content_hash([b, a])
+
+
+def test_a_fact_names_its_value_and_is_reproducible():
+    one, again = fact(np.random.default_rng(3)), fact(np.random.default_rng(3))
+    assert one == again
+    assert one.answer in one.statements[0] and len(one.answer) == 5
+    assert one.answer not in one.question
+
+
+def test_needles_share_an_attribute_and_nothing_else():
+    found = needles(np.random.default_rng(0), 6)
+    assert len({n.question for n in found}) == len({n.answer for n in found}) == 6
+    assert len({n.question.split(" of the ")[0] for n in found}) == 1
+
+
+def test_a_chain_hands_its_value_on():
+    item = chain(np.random.default_rng(0), hops=3)
+    names = item.answer.split(", VAR ")
+    assert len(set(names)) == 4
+    assert names[0] in item.statements[0]
+    for statement, old, new in zip(item.statements[1:], names, names[1:], strict=False):
+        assert statement.index(old) < statement.index(new)

@@ -1,0 +1,177 @@
+import json
+
+import numpy as np
+import pytest
+
+from pipeline import tracking
+from pipeline.compose import composed
+from pipeline.config import TrackingConfig
+from pipeline.errors import InputError
+from pipeline.job import prepare
+
+
+def store(result):
+    """An MLflow client on the store that holds a result."""
+    import mlflow
+
+    mlflow.set_tracking_uri(result.store)
+    return mlflow.MlflowClient()
+
+
+def rows_of(client, run_id: str) -> dict:
+    path = client.download_artifacts(run_id, "rows.json")
+    with open(path) as file:
+        return json.load(file)
+
+
+def test_a_run_is_recorded_with_everything_that_explains_it(run):
+    result = run("method=wavelet_tri")
+    client = store(result)
+    record = client.get_run(result.run_id)
+    assert record.info.status == "FINISHED"
+    metrics, params, tags = record.data.metrics, record.data.params, record.data.tags
+    for name in ("aop/mean", "aop/p95", "aop/max", "ppl/nd", "ppl/kl", "ppl/top1", "memory/ratio", "memory/bytes"):
+        assert np.isfinite(metrics[name])
+    assert 0 < metrics["aop/mean"] <= metrics["aop/p95"] <= metrics["aop/max"]
+    assert metrics["aop/mean_low"] < metrics["aop/mean"] < metrics["aop/mean_high"]
+    assert (params["method.name"], params["budget.tokens"], params["method.reads"]) == ("wavelet_tri", "60", "keys, calibration")
+    assert {"hash.model", "hash.document", "hash.code", "git.revision", "version.torch", tracking.CONFIGURATION} <= set(tags)
+    rows = rows_of(client, result.run_id)
+    assert rows["columns"] == ["document", "layer", "head", "metric", "value"]
+    per_head = [r for r in rows["data"] if r[3] == "aop/mean" and r[1] is not None]
+    assert len(per_head) == 3 * 2 * 4  # documents, layers, query heads
+    assert np.mean([r[4] for r in per_head]) == pytest.approx(metrics["aop/mean"], rel=1e-5)
+    assert "wavelet_tri" in open(client.download_artifacts(result.run_id, "config.yaml")).read()
+
+
+def test_memory_counts_exactly_the_kept_tokens(run):
+    metrics = run("method=streaming").metrics
+    token = 2 * 2 * 2 * 16 * 2  # layers, K and V, KV heads, dim, bytes
+    assert metrics["memory/tokens"] == 60
+    assert metrics["memory/bytes"] == 60 * token
+    assert metrics["memory/ratio"] == pytest.approx(200 / 60)
+    assert metrics["memory/mb_after_generation"] == pytest.approx(68 * token / 1e6)
+
+
+def test_the_full_cache_and_a_budget_that_holds_everything_change_nothing(run):
+    for overrides in (["method=full"], ["method=wavelet", "budget=200"], ["method=random", "budget=4096"]):
+        metrics = run(*overrides).metrics
+        for name in ("aop/mean", "aop/max", "ppl/nd", "ppl/delta_nll", "ppl/kl"):
+            assert metrics[name] == 0
+        assert metrics["ppl/top1"] == metrics["memory/ratio"] == 1
+
+
+def test_every_method_keeps_other_tokens_and_finishes(run, small):
+    results = {m: run(f"method={m}") for m in ("fourier", "wavelet", "wavelet_fourier", "wavelet_tri", "tri", "random", "streaming")}
+    assert len({r.metrics["aop/mean"] for r in results.values()}) == len(results)
+    assert {r.metrics["memory/tokens"] for r in results.values()} == {60}
+
+
+def test_perplexity_scores_the_tokens_after_the_first(run, backend, small):
+    """Against a plain computation from the logits of the model on whole windows."""
+    job = prepare(composed([*small, "method=full", "backend.cache_dtype=float32"]))
+    metrics = run("method=full", "backend.cache_dtype=float32").metrics
+    expected = []
+    for window in job.windows:
+        logits = backend.extend(backend.compress(backend.prefill(window[:1], 1), None, job.settings.storage), window[1:]).logits.double().numpy()
+        logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        expected.append(np.exp(-np.mean([logp[t - 2, window[t]] for t in range(201, 240)])))
+    assert metrics["ppl/full"] == pytest.approx(np.mean(expected), rel=1e-3)
+
+
+def test_the_second_job_of_a_process_does_not_prefill_again(run):
+    first, second = run("method=fourier", "seed=1"), run("method=fourier", "budget=100", "seed=1")
+    assert first.metrics["prefill/computed"] + first.metrics["prefill/reused"] == 3
+    assert (second.metrics["prefill/computed"], second.metrics["prefill/reused"]) == (0, 3)
+    assert second.metrics["memory/bytes"] > first.metrics["memory/bytes"]
+
+
+def test_a_bound_on_memory_prefills_again(run):
+    run("method=fourier", "prefill_memory_gb=0")
+    assert run("method=wavelet", "prefill_memory_gb=0").metrics["prefill/computed"] == 3
+
+
+def test_a_finished_configuration_is_returned_and_measured_again_on_request(run):
+    first = run("method=random")
+    again = run("method=random")
+    assert again.reused and again.run_id == first.run_id and again.metrics == first.metrics
+    assert run("method=random", "force=true").run_id != first.run_id
+    other_seed = run("method=random", "seed=3")
+    assert not other_seed.reused and other_seed.metrics["aop/mean"] != first.metrics["aop/mean"]
+
+
+def test_the_same_configuration_on_another_document_is_another_result(run, tmp_path):
+    text = tmp_path / "text.txt"
+    options = ["method=streaming", "document=file", f"document.path={text}", "document.tokens=200", "document.continuation=40"]
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 200)
+    first = run(*options)
+    text.write_text("Pack my box with five dozen liquor jugs, please. " * 200)
+    assert not run(*options).reused
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 200)
+    assert run(*options).run_id == first.run_id
+
+
+def test_a_failure_ends_failed_with_its_traceback(run, monkeypatch):
+    from pipeline.phases.memory import Memory
+
+    def broken(self, context):
+        raise RuntimeError("the phase broke")
+
+    first = run("method=random")
+    monkeypatch.setattr(Memory, "measure", broken)
+    with pytest.raises(RuntimeError, match="the phase broke"):
+        run("method=random", "seed=5")
+    client = store(first)
+    experiment = client.get_experiment_by_name("spectral-kv").experiment_id
+    failed, finished = client.search_runs([experiment], order_by=["attributes.start_time DESC"])
+    assert (failed.info.status, finished.info.status) == ("FAILED", "FINISHED")
+    assert "the phase broke" in open(client.download_artifacts(failed.info.run_id, "traceback.txt")).read()
+    monkeypatch.undo()
+    assert not run("method=random", "seed=5").reused  # a failed run is not taken for done
+
+
+def test_refuses_before_loading_what_can_not_run(small, checkpoint, tmp_path):
+    def refusal(*overrides) -> str:
+        with pytest.raises(InputError) as caught:
+            prepare(composed([*small, *overrides]))
+        return str(caught.value)
+
+    assert "model.calibration" in refusal("method=tri", "model.calibration=null")
+    assert "python -m pipeline.calibrate" in refusal("method=tri", "model.calibration=/nowhere")
+    assert "model.path=/nowhere" in refusal("model.path=/nowhere")
+    assert "holds no config.json" in refusal(f"model.path={tmp_path}")
+    assert "2048 positions" in refusal("document.tokens=2040")
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    assert f"outputs={blocker}" in refusal(f"outputs={blocker}")
+
+
+def test_a_hub_model_without_network_is_one_sentence(small, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match=r"model.id=nobody/nothing .* set model.path"):
+        prepare(composed([*small, "model.path=null", "model.id=nobody/nothing"]))
+
+
+def test_the_store_is_in_wal_mode_and_artifacts_lie_beside_it(run, tmp_path):
+    import sqlite3
+
+    result = run("method=random")
+    database = tmp_path / "outputs" / "mlflow.db"
+    assert result.store == f"sqlite:///{database}"
+    with sqlite3.connect(database) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    connection.close()
+    assert list((tmp_path / "outputs" / "artifacts").glob(f"{result.run_id}/artifacts/rows.json"))
+
+
+def test_an_interrupted_run_is_killed_not_finished(tmp_path):
+    import os
+    import signal
+
+    mlflow = tracking.connect(TrackingConfig(None, "x"), tmp_path)
+    ids = []
+    for action in (lambda: os.kill(os.getpid(), signal.SIGTERM), lambda: (_ for _ in ()).throw(KeyboardInterrupt)):
+        with pytest.raises(KeyboardInterrupt), tracking.tracked(mlflow, "r", {}, {}) as run_id:
+            ids.append(run_id)
+            action()
+    assert {mlflow.get_run(i).info.status for i in ids} == {"KILLED"}
