@@ -7,10 +7,23 @@ from pipeline.documents.base import Documents
 
 
 def topics_text() -> str:
-    """The language reference as one text, in the order in which CPython stores its topics."""
+    """The language reference as one text, in the order in which CPython stores its topics.
+
+    Topics contain one another: a paragraph of more than 40 characters that was there before is left out, so that no two
+    windows hold the same text.
+    """
     from pydoc_data.topics import topics
 
-    return "\n\n".join(topics.values())
+    seen: set[str] = set()
+    kept = []
+    for topic in topics.values():
+        for paragraph in topic.split("\n\n"):
+            if len(paragraph) > 40:
+                if paragraph in seen:
+                    continue
+                seen.add(paragraph)
+            kept.append(paragraph)
+    return "\n\n".join(kept)
 
 
 @dataclass(frozen=True)

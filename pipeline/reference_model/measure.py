@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=["single", "multikey", "chain"], default="single")
     parser.add_argument("--repeats", type=int, default=5, help="questions a depth")
     arguments = parser.parse_intermixed_args()
-    sizes = {"nll": (8190, 2, 14), "needles": (arguments.length - 8, 8, 5), "sinks": (4096, 64, 8)}[arguments.what]
+    sizes = {"nll": (8190, 2, 12), "needles": (arguments.length - 8, 8, 5), "sinks": (4096, 64, 8)}[arguments.what]
     names = ("document.tokens", "document.continuation", "document.count")
     settings = [
         "method=full",

@@ -1,6 +1,7 @@
 """A small model, short documents and an outputs folder of its own for every test."""
 
-import shutil
+import sqlite3
+from contextlib import closing
 
 import pytest
 
@@ -36,7 +37,8 @@ def empty_store(tmp_path_factory):
 def small(checkpoint, statistics, empty_store, tmp_path) -> list[str]:
     """Overrides that make any run quick and write to a temporary folder."""
     (tmp_path / "outputs").mkdir()
-    shutil.copy(empty_store, tmp_path / "outputs" / "mlflow.db")
+    with closing(sqlite3.connect(empty_store)) as made, closing(sqlite3.connect(tmp_path / "outputs" / "mlflow.db")) as own:
+        made.backup(own)  # a copied file would miss what is still in the write-ahead log
     model = ["model=qwen2_5_0_5b", f"model.path={checkpoint}", "model.bos=true", f"model.calibration={statistics}"]
     return [*model, f"outputs={tmp_path / 'outputs'}", *SMALL, *PHASES]
 
