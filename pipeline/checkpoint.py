@@ -113,7 +113,8 @@ def locate(model: ModelConfig, prompt: int, continuation: int) -> Checkpoint:
     for pattern in ("config.json", "tokenizer.json", "*.safetensors"):
         if not any(folder.glob(pattern)):
             raise InputError(
-                f"{folder} holds no {pattern}: a Hugging Face checkpoint folder has config.json, tokenizer.json and *.safetensors"
+                f"{folder} holds no {pattern}: "
+                "a Hugging Face checkpoint folder has config.json, tokenizer.json and *.safetensors"
             )
     checkpoint = Checkpoint(folder)
     try:
@@ -122,7 +123,7 @@ def locate(model: ModelConfig, prompt: int, continuation: int) -> Checkpoint:
         raise InputError(f"{folder}/config.json is not valid JSON: save the checkpoint again") from None
     if context is not None and prompt + continuation > context:
         raise InputError(
-            f"document.tokens={prompt} plus document.continuation={continuation} exceed the {context} positions of model={model.name}: "
-            "ask for shorter documents"
+            f"document.tokens={prompt} plus document.continuation={continuation} "
+            f"exceed the {context} positions of model={model.name}: ask for shorter documents"
         )
     return checkpoint

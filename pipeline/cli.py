@@ -71,11 +71,13 @@ def sentence(error: Exception, overrides: list[str]) -> str:
         group, _, option = str(error.missing_cfg_file).partition("/")
         return f"{group}={option} is not known{suggestion(option, list(error.options or []))}"
     if isinstance(error, OverrideParseException):
-        return f"{error.override} can't be read: write group=option or setting=value, and quote it if the shell could change it"
+        remedy = "write group=option or setting=value, and quote it if the shell could change it"
+        return f"{error.override} can't be read: {remedy}"
     text = str(error)
     if found := re.search(r"Could not (?:override|append to config) '?([\w.@/]+)", text):
         key = found.group(1)
-        return f"{key} is not a setting{suggestion(key, _known_keys(overrides)).split(': choose')[0]} (python -m pipeline --cfg job prints all settings)"
+        nearest = suggestion(key, _known_keys(overrides)).split(": choose")[0]
+        return f"{key} is not a setting{nearest} (python -m pipeline --cfg job prints all settings)"
     return " ".join(text.split("\n")[0].split())
 
 
@@ -101,7 +103,10 @@ def reporting(overrides: list[str]) -> Iterator[None]:
         outputs = Path(next((o.partition("=")[2] for o in reversed(overrides) if o.startswith("outputs=")), "outputs"))
         if error.filename is None or not Path(error.filename).absolute().is_relative_to(outputs.absolute()):
             raise
-        print(f"pipeline: outputs={outputs} can't be written to ({error.strerror}): set outputs=<a folder of yours>", file=sys.stderr)
+        print(
+            f"pipeline: outputs={outputs} can't be written to ({error.strerror}): set outputs=<a folder of yours>",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("pipeline: interrupted; finished runs are kept", file=sys.stderr)

@@ -11,7 +11,7 @@ from pipeline.config import conf_dir, register_resolvers
 
 
 def spelled_out(overrides: list[str]) -> list[str]:
-    """Overrides with `budget=256,512` written as `budget.tokens=256,512`: Hydra has no options whose names are numbers."""
+    """Overrides with `budget=256,512` written as `budget.tokens=256,512`: Hydra has no options named by numbers."""
     return [re.sub(r"^budget=(?=\d|range\(|choice\()", "budget.tokens=", o) for o in overrides]
 
 
@@ -23,7 +23,7 @@ def composed(overrides: list[str]) -> DictConfig:
 
 
 def sweep(experiment: str, overrides: list[str]) -> list[list[str]]:
-    """The override lists of a sweep `experiment=<name> <overrides>`: the product over commas, the first key outermost."""
+    """Override lists of a sweep `experiment=<name> <overrides>`: the product over commas, the first key outermost."""
     register_resolvers()
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         cfg = compose("config", overrides=[f"experiment={experiment}"], return_hydra_config=True)

@@ -135,7 +135,10 @@ def suggestion(word: str, known: list[str]) -> str:
 
 
 def typed(cls: type, node: DictConfig, key: str, option: str | None = None) -> Any:
-    """An instance of dataclass `cls` from the node at `key` (of the chosen `option`), refusing unknown keys, wrong types and impossible values."""
+    """An instance of dataclass `cls` from the node at `key` (of the chosen `option`).
+
+    Unknown keys, wrong types and impossible values are refused.
+    """
     known = [f.name for f in fields(cls)]
     values = OmegaConf.to_container(node, resolve=True)
     for name in values:
@@ -198,7 +201,8 @@ def check(cfg: DictConfig) -> Settings:
     for name, phase in phases.items():
         if phase.needs > documents.continuation:
             raise InputError(
-                f"phase.{name} needs {phase.needs} tokens after the prompt but document.continuation={documents.continuation}: raise the latter"
+                f"phase.{name} needs {phase.needs} tokens after the prompt "
+                f"but document.continuation={documents.continuation}: raise the latter"
             )
     return Settings(
         method=MethodConfig(method.name, method.title, scorer),

@@ -2,4 +2,7 @@
 
 
 class InputError(ValueError):
-    """Something in the configuration or the files it names can't be used; the message says what and what to write instead."""
+    """Something in the configuration or the files it names can't be used.
+
+    The message says what and what to write instead.
+    """

@@ -8,10 +8,14 @@ ORDER = ("method", "model", "budget", "storage", "backend", "document", "phase",
 
 
 def _described(path: Path) -> tuple[str, str]:
-    """The first comment of a configuration file that is not a package directive, and its settings with their comments."""
+    """First comment of a configuration file that is not a package directive, and the settings with their comments."""
     lines = [line for line in path.read_text().splitlines() if not line.startswith("# @package")]
     comment = lines[0].removeprefix("# ")
-    body = [line for line in lines if line.strip() and not line.startswith(("#", "_target_", "name:", "title:", "defaults:", "  - "))]
+    body = [
+        line
+        for line in lines
+        if line.strip() and not line.startswith(("#", "_target_", "name:", "title:", "defaults:", "  - "))
+    ]
     return comment, "\n".join(body)
 
 

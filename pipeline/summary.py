@@ -49,14 +49,16 @@ def show(result: Result) -> None:
     if metrics.get("ppl/flagged", 0) > 0:
         share = metrics["ppl/flagged"]
         console.print(
-            f"Warning: the full cache predicts {share:.0%} of the documents almost perfectly (perplexity under 1.5): they measure copying."
+            f"Warning: the full cache predicts {share:.0%} of the documents almost perfectly "
+            "(perplexity under 1.5): they measure copying."
         )
     console.print(result.documents)
     if result.reused:
         console.print("Measured before with the same code, model and documents; force=true measures again.")
     else:
         console.print(
-            f"{metrics['time/total_s']:.1f} s; prefill {metrics['time/prefill_s']:.2f} s and compression {metrics['time/compress_s']:.3f} s a document; "
+            f"{metrics['time/total_s']:.1f} s; prefill {metrics['time/prefill_s']:.2f} s "
+            f"and compression {metrics['time/compress_s']:.3f} s a document; "
             f"{metrics['prefill/computed']:.0f} prefills computed, {metrics['prefill/reused']:.0f} reused",
             soft_wrap=True,
         )

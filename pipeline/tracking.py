@@ -108,7 +108,10 @@ def _interrupt(signum, frame):
 
 @contextmanager
 def tracked(mlflow, name: str, params: dict, tags: dict) -> Iterator[str]:
-    """An MLflow run that ends FINISHED only if its body does: FAILED with the traceback after an exception, KILLED after Ctrl-C or SIGTERM."""
+    """An MLflow run that ends FINISHED only if its body does.
+
+    FAILED with the traceback after an exception, KILLED after Ctrl-C or SIGTERM.
+    """
     previous = signal.signal(signal.SIGTERM, _interrupt)
     run = mlflow.start_run(run_name=name, tags=tags)
     status = "FAILED"

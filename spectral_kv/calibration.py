@@ -57,8 +57,8 @@ class QueryStatistics:
             ) from None
         if statistics.mu.shape != shape or statistics.modulus.shape != shape:
             raise ValueError(
-                f"{path} was calibrated for [layers, query heads, bands] = {list(statistics.mu.shape)}, this model has {list(shape)}; "
-                "calibrate this model with `python -m pipeline.calibrate`"
+                f"{path} was calibrated for [layers, query heads, bands] = {list(statistics.mu.shape)}, "
+                f"this model has {list(shape)}; calibrate this model with `python -m pipeline.calibrate`"
             )
         return statistics
 

@@ -30,8 +30,8 @@ class Budget:
             raise ValueError(f"sinks ({self.sinks}) and recent ({self.recent}) can't be negative")
         if self.tokens <= self.sinks + self.recent:
             raise ValueError(
-                f"a budget of {self.tokens} tokens leaves nothing to choose: sinks ({self.sinks}) and recent window ({self.recent}) "
-                f"already take {self.sinks + self.recent}"
+                f"a budget of {self.tokens} tokens leaves nothing to choose: "
+                f"sinks ({self.sinks}) and recent window ({self.recent}) already take {self.sinks + self.recent}"
             )
 
     def evictable(self, tokens: int) -> slice:

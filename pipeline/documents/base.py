@@ -61,8 +61,10 @@ class Documents:
             windows += [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
         if len(windows) < self.count:
             raise InputError(
-                f"document.count={self.count} windows of document.tokens={self.tokens} plus document.continuation={self.continuation} tokens are more "
-                f"than {self.source} holds ({total} tokens, {len(windows)} windows): ask for fewer or shorter windows, or give more text"
+                f"document.count={self.count} windows of document.tokens={self.tokens} "
+                f"plus document.continuation={self.continuation} tokens are more "
+                f"than {self.source} holds ({total} tokens, {len(windows)} windows): "
+                "ask for fewer or shorter windows, or give more text"
             )
         chosen = [windows[i * len(windows) // self.count] for i in range(self.count)]
         return chosen if bos is None else [np.concatenate([[bos], w]) for w in chosen]

@@ -1,4 +1,4 @@
-"""Docstrings of the standard library: calibration text that every Python has and that the language reference is not part of."""
+"""Docstrings of the standard library: calibration text that every Python has, without the language reference."""
 
 import ast
 import sysconfig

@@ -37,10 +37,12 @@ class Hub(Documents):
         except Exception as error:  # the library raises a dozen kinds; all mean that the data is not to be had
             reason = str(error).strip().split("\n")[0]
             raise InputError(
-                f"document.id={self.id} can't be loaded ({reason}): check the name and the network, or use document=file"
+                f"document.id={self.id} can't be loaded ({reason}): "
+                "check the name and the network, or use document=file"
             ) from None
         if self.column not in rows.column_names:
             raise InputError(
-                f"document.column={self.column} is not a column of {self.id}: choose one of {', '.join(rows.column_names)}"
+                f"document.column={self.column} is not a column of {self.id}: "
+                f"choose one of {', '.join(rows.column_names)}"
             )
         return ["\n\n".join(row for row in rows[self.column] if row.strip())]

@@ -6,9 +6,10 @@ from typing import ClassVar
 from pipeline.documents.base import Documents
 
 PARAGRAPH = (
-    "A cache keeps what was computed once so that it need not be computed again. Every token that a model reads leaves a key and a "
-    "value behind, and every later token looks at all of them. Long documents therefore fill the memory of the machine, and most of "
-    "what fills it will hardly be looked at again. The question is which part that is, and who can tell in advance."
+    "A cache keeps what was computed once so that it need not be computed again. Every token that a model reads "
+    "leaves a key and a value behind, and every later token looks at all of them. Long documents therefore fill the "
+    "memory of the machine, and most of what fills it will hardly be looked at again. The question is which part that "
+    "is, and who can tell in advance."
 )
 
 

@@ -11,19 +11,19 @@ import numpy as np
 
 ATTRIBUTES = ("pass key", "access code", "serial number", "magic number", "room number", "ticket number")
 ADJECTIVES = (
-    "amber ancient azure bitter bold brave bright broken calm clever cold copper crimson curious dark deep dusty eager early "
-    "empty faint fierce frozen gentle giant golden green grey happy hidden hollow humble icy iron ivory late lazy light little "
-    "lonely loud lucky mellow misty narrow noble old orange pale patient plain proud purple quick quiet rapid red royal rusty "
-    "sharp shiny silent silver sleepy slow small soft solar stone strong sunny swift tall tiny velvet violet warm white wild "
-    "wise wooden yellow young"
+    "amber ancient azure bitter bold brave bright broken calm clever cold copper crimson curious dark deep dusty "
+    "eager early empty faint fierce frozen gentle giant golden green grey happy hidden hollow humble icy iron ivory "
+    "late lazy light little lonely loud lucky mellow misty narrow noble old orange pale patient plain proud purple "
+    "quick quiet rapid red royal rusty sharp shiny silent silver sleepy slow small soft solar stone strong sunny "
+    "swift tall tiny velvet violet warm white wild wise wooden yellow young"
 ).split()
 NOUNS = (
-    "anchor apple arrow badger basket beacon bear bell boat bridge candle canyon castle cat cedar clock cloud comet crane "
-    "crow desert dolphin dragon drum eagle engine falcon feather fern forest fox garden ghost glacier harbor hawk heron "
-    "hill horse island jacket kettle kite ladder lake lantern lemon leopard lion lizard maple meadow mirror moon mountain "
-    "needle oak ocean otter owl panther parrot pebble pilot pine planet pony rabbit raven ribbon river robin rocket salmon "
-    "shadow shark ship sparrow spider star stork storm summit swan temple thunder tiger tower train tulip tunnel turtle "
-    "valley village violin walrus whale willow window wolf zebra"
+    "anchor apple arrow badger basket beacon bear bell boat bridge candle canyon castle cat cedar clock cloud comet "
+    "crane crow desert dolphin dragon drum eagle engine falcon feather fern forest fox garden ghost glacier harbor "
+    "hawk heron hill horse island jacket kettle kite ladder lake lantern lemon leopard lion lizard maple meadow "
+    "mirror moon mountain needle oak ocean otter owl panther parrot pebble pilot pine planet pony rabbit raven ribbon "
+    "river robin rocket salmon shadow shark ship sparrow spider star stork storm summit swan temple thunder tiger "
+    "tower train tulip tunnel turtle valley village violin walrus whale willow window wolf zebra"
 ).split()
 STATEMENTS = (
     "The {attribute} of the {name} is {value}.",

@@ -51,10 +51,12 @@ def write(jobs: list[Job], ids: dict[str, str]) -> tuple[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     documents = settings.documents
     head = (
-        f"# Published tables, measured again\n\nModel {settings.model.name}, {documents.count} documents of {documents.tokens} tokens from "
-        f"{documents.source}, {documents.continuation} tokens scored after each, budget {settings.budget.tokens} tokens (sinks "
-        f"{settings.budget.sinks} and recent {settings.budget.recent} included). Means over documents with 95 % bootstrap intervals. Published: "
-        "Qwen2.5-0.5B, one document, no intervals.\n"
+        "# Published tables, measured again\n\n"
+        f"Model {settings.model.name}, {documents.count} documents of {documents.tokens} tokens from "
+        f"{documents.source}, {documents.continuation} tokens scored after each, "
+        f"budget {settings.budget.tokens} tokens (sinks {settings.budget.sinks} and recent {settings.budget.recent} "
+        "included). Means over documents with 95 % bootstrap intervals. "
+        "Published: Qwen2.5-0.5B, one document, no intervals.\n"
     )
     sections = [head]
     numbers = published()
@@ -65,9 +67,10 @@ def write(jobs: list[Job], ids: dict[str, str]) -> tuple[str, Path]:
     first = runs.iloc[0]
     trace = "\n".join(f"- {row['tags.title']}: {row['run_id']}" for _, row in runs.iterrows())
     sections.append(
-        f"## Where these numbers come from\n\nMLflow store {tracking.store_uri(settings.tracking, settings.outputs)}; code "
-        f"{first['tags.git.revision']} ({first['tags.hash.code']}), model {first['tags.hash.model']}, documents {first['tags.hash.document']}. "
-        f"Runs:\n\n{trace}\n"
+        "## Where these numbers come from\n\n"
+        f"MLflow store {tracking.store_uri(settings.tracking, settings.outputs)}; "
+        f"code {first['tags.git.revision']} ({first['tags.hash.code']}), model {first['tags.hash.model']}, "
+        f"documents {first['tags.hash.document']}. Runs:\n\n{trace}\n"
     )
     text = "\n".join(sections)
     (folder / "tables.md").write_text(text)

@@ -38,21 +38,27 @@ class TableSpec:
 
 TABLES = (
     TableSpec(
-        "memory", "Cache compression (full cache / cache; higher is better)", "memory/ratio", "ratio", "ratio", "high", 2,
+        "memory", "Cache compression (full cache / cache; higher is better)",
+        "memory/ratio", "ratio", "ratio", "high", 2,
         {"mb": ("memory/mb", "MB")},
-        "Ours counts every byte that must live to continue decoding, the full cache in 16 bits. The published 7.1 MB are 576 tokens "
-        "(512 and 64 generated); its TurboQuant was simulated and saved nothing. MB depend on the model and are not comparable.",
+        "Ours counts every byte that must live to continue decoding, the full cache in 16 bits. "
+        "The published 7.1 MB are 576 tokens (512 and 64 generated); its TurboQuant was simulated and saved nothing. "
+        "MB depend on the model and are not comparable.",
     ),
     TableSpec(
-        "perturbation", "Attention output perturbation (AOP; lower is better)", "aop/mean", "mean", "AOP mean", "low", 3,
+        "perturbation", "Attention output perturbation (AOP; lower is better)",
+        "aop/mean", "mean", "AOP mean", "low", 3,
         {"max": ("aop/max", "AOP max")},
-        "Relative L2 error of attention over the prefix, per layer, query head and continuation position; 0 is the full cache, 1 a zero vector. "
+        "Relative L2 error of attention over the prefix, per layer, query head and continuation position; "
+        "0 is the full cache, 1 a zero vector. "
         "The published normalisation is not defined. The largest value is averaged over documents.",
     ),
     TableSpec(
-        "perplexity", "Perplexity (ND-PPL = (PPL - PPL_full) / PPL_full; lower is better)", "ppl/nd", "nd", "ND-PPL", "low", 3,
+        "perplexity", "Perplexity (ND-PPL = (PPL - PPL_full) / PPL_full; lower is better)",
+        "ppl/nd", "nd", "ND-PPL", "low", 3,
         {"comp": ("ppl/comp", "PPL")},
-        "The published rows imply a full-cache perplexity of 1.006: a looped text, which measures copying. Ours are windows of real prose.",
+        "The published rows imply a full-cache perplexity of 1.006: a looped text, which measures copying. "
+        "Ours are windows of real prose.",
     ),
 )  # fmt: skip
 

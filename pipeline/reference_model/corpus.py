@@ -31,7 +31,8 @@ BOS, END = "<|bos|>", "<|end|>"
 VOCABULARY = 8192
 PROSE = {".rst", ".md", ".txt"}
 PERMISSIVE = re.compile(
-    r"\b(mit|bsd|apache|isc|psf|python software foundation|hpnd|historical permission|zpl|zope public|unlicense|zlib|cc0|0bsd|public domain|mit-cmu)\b",
+    r"\b(mit|bsd|apache|isc|psf|python software foundation|hpnd|historical permission|zpl|zope public|unlicense|zlib"
+    r"|cc0|0bsd|public domain|mit-cmu)\b",
     re.IGNORECASE,
 )
 RESTRICTIVE = re.compile(

@@ -35,7 +35,8 @@ def choose(
     kept = []
     for layer, (keys, values) in enumerate(zip(prefill.keys, prefill.values, strict=True)):
         view = LayerView(
-            keys, values, backend.rope, np.arange(tokens), budget.evictable(tokens), layer, (document, layer), prefill.queries[layer], statistics
+            keys, values, backend.rope, np.arange(tokens), budget.evictable(tokens), layer, (document, layer),
+            prefill.queries[layer], statistics,
         )  # fmt: skip
         chosen = select(scorer.score(view), budget)
         expected = (backend.shape.kv_heads, min(budget.tokens, tokens))

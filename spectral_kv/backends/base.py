@@ -51,7 +51,10 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Extension:
-    """What feeding tokens on top of a cache gave: logits `[tokens, vocabulary]`, and a layer's queries `[query_heads, tokens, dim]`."""
+    """What feeding tokens on top of a cache gave.
+
+    Logits `[tokens, vocabulary]`, and a layer's queries `[query_heads, tokens, dim]`.
+    """
 
     logits: Array
     queries: list[Array]
@@ -69,7 +72,10 @@ class Backend(Protocol):
         ...
 
     def compress(self, prefill: Prefill, kept: list[Array] | None, storage: Storage) -> Cache:
-        """A cache with the kept tokens `[kv_heads, kept]` of every layer (all tokens if None); it shares nothing with the prefill."""
+        """A cache with the kept tokens `[kv_heads, kept]` of every layer (all tokens if None).
+
+        It shares nothing with the prefill.
+        """
         ...
 
     def extend(self, cache: Cache, tokens: np.ndarray) -> Extension:

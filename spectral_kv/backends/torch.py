@@ -69,7 +69,10 @@ class CompressedLayer(DynamicLayer):
 
 
 class CompressedCache(Cache):
-    """A cache with fewer rows than its position: rows are what attention reads, the position is where the next token goes."""
+    """A cache with fewer rows than its position.
+
+    Rows are what attention reads, the position is where the next token goes.
+    """
 
     def __init__(self, layers: list[CompressedLayer], position: int):
         super().__init__(layers=layers)
@@ -96,7 +99,8 @@ class TorchBackend:
     Parameters
     ----------
     folder : str
-        A Hugging Face checkpoint: config.json and safetensors. Nothing is downloaded and no code of the checkpoint runs.
+        A Hugging Face checkpoint: config.json and safetensors. Nothing is downloaded and no code of the checkpoint
+        runs.
     device : str
         `cpu`, `cuda`, `cuda:1`, ... or `auto` for CUDA where there is one.
     dtype : str
@@ -107,7 +111,8 @@ class TorchBackend:
     Raises
     ------
     ValueError
-        If the model has layers that do not attend to all tokens, or a rotation that depends on the length of the prompt.
+        If the model has layers that do not attend to all tokens, or a rotation that depends on the length of the
+        prompt.
     """
 
     def __init__(self, folder: str, device: str = "auto", dtype: str = "auto", cache_dtype: str = "bfloat16"):
@@ -127,12 +132,14 @@ class TorchBackend:
         sliding = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
         if sliding:
             raise ValueError(
-                f"{folder} has layers of type {', '.join(sorted(sliding))}; only full-attention models can be compressed"
+                f"{folder} has layers of type {', '.join(sorted(sliding))}; "
+                "only full-attention models can be compressed"
             )
         rotary = model.base_model.rotary_emb
         if rotary.rope_type in LENGTH_DEPENDENT_ROPE:
             raise ValueError(
-                f"{folder} uses RoPE type {rotary.rope_type}, whose frequencies change with the prompt; cached keys can't be un-rotated"
+                f"{folder} uses RoPE type {rotary.rope_type}, whose frequencies change with the prompt; "
+                "cached keys can't be un-rotated"
             )
         self.rope = Rope(rotary.inv_freq.double().cpu().numpy(), float(rotary.attention_scaling))
         attention = model.base_model.layers[0].self_attn

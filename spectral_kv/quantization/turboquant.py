@@ -39,7 +39,10 @@ def rotation(dim: int, seed: tuple[int, ...]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Packed:
-    """Quantised vectors: `codes` uint8 `[..., dim * bits / 8]`, `scale` float16 `[...]`, `mean` `[heads, 1, dim]` or None."""
+    """Quantised vectors.
+
+    `codes` uint8 `[..., dim * bits / 8]`, `scale` float16 `[...]`, `mean` `[heads, 1, dim]` or None.
+    """
 
     codes: Array
     scale: Array

@@ -12,7 +12,9 @@ SIGNS = ("deviation", "smoothness")
 
 @dataclass(frozen=True)
 class Spectral:
-    """Base of the spectral scorers: `spectral_weight * unit(spectral) + recency_weight * recency + norm_weight * unit(key norm)`.
+    """Base of the spectral scorers.
+
+    `spectral_weight * unit(spectral) + recency_weight * recency + norm_weight * unit(key norm)`.
 
     Parameters
     ----------

@@ -36,7 +36,10 @@ class TriAttention:
     reads: ClassVar[tuple[str, ...]] = ("keys", "calibration")
 
     def expectation(self, layer: LayerView) -> Array:
-        """Mean expected logit over the future distances (up to a common factor), `[kv_heads, tokens, query heads a KV head]`."""
+        """Mean expected logit over the future distances (up to a common factor).
+
+        `[kv_heads, tokens, query heads a KV head]`.
+        """
         if layer.statistics is None:
             raise ValueError("TriAttention needs calibrated query statistics")
         xp = namespace(layer.keys)

@@ -8,12 +8,14 @@ from spectral_kv.xp import Array, like, namespace
 def lowpass_mask(bins: int, cutoff: float, taper: float) -> np.ndarray:
     """Gain `[bins]` for frequencies from 0 to Nyquist.
 
-    One below `cutoff * (1 - taper)`, zero above `cutoff`, half a cosine between: a Tukey window in frequency. `taper=0` is a box.
+    One below `cutoff * (1 - taper)`, zero above `cutoff`, half a cosine between: a Tukey window in frequency. `taper=0`
+    is a box.
 
     Parameters
     ----------
     cutoff, taper : float
-        Cut-off as a fraction of the Nyquist frequency, and the fraction of the pass band that rolls off; both in [0, 1].
+        Cut-off as a fraction of the Nyquist frequency, and the fraction of the pass band that rolls off; both in
+        [0, 1].
     """
     frequency = np.linspace(0.0, 1.0, bins)
     start = cutoff * (1.0 - taper)

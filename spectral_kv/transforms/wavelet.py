@@ -111,7 +111,10 @@ def back_projection(
 
 
 def to_tokens(energies: list[Array], tokens: int, wavelet: str, mode: str, weights: tuple[float, ...]) -> Array:
-    """Energy of detail coefficients `[heads, coefficients]`, one array a level from finest to coarsest, as `[heads, tokens]`."""
+    """Energy of detail coefficients, as `[heads, tokens]`.
+
+    The coefficients are `[heads, coefficients]`, one array a level from finest to coarsest.
+    """
     xp = namespace(energies[0])
     index, gain = back_projection(tokens, wavelet, len(energies), mode, weights)
     energy = xp.concat(energies, axis=-1)

@@ -37,7 +37,10 @@ def empty_store(tmp_path_factory):
 def small(checkpoint, statistics, empty_store, tmp_path) -> list[str]:
     """Overrides that make any run quick and write to a temporary folder."""
     (tmp_path / "outputs").mkdir()
-    with closing(sqlite3.connect(empty_store)) as made, closing(sqlite3.connect(tmp_path / "outputs" / "mlflow.db")) as own:
+    with (
+        closing(sqlite3.connect(empty_store)) as made,
+        closing(sqlite3.connect(tmp_path / "outputs" / "mlflow.db")) as own,
+    ):
         made.backup(own)  # a copied file would miss what is still in the write-ahead log
     model = ["model=qwen2_5_0_5b", f"model.path={checkpoint}", "model.bos=true", f"model.calibration={statistics}"]
     return [*model, f"outputs={tmp_path / 'outputs'}", *SMALL, *PHASES]

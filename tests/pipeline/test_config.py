@@ -101,7 +101,20 @@ def test_refusals_name_the_key_and_the_remedy(overrides, words):
 
 def test_every_setting_has_a_comment_or_a_telling_name():
     """Numbers an experimenter may vary carry their meaning beside them."""
-    silent = {"name", "title", "_target_", "seed", "value_bits", "recency_weight", "norm_weight", "id", "revision", "split", "column", "subset"}
+    silent = {
+        "name",
+        "title",
+        "_target_",
+        "seed",
+        "value_bits",
+        "recency_weight",
+        "norm_weight",
+        "id",
+        "revision",
+        "split",
+        "column",
+        "subset",
+    }
     for path in CONF.glob("*/*.yaml"):
         if path.parent.name == "experiment":
             continue

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
@@ -26,7 +28,7 @@ def test_windows_are_disjoint_consecutive_text_behind_bos(tokenizer):
     for window in windows:
         assert window[0] == 0
         starts.append(text.find(tokenizer.decode(window[5:595].tolist())))
-    assert starts[0] >= 0 and all(b - a > 1000 for a, b in zip(starts, starts[1:], strict=False))
+    assert starts[0] >= 0 and all(b - a > 1000 for a, b in pairwise(starts))
     assert starts[-1] > len(text) / 2  # spread over the whole text
 
 

@@ -46,7 +46,9 @@ def test_it_predicts_text_it_never_saw(reference, tokenizer):
 def test_it_finds_a_planted_fact(reference, tokenizer):
     (window,) = Pydoc(tokens=900, continuation=2, count=1).windows(tokenizer, bos=0)
     fact = tokenizer.encode("\nThe access code of the violet heron is 70316.\n").ids
-    question = tokenizer.encode("\nWhat is the access code of the violet heron? The access code of the violet heron is").ids
+    question = tokenizer.encode(
+        "\nWhat is the access code of the violet heron? The access code of the violet heron is"
+    ).ids
     prompt = np.concatenate([window[:300], fact, window[300:900], question])
     cache = reference.compress(reference.prefill(prompt[:-1], 1), None, Dense())
     answer = tokenizer.decode(reference.generate(cache, int(prompt[-1]), 6))
@@ -74,9 +76,24 @@ def test_corpus_filter_drops_what_the_evaluation_text_says():
 
 @pytest.mark.slow
 def test_the_wheel_carries_configuration_and_model(tmp_path):
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(PACKAGE.parent)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(tmp_path),
+        str(PACKAGE.parent),
+    ]
     subprocess.run(command, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"pipeline/conf/config.yaml", "pipeline/conf/method/tri.yaml", "pipeline/reference_model/checkpoint/model.safetensors"} <= names
+    assert {
+        "pipeline/conf/config.yaml",
+        "pipeline/conf/method/tri.yaml",
+        "pipeline/reference_model/checkpoint/model.safetensors",
+    } <= names
     assert "pipeline/paper/published.yaml" in names and not any(n.startswith("conf/") for n in names)

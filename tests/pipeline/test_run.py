@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,14 +35,16 @@ def test_a_run_is_recorded_with_everything_that_explains_it(run):
         assert np.isfinite(metrics[name])
     assert 0 < metrics["aop/mean"] <= metrics["aop/p95"] <= metrics["aop/max"]
     assert metrics["aop/mean_low"] < metrics["aop/mean"] < metrics["aop/mean_high"]
-    assert (params["method.name"], params["budget.tokens"], params["method.reads"]) == ("wavelet_tri", "60", "keys, calibration")
-    assert {"hash.model", "hash.document", "hash.code", "git.revision", "version.torch", tracking.CONFIGURATION} <= set(tags)
+    described = (params["method.name"], params["budget.tokens"], params["method.reads"])
+    assert described == ("wavelet_tri", "60", "keys, calibration")
+    hashes = {"hash.model", "hash.document", "hash.code"}
+    assert hashes | {"git.revision", "version.torch", tracking.CONFIGURATION} <= set(tags)
     rows = rows_of(client, result.run_id)
     assert rows["columns"] == ["document", "layer", "head", "metric", "value"]
     per_head = [r for r in rows["data"] if r[3] == "aop/mean" and r[1] is not None]
     assert len(per_head) == 3 * 2 * 4  # documents, layers, query heads
     assert np.mean([r[4] for r in per_head]) == pytest.approx(metrics["aop/mean"], rel=1e-5)
-    assert "wavelet_tri" in open(client.download_artifacts(result.run_id, "config.yaml")).read()
+    assert "wavelet_tri" in Path(client.download_artifacts(result.run_id, "config.yaml")).read_text()
 
 
 def test_memory_counts_exactly_the_kept_tokens(run):
@@ -62,7 +65,10 @@ def test_the_full_cache_and_a_budget_that_holds_everything_change_nothing(run):
 
 
 def test_every_method_keeps_other_tokens_and_finishes(run, small):
-    results = {m: run(f"method={m}") for m in ("fourier", "wavelet", "wavelet_fourier", "wavelet_tri", "tri", "random", "streaming")}
+    results = {
+        m: run(f"method={m}")
+        for m in ("fourier", "wavelet", "wavelet_fourier", "wavelet_tri", "tri", "random", "streaming")
+    }
     assert len({r.metrics["aop/mean"] for r in results.values()}) == len(results)
     assert {r.metrics["memory/tokens"] for r in results.values()} == {60}
 
@@ -73,7 +79,8 @@ def test_perplexity_scores_the_tokens_after_the_first(run, backend, small):
     metrics = run("method=full", "backend.cache_dtype=float32").metrics
     expected = []
     for window in job.windows:
-        logits = backend.extend(backend.compress(backend.prefill(window[:1], 1), None, job.settings.storage), window[1:]).logits.double().numpy()
+        cache = backend.compress(backend.prefill(window[:1], 1), None, job.settings.storage)
+        logits = backend.extend(cache, window[1:]).logits.double().numpy()
         logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         expected.append(np.exp(-np.mean([logp[t - 2, window[t]] for t in range(201, 240)])))
     assert metrics["ppl/full"] == pytest.approx(np.mean(expected), rel=1e-3)
@@ -102,7 +109,13 @@ def test_a_finished_configuration_is_returned_and_measured_again_on_request(run)
 
 def test_the_same_configuration_on_another_document_is_another_result(run, tmp_path):
     text = tmp_path / "text.txt"
-    options = ["method=streaming", "document=file", f"document.path={text}", "document.tokens=200", "document.continuation=40"]
+    options = [
+        "method=streaming",
+        "document=file",
+        f"document.path={text}",
+        "document.tokens=200",
+        "document.continuation=40",
+    ]
     text.write_text("The quick brown fox jumps over the lazy dog. " * 200)
     first = run(*options)
     text.write_text("Pack my box with five dozen liquor jugs, please. " * 200)
@@ -125,7 +138,7 @@ def test_a_failure_ends_failed_with_its_traceback(run, monkeypatch):
     experiment = client.get_experiment_by_name("spectral-kv").experiment_id
     failed, finished = client.search_runs([experiment], order_by=["attributes.start_time DESC"])
     assert (failed.info.status, finished.info.status) == ("FAILED", "FINISHED")
-    assert "the phase broke" in open(client.download_artifacts(failed.info.run_id, "traceback.txt")).read()
+    assert "the phase broke" in Path(client.download_artifacts(failed.info.run_id, "traceback.txt")).read_text()
     monkeypatch.undo()
     assert not run("method=random", "seed=5").reused  # a failed run is not taken for done
 

@@ -16,8 +16,12 @@ with tracking.tracked(mlflow, "r", {"k": 1}, {}):
 
 
 def test_processes_that_start_together_on_a_fresh_store_all_get_in(tmp_path):
-    processes = [subprocess.Popen([sys.executable, "-c", START, str(tmp_path)], stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", START, str(tmp_path)], stderr=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * 4, errors
     mlflow = tracking.connect(TrackingConfig(None, "x"), tmp_path)
-    assert [run.info.status for run in mlflow.search_runs(experiment_names=["x"], output_format="list")] == ["FINISHED"] * 4
+    runs = mlflow.search_runs(experiment_names=["x"], output_format="list")
+    assert [run.info.status for run in runs] == ["FINISHED"] * 4

@@ -20,7 +20,9 @@ def test_statistics_over_chunks_are_those_of_the_whole(rng):
 
 
 def test_a_file_comes_back_as_it_was(tmp_path, rng):
-    statistics = QueryStatistics(rng.normal(size=(2, 4, 8)) + 1j * rng.normal(size=(2, 4, 8)), rng.random((2, 4, 8)), {"model": "x"})
+    statistics = QueryStatistics(
+        rng.normal(size=(2, 4, 8)) + 1j * rng.normal(size=(2, 4, 8)), rng.random((2, 4, 8)), {"model": "x"}
+    )
     statistics.save(tmp_path / "s.safetensors")
     loaded = QueryStatistics.load(tmp_path / "s.safetensors", (2, 4, 8))
     np.testing.assert_allclose(loaded.mu, statistics.mu, rtol=1e-6)

@@ -8,7 +8,9 @@ from spectral_kv.rope import Rope
 
 
 def model_rotation(parameters: dict):
-    config = Qwen2Config(hidden_size=64, num_attention_heads=4, max_position_embeddings=4096, rope_parameters=parameters)
+    config = Qwen2Config(
+        hidden_size=64, num_attention_heads=4, max_position_embeddings=4096, rope_parameters=parameters
+    )
     embedding = Qwen2RotaryEmbedding(config)
     return embedding, Rope(embedding.inv_freq.double().numpy(), float(embedding.attention_scaling))
 

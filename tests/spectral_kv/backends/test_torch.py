@@ -29,7 +29,10 @@ def keep(backend, prefill, kept: int, seed: int) -> list[torch.Tensor]:
     budget = Budget(kept, sinks=2, recent=4)
     layers = range(backend.shape.layers)
     size = len(prefill.tokens)
-    views = [LayerView(prefill.keys[i], prefill.values[i], backend.rope, np.arange(size), budget.evictable(size), i, (0, i)) for i in layers]
+    views = [
+        LayerView(prefill.keys[i], prefill.values[i], backend.rope, np.arange(size), budget.evictable(size), i, (0, i))
+        for i in layers
+    ]
     return [select(Random(seed).score(view), budget) for view in views]
 
 
@@ -84,7 +87,9 @@ def test_evicting_a_set_equals_masking_it(backend, model, tokens, seed):
 
         return hook
 
-    hooks = [b.self_attn.register_forward_pre_hook(masked(i), with_kwargs=True) for i, b in enumerate(model.model.layers)]
+    hooks = [
+        b.self_attn.register_forward_pre_hook(masked(i), with_kwargs=True) for i, b in enumerate(model.model.layers)
+    ]
     try:
         expected = logits_of(model, tokens)[prompt:]
     finally:

@@ -15,7 +15,9 @@ def test_likelihood_and_divergence_equal_scipy(make, rng):
     p, q = log_softmax(full.astype(float), axis=-1), log_softmax(other.astype(float), axis=-1)
     nll = negative_log_likelihood(make(full), make(targets))
     np.testing.assert_allclose(np.asarray(nll), -p[np.arange(30), targets], rtol=1e-5)
-    np.testing.assert_allclose(np.asarray(kl_divergence(make(full), make(other))), (np.exp(p) * (p - q)).sum(-1), rtol=1e-4)
+    np.testing.assert_allclose(
+        np.asarray(kl_divergence(make(full), make(other))), (np.exp(p) * (p - q)).sum(-1), rtol=1e-4
+    )
 
 
 @makers

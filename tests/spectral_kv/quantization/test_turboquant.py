@@ -6,7 +6,14 @@ from scipy.stats import norm
 from spectral_kv.quantization.turboquant import TurboQuant, codebook, rotation
 
 DISTORTION = {2: 0.1174818, 3: 0.0345478, 4: 0.0095010}  # Lloyd-Max on N(0, 1)
-PLAIN = {(64, 2): 0.11455, (64, 3): 0.03344, (64, 4): 0.009171, (128, 2): 0.11601, (128, 3): 0.03398, (128, 4): 0.009325}
+PLAIN = {
+    (64, 2): 0.11455,
+    (64, 3): 0.03344,
+    (64, 4): 0.009171,
+    (128, 2): 0.11601,
+    (128, 3): 0.03398,
+    (128, 4): 0.009325,
+}
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

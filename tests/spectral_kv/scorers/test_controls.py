@@ -19,7 +19,11 @@ def test_streaming_keeps_sinks_and_the_last_tokens(rope):
 def test_random_differs_between_seeds_documents_layers_and_heads_and_is_reproducible(rope):
     first = Random(seed=1).score(view(rope, (0, 0)))
     torch.testing.assert_close(Random(seed=1).score(view(rope, (0, 0))), first)
-    for other in (Random(seed=2).score(view(rope, (0, 0))), Random(seed=1).score(view(rope, (1, 0))), Random(seed=1).score(view(rope, (0, 1)))):
+    for other in (
+        Random(seed=2).score(view(rope, (0, 0))),
+        Random(seed=1).score(view(rope, (1, 0))),
+        Random(seed=1).score(view(rope, (0, 1))),
+    ):
         assert not torch.equal(other, first)
     assert not torch.equal(first[0], first[1])
     assert 0.35 < first.mean() < 0.65

@@ -7,7 +7,14 @@ from spectral_kv.scorers.fourier import Fourier
 from spectral_kv.scorers.wavelet import Wavelet
 from spectral_kv.scorers.wavelet_fourier import WaveletFourier, nonstationarity
 
-SCORERS = [Fourier(), Fourier(taper=0.0), Wavelet(), Wavelet(mode="periodization"), WaveletFourier(), WaveletFourier(cascade=False)]
+SCORERS = [
+    Fourier(),
+    Fourier(taper=0.0),
+    Wavelet(),
+    Wavelet(mode="periodization"),
+    WaveletFourier(),
+    WaveletFourier(cascade=False),
+]
 NAMES = ["fourier", "fourier-box", "wavelet", "wavelet-per", "wavelet_fourier", "wavelet_fourier-flat"]
 spectral = pytest.mark.parametrize("scorer", SCORERS, ids=NAMES)
 
@@ -37,7 +44,9 @@ def test_an_impulse_in_noise_is_in_the_top_percent(scorer, rope, rng):
     assert ranks.max() <= 2  # 1 % of 257
 
 
-@pytest.mark.parametrize("scorer", [Fourier(), Wavelet(), WaveletFourier()], ids=["fourier", "wavelet", "wavelet_fourier"])
+@pytest.mark.parametrize(
+    "scorer", [Fourier(), Wavelet(), WaveletFourier()], ids=["fourier", "wavelet", "wavelet_fourier"]
+)
 def test_a_tone_below_the_cut_off_hardly_deviates(scorer):
     tokens = 1024
     tone = torch.from_numpy(np.cos(np.pi * 8 * np.arange(tokens) / (tokens - 1)).astype(np.float32))[None, :, None]
@@ -103,7 +112,13 @@ def test_alpha_one_is_the_wavelet_score_and_alpha_zero_the_cascade(rng):
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: Wavelet(wavelet="morl"), lambda: Wavelet(mode="zero"), lambda: Wavelet(levels=0), lambda: Fourier(cutoff=0.0), lambda: Fourier(sign="up")],
+    [
+        lambda: Wavelet(wavelet="morl"),
+        lambda: Wavelet(mode="zero"),
+        lambda: Wavelet(levels=0),
+        lambda: Fourier(cutoff=0.0),
+        lambda: Fourier(sign="up"),
+    ],
 )
 def test_refuses_impossible_parameters(make):
     with pytest.raises(ValueError, match="method"):

@@ -61,7 +61,9 @@ def test_a_key_that_one_head_of_the_group_wants_is_kept(rope, rng):
     modulus = np.zeros((1, 4, 8))
     modulus[0, :, 5] = 1.0
     modulus[0, 3, 2] = 10.0
-    score = TriAttention().score(view(keys, rope, np.arange(50), QueryStatistics(np.zeros((1, 4, 8), complex), modulus)))
+    score = TriAttention().score(
+        view(keys, rope, np.arange(50), QueryStatistics(np.zeros((1, 4, 8), complex), modulus))
+    )
     assert score[1].argmax() == 17
     assert score[0].argmax() != 17
 
@@ -76,7 +78,9 @@ def test_scores_are_standardised_over_the_evictable_tokens(rope, rng):
 
 
 def test_constant_scores_give_numbers(rope):
-    layer = view(np.zeros((1, 20, 16)), rope, np.arange(20), QueryStatistics(np.ones((1, 1, 8), complex), np.ones((1, 1, 8))))
+    layer = view(
+        np.zeros((1, 20, 16)), rope, np.arange(20), QueryStatistics(np.ones((1, 1, 8), complex), np.ones((1, 1, 8)))
+    )
     assert torch.isfinite(TriAttention().score(layer)).all()
 
 
