@@ -203,7 +203,7 @@ def main() -> None:
     model.to(torch.bfloat16).save_pretrained(arguments.out, max_shard_size="15MB")
     shutil.copy(arguments.corpus / "tokenizer.json", arguments.out / "tokenizer.json")
     record = {
-        "recipe": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
+        "recipe": {k: v for k, v in vars(arguments).items() if not isinstance(v, Path)},
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "tokens_seen": {str(k): v * TOKENS_PER_STEP for k, v in steps.items()},
