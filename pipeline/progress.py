@@ -18,5 +18,6 @@ def progress(items: Sequence[T], label: str) -> Iterator[T]:
         TextColumn("documents"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         yield from bar.track(items, description=label)
