@@ -7,6 +7,7 @@ and refuses impossible values when it is made.
 import difflib
 import importlib
 import math
+import re
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from spectral_kv.scorers.base import Scorer
 from spectral_kv.selection import Budget
 from spectral_kv.storage import Storage
 
+DTYPES = ("float32", "bfloat16", "float16")
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -95,6 +97,15 @@ class BackendConfig:
     device: str
     dtype: str
     cache_dtype: str
+
+    def __post_init__(self):
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"backend.device={self.device} is not known: choose auto, cpu, cuda or cuda:<number>")
+        for name, choices in (("dtype", ("auto", *DTYPES)), ("cache_dtype", DTYPES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"backend.{name}={getattr(self, name)} is not known: choose one of {', '.join(choices)}"
+                )
 
 
 @dataclass

@@ -118,6 +118,8 @@ class TorchBackend:
     def __init__(self, folder: str, device: str = "auto", dtype: str = "auto", cache_dtype: str = "bfloat16"):
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"backend.device={device} needs a CUDA build of torch and a GPU: set backend.device=cpu")
         if dtype == "auto":
             dtype = "float32" if device == "cpu" else "bfloat16"
         self.device = torch.device(device)

@@ -88,6 +88,8 @@ def test_a_sweep_is_the_product_of_its_commas_first_key_outermost():
         (["phase=[]"], ["phase=[]"]),
         (["storage=turboquant_4bit", "storage.key_bits=7"], ["storage.key_bits=7"]),
         (["model.bos=maybe"], ["model.bos=maybe"]),
+        (["backend.device=tpu"], ["backend.device=tpu", "cuda"]),
+        (["backend.cache_dtype=auto"], ["backend.cache_dtype=auto", "bfloat16"]),
     ],
 )
 def test_refusals_name_the_key_and_the_remedy(overrides, words):

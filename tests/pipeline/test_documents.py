@@ -1,4 +1,6 @@
+import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from tokenizers import Tokenizer
 from pipeline.documents.base import content_hash
 from pipeline.documents.docstrings import Docstrings
 from pipeline.documents.file import File
+from pipeline.documents.hub import Hub
 from pipeline.documents.overlap import shingles
 from pipeline.documents.pydoc import Pydoc, topics_text
 from pipeline.documents.repeated import Repeated
@@ -105,3 +108,27 @@ def test_a_chain_hands_its_value_on():
     assert names[0] in item.statements[0]
     for statement, old, new in zip(item.statements[1:], names, names[1:], strict=False):
         assert statement.index(old) < statement.index(new)
+
+
+def test_hub_rows_are_joined_and_failures_are_sentences(monkeypatch):
+    class Rows(dict):
+        column_names = ("text", "label")
+
+    calls = []
+
+    def load_dataset(*arguments, **options):
+        calls.append((arguments, options))
+        if arguments[0] == "owner/gone":
+            raise ConnectionError("no such host\nsecond line")
+        return Rows(text=["first row", "  ", "second row"])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert Hub(id="owner/data", subset="a", revision="abc").texts() == ["first row\n\nsecond row"]
+    assert calls == [(("owner/data", "a"), {"split": "test", "revision": "abc"})]
+    with pytest.raises(InputError, match="document.column=words .* text, label"):
+        Hub(column="words").texts()
+    with pytest.raises(InputError, match=r"document.id=owner/gone can't be loaded \(no such host\)"):
+        Hub(id="owner/gone").texts()
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match=r"pip install 'spectral-kv\[hub\]'"):
+        Hub().texts()
