@@ -11,7 +11,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean over documents and its 95 % interval (NaN with fewer than three documents)."""
+    """Mean over documents and its 95 % interval (NaN with fewer than five documents)."""
 
     mean: float
     low: float
@@ -24,7 +24,7 @@ def estimate(values: np.ndarray) -> Estimate:
     mean = float(values.mean())
     if np.ptp(values) == 0:
         return Estimate(mean, mean, mean) if len(values) > 1 else Estimate(mean, np.nan, np.nan)
-    if len(values) < 3:
+    if len(values) < 5:
         return Estimate(mean, np.nan, np.nan)
     interval = bootstrap(
         (values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0)

@@ -59,10 +59,11 @@ class Checkpoint:
         return bos
 
 
-def _reachable(endpoint: str) -> bool:
+def reachable(endpoint: str) -> bool:
+    """Whether something listens at a URL, within a second."""
     url = urlparse(endpoint)
     try:
-        with socket.create_connection((url.hostname, url.port or 443), timeout=1):
+        with socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), timeout=1):
             return True
     except OSError:
         return False
@@ -78,7 +79,7 @@ def _snapshot(model: ModelConfig) -> Path:
         pass
     except HFValidationError:
         raise InputError(f"model.id={model.id} is not the name of a hub repository: write owner/name") from None
-    if os.environ.get("HF_HUB_OFFLINE") or not _reachable(constants.ENDPOINT):
+    if os.environ.get("HF_HUB_OFFLINE") or not reachable(constants.ENDPOINT):
         raise InputError(
             f"model.id={model.id} is not in the local Hugging Face cache and {constants.ENDPOINT} can't be reached: "
             "connect to a network, or set model.path=<checkpoint folder>"
@@ -118,9 +119,18 @@ def locate(model: ModelConfig, prompt: int, continuation: int) -> Checkpoint:
             )
     checkpoint = Checkpoint(folder)
     try:
-        context = checkpoint.config.get("max_position_embeddings")
+        missing = {"num_hidden_layers", "num_attention_heads", "hidden_size"} - set(checkpoint.config)
     except ValueError:
         raise InputError(f"{folder}/config.json is not valid JSON: save the checkpoint again") from None
+    if missing:
+        raise InputError(
+            f"{folder}/config.json names no {sorted(missing)[0]}: it is not the configuration of a decoder"
+        )
+    try:
+        checkpoint.tokenizer.get_vocab_size()
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise InputError(f"{folder}/tokenizer.json can't be read ({error}): save the tokenizer again") from None
+    context = checkpoint.config.get("max_position_embeddings")
     if context is not None and prompt + continuation > context:
         raise InputError(
             f"document.tokens={prompt} plus document.continuation={continuation} "

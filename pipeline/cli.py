@@ -33,6 +33,7 @@ def _run(cfg: DictConfig) -> float | None:
         print(f"pipeline: {error}", file=sys.stderr)
         if HydraConfig.get().mode == RunMode.RUN:
             sys.exit(2)
+        error.said = True
         raise  # in a sweep the other jobs go on; Hydra raises the first error again when all are through
 
 
@@ -96,8 +97,9 @@ def reporting(overrides: list[str]) -> Iterator[None]:
     try:
         yield
     except (InputError, HydraException, OmegaConfBaseException) as error:
-        message = str(error) if isinstance(error, InputError) else sentence(error, overrides)
-        print(f"pipeline: {message}", file=sys.stderr)
+        if not getattr(error, "said", False):
+            message = str(error) if isinstance(error, InputError) else sentence(error, overrides)
+            print(f"pipeline: {message}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         outputs = Path(next((o.partition("=")[2] for o in reversed(overrides) if o.startswith("outputs=")), "outputs"))

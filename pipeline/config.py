@@ -6,6 +6,7 @@ and refuses impossible values when it is made.
 
 import difflib
 import importlib
+import importlib.util
 import math
 import re
 from dataclasses import dataclass, fields, is_dataclass
@@ -117,12 +118,22 @@ class TrackingConfig:
 
 
 @dataclass
+class GeneralConfig:
+    """The settings that belong to no group."""
+
+    seed: int
+    outputs: str
+    force: bool
+    prefill_memory_gb: float
+
+
+@dataclass
 class Settings:
     """Everything a run needs to know, checked."""
 
     method: MethodConfig
     model: ModelConfig
-    budget: Budget
+    budget: Budget | None  # None: the method keeps every token
     storage: Storage
     storage_name: str
     backend: BackendConfig
@@ -162,10 +173,10 @@ def typed(cls: type, node: DictConfig, key: str, option: str | None = None) -> A
         try:
             schema[name] = value
         except OmegaConfBaseException as error:
-            raise InputError(f"{key}.{name}={value} can't be used: {_sentence(error)}") from None
+            raise InputError(f"{key}.{name}={value} can't be used: {_sentence(error)}".removeprefix(".")) from None
     missing = OmegaConf.missing_keys(schema)
     if missing:
-        raise InputError(f"{key}.{sorted(missing)[0]} has no value: set it on the command line or in conf/{key}/")
+        raise InputError(f"{key}.{sorted(missing)[0]} has no value: set it on the command line".removeprefix("."))
     try:
         return OmegaConf.to_object(schema)
     except (ValueError, TypeError) as error:
@@ -215,18 +226,22 @@ def check(cfg: DictConfig) -> Settings:
                 f"phase.{name} needs {phase.needs} tokens after the prompt "
                 f"but document.continuation={documents.continuation}: raise the latter"
             )
+    backend = typed(BackendConfig, cfg.backend, "backend")
+    if importlib.util.find_spec(backend._target_.partition(".")[0] or "-") is None:
+        raise InputError(f"backend._target_={backend._target_} can't be found: write the full path of a class")
+    general = typed(GeneralConfig, OmegaConf.create({f.name: cfg.get(f.name) for f in fields(GeneralConfig)}), "")
     return Settings(
         method=MethodConfig(method.name, method.title, scorer),
         model=typed(ModelConfig, cfg.model, "model"),
-        budget=typed(BudgetConfig, cfg.budget, "budget").resolve(documents.tokens),
+        budget=None if scorer is None else typed(BudgetConfig, cfg.budget, "budget").resolve(documents.tokens),
         storage=target(cfg.storage, "storage", "name"),
         storage_name=cfg.storage.name,
-        backend=typed(BackendConfig, cfg.backend, "backend"),
+        backend=backend,
         documents=documents,
         phases=phases,
         tracking=typed(TrackingConfig, cfg.tracking, "tracking"),
-        outputs=Path(cfg.outputs).resolve(),
-        seed=int(cfg.seed),
-        force=bool(cfg.force),
-        prefill_memory_gb=float(cfg.prefill_memory_gb),
+        outputs=Path(general.outputs).resolve(),
+        seed=general.seed,
+        force=general.force,
+        prefill_memory_gb=general.prefill_memory_gb,
     )

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from pipeline.errors import InputError
 from pipeline.tracking import writable
 from spectral_kv.calibration import QueryStatistics
 
+DECISIVE = ("torch", "transformers", "numpy", "PyWavelets")  # packages whose version may change a result
 # What decides where a result is written or how it is computed, not what it is; contents are hashed instead of paths.
 NOT_IDENTITY = {"outputs", "tracking", "force", "prefill_memory_gb"}
 
@@ -58,10 +60,10 @@ def _statistics(settings: Settings, checkpoint: Checkpoint) -> QueryStatistics |
     if not Path(model.calibration).is_file():
         raise InputError(f"model.calibration={model.calibration} is not a file: {remedy}")
     config = checkpoint.config
-    heads = config["num_attention_heads"]
+    heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
     dim = config.get("head_dim") or config["hidden_size"] // heads
     try:
-        return QueryStatistics.load(model.calibration, (config["num_hidden_layers"], heads, dim // 2))
+        return QueryStatistics.load(model.calibration, (layers, heads, dim // 2))
     except ValueError as error:
         raise InputError(str(error)) from None
 
@@ -84,6 +86,7 @@ def prepare(cfg: DictConfig) -> Job:
     what["model"] = checkpoint.hash
     what["document"] = document_hash = content_hash(windows)
     what["prompt"] = settings.documents.tokens
+    what["versions"] = {name: version(name) for name in DECISIVE}
     what["code"] = code_hash = code_fingerprint()
     if settings.method.scorer is None:
         del what["budget"]  # every token is kept

@@ -1,5 +1,6 @@
 """One job, from prefill to MLflow."""
 
+import hashlib
 import importlib
 import time
 from dataclasses import asdict, dataclass
@@ -7,23 +8,25 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pandas as pd
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 
 from pipeline import tracking
 from pipeline.aggregate import Estimate, aggregate
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import Settings
+from pipeline.config import BackendConfig, Settings
 from pipeline.errors import InputError
 from pipeline.job import NOT_IDENTITY, Job
 from pipeline.phases.base import Context
 from pipeline.progress import progress
 from pipeline.stages.compress import compress
 from pipeline.stages.prefill import FullRuns
+from spectral_kv.backends.base import Backend
 
 ROW_COLUMNS = ["document", "layer", "head", "metric", "value"]
 
 # Module state on purpose: the jobs of a sweep run in one process and share the model and the prefills.
 _full_runs = FullRuns()
-_loaded: dict[tuple, object] = {}
+_loaded: dict[tuple, Backend] = {}
 
 
 @dataclass(frozen=True)
@@ -49,20 +52,37 @@ class Result:
         )
 
 
-def loaded(settings: Settings, checkpoint: Checkpoint):
-    """The loaded model; one at a time is kept."""
+def _backend_class(config: BackendConfig) -> type[Backend]:
+    module, _, name = config._target_.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except AttributeError:
+        raise InputError(f"backend._target_={config._target_} is not there: write the full path of a class") from None
+
+
+def _identity(job: Job) -> str:
+    """The job's identity on this machine: what `auto` stands for decides how results round."""
+    config = job.settings.backend
+    device, dtype = _backend_class(config).place(config.device, config.dtype)
+    kind = device.partition(":")[0]
+    return hashlib.sha256(f"{job.identity} {kind} {dtype}".encode()).hexdigest()[:24]
+
+
+def loaded(settings: Settings, checkpoint: Checkpoint) -> tuple[tuple, Backend]:
+    """The loaded model and what identifies it; one at a time is kept."""
     config = settings.backend
-    key = (checkpoint.hash, config.name, config.device, config.dtype, config.cache_dtype)
+    key = (checkpoint.hash, config._target_, config.device, config.dtype, config.cache_dtype)
     if key not in _loaded:
         _loaded.clear()
         _full_runs.clear()
-        module, _, name = config._target_.rpartition(".")
+        backend = _backend_class(config)
         try:
-            _loaded[key] = getattr(importlib.import_module(module), name)(
+            _loaded[key] = backend(
                 str(checkpoint.folder), device=config.device, dtype=config.dtype, cache_dtype=config.cache_dtype
             )
-        except ValueError as error:
-            raise InputError(f"model={settings.model.name}: {error}") from None
+        except (ValueError, OSError, SafetensorError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise InputError(f"model={settings.model.name} can't be loaded: {reason}") from None
     return key, _loaded[key]
 
 
@@ -78,7 +98,7 @@ def _result(job: Job, run_id: str, metrics: dict[str, float], reused: bool) -> R
     documents = settings.documents
     return Result(
         run_id, metrics, settings.method.title,
-        None if settings.method.scorer is None else settings.budget.tokens,
+        settings.budget.tokens if settings.budget else None,
         settings.storage_name, settings.model.name,
         f"{documents.count} x {documents.tokens} + {documents.continuation} tokens of {documents.source}",
         tracking.store_uri(settings.tracking, settings.outputs), reused,
@@ -91,7 +111,7 @@ def measure(job: Job) -> tuple[pd.DataFrame, dict[str, float]]:
     key, backend = loaded(settings, job.checkpoint)
     limit = int(settings.prefill_memory_gb * 1e9)
     rows, computed, prefill_seconds, compress_seconds = [], 0, [], []
-    label = f"{settings.method.title} {'' if settings.method.scorer is None else settings.budget.tokens}".strip()
+    label = f"{settings.method.title} {settings.budget.tokens if settings.budget else ''}".strip()
     for index, window in enumerate(progress(job.windows, label)):
         full, fresh = _full_runs.get(key, backend, window, settings.documents.tokens, limit)
         computed += fresh
@@ -116,15 +136,16 @@ def execute(job: Job) -> Result:
     """Measure a job and record it; a finished run of the same identity is returned instead unless `force` is set."""
     settings = job.settings
     mlflow = tracking.connect(settings.tracking, settings.outputs)
-    if not settings.force and (run := tracking.find_finished(mlflow, settings.tracking.experiment, job.identity)):
+    identity = _identity(job)
+    if not settings.force and (run := tracking.find_finished(mlflow, settings.tracking.experiment, identity)):
         return _result(job, run.info.run_id, dict(run.data.metrics), reused=True)
 
     scorer = settings.method.scorer
     params = _flat({k: v for k, v in job.resolved.items() if k not in NOT_IDENTITY})
-    params["budget.resolved"] = "all" if scorer is None else settings.budget.tokens
+    params["budget.resolved"] = settings.budget.tokens if settings.budget else "all"
     params["method.reads"] = "-" if scorer is None else ", ".join(scorer.reads) or "nothing"
     tags = tracking.environment() | {
-        tracking.CONFIGURATION: job.identity,
+        tracking.CONFIGURATION: identity,
         "hash.model": job.checkpoint.hash,
         "hash.document": job.document_hash,
         "hash.code": job.code_hash,
@@ -141,6 +162,8 @@ def execute(job: Job) -> Result:
             metrics |= {
                 f"{metric}_{bound}": v for bound, v in asdict(value).items() if bound != "mean" and np.isfinite(v)
             }
+        if bad := sorted(name for name, value in metrics.items() if not np.isfinite(value)):
+            raise RuntimeError(f"{', '.join(bad)} came out as not a number; the run is not counted as finished")
         metrics["time/total_s"] = time.perf_counter() - start
         mlflow.log_table(rows.astype(object).where(rows.notna(), None), "rows.json")
         mlflow.log_metrics(metrics)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from pipeline.checkpoint import reachable
 from pipeline.config import TrackingConfig
 from pipeline.errors import InputError
 
@@ -52,10 +53,21 @@ def connect(tracking: TrackingConfig, outputs: Path):
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-    mlflow.set_tracking_uri(store_uri(tracking, outputs))
     if tracking.uri is not None:
-        mlflow.set_experiment(tracking.experiment)
+        if tracking.uri.startswith(("http://", "https://")) and not reachable(tracking.uri):
+            raise InputError(
+                f"tracking.uri={tracking.uri} can't be reached: start the server, or set tracking.uri=null"
+            )
+        try:
+            mlflow.set_tracking_uri(tracking.uri)
+            mlflow.set_experiment(tracking.experiment)
+        except mlflow.exceptions.MlflowException as error:
+            reason = str(error).split("\n")[0]
+            raise InputError(
+                f"tracking.uri={tracking.uri} can't be used ({reason}): write an MLflow URI or null"
+            ) from None
         return mlflow
+    mlflow.set_tracking_uri(store_uri(tracking, outputs))
     import sqlite3
 
     with FileLock(outputs / "mlflow.lock"):
@@ -113,9 +125,9 @@ def tracked(mlflow, name: str, params: dict, tags: dict) -> Iterator[str]:
     FAILED with the traceback after an exception, KILLED after Ctrl-C or SIGTERM.
     """
     previous = signal.signal(signal.SIGTERM, _interrupt)
-    run = mlflow.start_run(run_name=name, tags=tags)
     status = "FAILED"
     try:
+        run = mlflow.start_run(run_name=name, tags=tags)
         mlflow.log_params(params)
         yield run.info.run_id
         status = "FINISHED"
@@ -126,5 +138,8 @@ def tracked(mlflow, name: str, params: dict, tags: dict) -> Iterator[str]:
         mlflow.log_text(traceback.format_exc(), "traceback.txt")
         raise
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # nothing may come between here and the status
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
         mlflow.end_run(status)
+        signal.signal(signal.SIGINT, interrupt)
         signal.signal(signal.SIGTERM, previous)

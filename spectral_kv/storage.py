@@ -91,7 +91,8 @@ class TurboQuantStorage:
     center_keys : bool
         Subtract the mean key of each head first; needed where keys carry a large constant part (Qwen2 biases).
     seed : int
-        Of the random rotations, one a layer for keys and one for values.
+        Of the random rotations, one a layer for keys and one for values. They are derived from it, not part of a cache,
+        and not counted in its bytes.
     """
 
     key_bits: int = 4

@@ -50,15 +50,22 @@ def write(jobs: list[Job], ids: dict[str, str]) -> tuple[str, Path]:
     folder = settings.outputs / "paper"
     folder.mkdir(parents=True, exist_ok=True)
     documents = settings.documents
+    budget = next(job.settings.budget for job in jobs if job.settings.budget)
     head = (
         "# Published tables, measured again\n\n"
         f"Model {settings.model.name}, {documents.count} documents of {documents.tokens} tokens from "
         f"{documents.source}, {documents.continuation} tokens scored after each, "
-        f"budget {settings.budget.tokens} tokens (sinks {settings.budget.sinks} and recent {settings.budget.recent} "
+        f"budget {budget.tokens} tokens (sinks {budget.sinks} and recent {budget.recent} "
         "included). Means over documents with 95 % bootstrap intervals. "
         "Published: Qwen2.5-0.5B, one document, no intervals.\n"
     )
     sections = [head]
+    flagged = runs["metrics.ppl/flagged"].max()
+    if flagged > 0:
+        sections.append(
+            f"**{flagged:.0%} of the documents have a full-cache perplexity under 1.5: they measure copying, not "
+            "language modelling.**\n"
+        )
     numbers = published()
     for spec in TABLES:
         table = build(spec, runs, numbers[spec.name])

@@ -14,6 +14,10 @@ class Memory:
 
     generated: int = 64
 
+    def __post_init__(self):
+        if self.generated < 1:
+            raise ValueError(f"phase.memory.generated={self.generated} must be at least 1")
+
     @property
     def needs(self) -> int:
         return self.generated

@@ -21,15 +21,19 @@ class Perplexity:
 
     tokens: int = 256
 
+    def __post_init__(self):
+        if self.tokens < 2:
+            raise ValueError(f"phase.perplexity.tokens={self.tokens} must be at least 2: the first is not scored")
+
     @property
     def needs(self) -> int:
         return self.tokens
 
     def measure(self, context: Context) -> list[Row]:
-        fed = context.full.continuation[: self.tokens]
+        continuation = context.full.continuation  # fed whole, as to the full cache: other shapes round differently
         full = context.full.extension.logits[: self.tokens - 1]
-        compressed = context.backend.extend(context.compressed.cache.copy(), fed).logits[: self.tokens - 1]
-        targets = like(fed[1:], full)
+        compressed = context.backend.extend(context.compressed.cache.copy(), continuation).logits[: self.tokens - 1]
+        targets = like(continuation[1 : self.tokens], full)
         nll_full = float(negative_log_likelihood(full, targets).mean())
         nll = float(negative_log_likelihood(compressed, targets).mean())
         values = {

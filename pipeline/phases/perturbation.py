@@ -15,6 +15,10 @@ class Perturbation:
 
     positions: int = 64
 
+    def __post_init__(self):
+        if self.positions < 1:
+            raise ValueError(f"phase.perturbation.positions={self.positions} must be at least 1")
+
     @property
     def needs(self) -> int:
         return self.positions
@@ -25,7 +29,7 @@ class Perturbation:
         everything = []
         for layer, queries in enumerate(full.extension.queries):
             queries = queries[:, : self.positions]
-            kept = attention_output(queries, *context.compressed.cache.layers[layer].stored.load(), backend.scaling)
+            kept = attention_output(queries, *backend.stored(context.compressed.cache, layer), backend.scaling)
             whole = attention_output(queries, full.prefill.keys[layer], full.prefill.values[layer], backend.scaling)
             aop = to_numpy(attention_output_perturbation(kept, whole))  # [query_heads, positions]
             everything.append(aop)

@@ -10,7 +10,7 @@ from spectral_kv.calibration import QueryStatistics
 from spectral_kv.scorers.base import LayerView, Scorer
 from spectral_kv.selection import Budget, select
 from spectral_kv.storage import Storage
-from spectral_kv.xp import Array
+from spectral_kv.xp import Array, like
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,9 @@ def choose(
 ) -> list[Array]:
     """The tokens that `scorer` keeps in every layer, `[kv_heads, kept]` each."""
     tokens = len(prefill.tokens)
+    if budget.tokens >= tokens:  # nothing to choose, and perhaps nothing that may be evicted
+        everything = np.tile(np.arange(tokens), (backend.shape.kv_heads, 1))
+        return [like(everything, keys) for keys in prefill.keys]
     kept = []
     for layer, (keys, values) in enumerate(zip(prefill.keys, prefill.values, strict=True)):
         view = LayerView(
@@ -39,7 +42,7 @@ def choose(
             prefill.queries[layer], statistics,
         )  # fmt: skip
         chosen = select(scorer.score(view), budget)
-        expected = (backend.shape.kv_heads, min(budget.tokens, tokens))
+        expected = (backend.shape.kv_heads, budget.tokens)
         if tuple(chosen.shape) != expected:
             raise RuntimeError(f"layer {layer} kept {tuple(chosen.shape)} tokens, the budget says {expected}")
         kept.append(chosen)
@@ -50,7 +53,7 @@ def compress(
     prefill: Prefill,
     backend: Backend,
     scorer: Scorer | None,
-    budget: Budget,
+    budget: Budget | None,
     storage: Storage,
     document: int,
     statistics: QueryStatistics | None,

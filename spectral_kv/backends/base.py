@@ -67,6 +67,11 @@ class Backend(Protocol):
     rope: Rope
     scaling: float
 
+    @staticmethod
+    def place(device: str, dtype: str) -> tuple[str, str]:
+        """The device and dtype that `auto` stands for on this machine."""
+        ...
+
     def prefill(self, tokens: np.ndarray, observe: int) -> Prefill:
         """Run a prompt; remember the queries of its last `observe` tokens."""
         ...
@@ -76,6 +81,10 @@ class Backend(Protocol):
 
         It shares nothing with the prefill.
         """
+        ...
+
+    def stored(self, cache: Cache, layer: int) -> tuple[Array, Array]:
+        """Keys and values `[kv_heads, kept, dim]` that a cache holds of the prompt, as attention reads them."""
         ...
 
     def extend(self, cache: Cache, tokens: np.ndarray) -> Extension:

@@ -116,12 +116,9 @@ class TorchBackend:
     """
 
     def __init__(self, folder: str, device: str = "auto", dtype: str = "auto", cache_dtype: str = "bfloat16"):
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device, dtype = self.place(device, dtype)
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"backend.device={device} needs a CUDA build of torch and a GPU: set backend.device=cpu")
-        if dtype == "auto":
-            dtype = "float32" if device == "cpu" else "bfloat16"
         self.device = torch.device(device)
         self.dtype, self.cache_dtype = getattr(torch, dtype), getattr(torch, cache_dtype)
         disable_progress_bar()
@@ -132,18 +129,19 @@ class TorchBackend:
         self.model = model.to(self.device).eval()
         config = model.config
         sliding = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-        if sliding:
+        if sliding or (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)):
             raise ValueError(
-                f"{folder} has layers of type {', '.join(sorted(sliding))}; "
-                "only full-attention models can be compressed"
+                f"{folder} has layers that do not attend to all tokens; such models can't be compressed here"
             )
-        rotary = model.base_model.rotary_emb
+        rotary = getattr(model.base_model, "rotary_emb", None)
+        if rotary is None:
+            raise ValueError(f"{folder} is of type {config.model_type}, which has no rotary position embedding")
         if rotary.rope_type in LENGTH_DEPENDENT_ROPE:
             raise ValueError(
                 f"{folder} uses RoPE type {rotary.rope_type}, whose frequencies change with the prompt; "
                 "cached keys can't be un-rotated"
             )
-        self.rope = Rope(rotary.inv_freq.double().cpu().numpy(), float(rotary.attention_scaling))
+        self.rope = Rope(rotary.inv_freq.cpu().double().numpy(), float(rotary.attention_scaling))
         attention = model.base_model.layers[0].self_attn
         self.scaling = float(attention.scaling)
         self.shape = ModelShape(
@@ -153,6 +151,29 @@ class TorchBackend:
             attention.head_dim,
             config.vocab_size,
         )
+
+        self._check_rotation(folder)
+
+    @staticmethod
+    def place(device: str, dtype: str) -> tuple[str, str]:
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if dtype == "auto":
+            dtype = "float32" if device == "cpu" else "bfloat16"
+        return device, dtype
+
+    def _check_rotation(self, folder: str) -> None:
+        """Refuse rotations that `Rope` does not describe (interleaved, partial).
+
+        In the first layer equal tokens have equal keys before rotation, so un-rotated keys must not depend on position.
+        """
+        keys = self.prefill(np.full(8, 5), observe=1).keys[0].float()
+        if 2 * len(self.rope.inv_freq) == self.shape.dim:
+            unrotated = self.rope.unrotate(keys, np.arange(8))
+            spread = (unrotated - unrotated[:, :1]).norm() / unrotated.norm()
+            if spread < 0.03:
+                return
+        raise ValueError(f"{folder} rotates keys in another way than Llama and Qwen do; they can't be un-rotated")
 
     @torch.inference_mode()
     def _forward(self, tokens: np.ndarray, position: int, cache: Cache, last: int) -> torch.Tensor:
@@ -187,6 +208,9 @@ class TorchBackend:
                 keys, values = (torch.take_along_dim(x, chosen, dim=1) for x in (keys, values))
             layers.append(CompressedLayer(storage.store(keys, values, index), self.cache_dtype))
         return CompressedCache(layers, len(prefill.tokens))
+
+    def stored(self, cache: CompressedCache, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return cache.layers[layer].stored.load()
 
     def extend(self, cache: CompressedCache, tokens: np.ndarray) -> Extension:
         with _observing() as observed:

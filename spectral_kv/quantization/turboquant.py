@@ -5,7 +5,7 @@ scalar kept beside the codes folds the norm and a correction of the shrinkage th
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -27,7 +27,7 @@ def codebook(bits: int) -> tuple[np.ndarray, np.ndarray]:
     return centroids, (centroids[1:] + centroids[:-1]) / 2
 
 
-@lru_cache(maxsize=64)
+@cache  # every layer needs its two at every step
 def rotation(dim: int, seed: tuple[int, ...]) -> np.ndarray:
     """A Haar-distributed orthogonal matrix `[dim, dim]`, the same on every device for the same seed.
 

@@ -33,6 +33,10 @@ class TriAttention:
 
     largest_offset: int = 65536
 
+    def __post_init__(self):
+        if self.largest_offset < 1:
+            raise ValueError(f"method.largest_offset={self.largest_offset} must be at least 1")
+
     reads: ClassVar[tuple[str, ...]] = ("keys", "calibration")
 
     def expectation(self, layer: LayerView) -> Array:

@@ -24,6 +24,12 @@ class WaveletTri(Wavelet):
     tri_weight: float = 0.5
     largest_offset: int = 65536
 
+    def __post_init__(self):
+        super().__post_init__()
+        TriAttention(self.largest_offset)
+        if not 0 <= self.tri_weight <= 1:
+            raise ValueError(f"method.tri_weight={self.tri_weight} must lie in [0, 1]")
+
     reads: ClassVar[tuple[str, ...]] = ("keys", "calibration")
 
     def score(self, layer: LayerView) -> Array:

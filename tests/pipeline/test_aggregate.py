@@ -7,7 +7,7 @@ from pipeline.aggregate import aggregate, estimate
 
 def test_the_mean_is_over_documents_and_ignores_finer_rows():
     rows = pd.DataFrame(
-        [{"document": d, "layer": None, "metric": "x", "value": v} for d, v in enumerate([1.0, 2.0, 6.0])]
+        [{"document": d, "layer": None, "metric": "x", "value": v} for d, v in enumerate([1.0, 2.0, 6.0, 2.0, 4.0])]
         + [{"document": 0, "layer": 1.0, "metric": "x", "value": 100.0}]
     )
     value = aggregate(rows)["x"]
@@ -24,5 +24,5 @@ def test_the_interval_is_about_two_standard_errors_wide(rng):
 
 def test_no_interval_where_there_can_be_none():
     assert np.isnan(estimate(np.array([1.0])).low)
-    assert np.isnan(estimate(np.array([1.0, 2.0])).low)
+    assert np.isnan(estimate(np.array([1.0, 2.0, 3.0, 4.0])).low)
     assert estimate(np.array([2.0, 2.0, 2.0])).high == 2

@@ -57,6 +57,11 @@ def test_a_number_for_a_budget_is_short_for_its_tokens():
     assert check(composed(["budget=300"])).budget.tokens == 300
 
 
+def test_a_method_that_keeps_everything_has_no_budget():
+    for method in ("full", "turboquant"):
+        assert check(composed([f"method={method}", "budget=10"])).budget is None
+
+
 def test_a_ratio_wins_over_tokens_and_counts_in_prompts():
     assert check(composed(["budget.ratio=0.125", "document.tokens=2001"])).budget.tokens == 251
 
@@ -88,6 +93,17 @@ def test_a_sweep_is_the_product_of_its_commas_first_key_outermost():
         (["phase=[]"], ["phase=[]"]),
         (["storage=turboquant_4bit", "storage.key_bits=7"], ["storage.key_bits=7"]),
         (["model.bos=maybe"], ["model.bos=maybe"]),
+        (["force=maybe"], ["force=maybe"]),
+        (["seed=abc"], ["seed=abc"]),
+        (["outputs=null"], ["outputs"]),
+        (["phase.perplexity.tokens=1"], ["phase.perplexity.tokens=1", "at least 2"]),
+        (["phase.perturbation.positions=-5"], ["phase.perturbation.positions=-5", "at least 1"]),
+        (["phase.memory.generated=0"], ["phase.memory.generated=0", "at least 1"]),
+        (["backend._target_=nowhere.Bar"], ["backend._target_=nowhere.Bar"]),
+        (["method=wavelet_fourier", "method.alpha=7"], ["method.alpha=7"]),
+        (["method=wavelet_fourier", "method.cutoff=-1"], ["method.cutoff=-1"]),
+        (["method=tri", "method.largest_offset=0"], ["method.largest_offset=0"]),
+        (["method=wavelet_tri", "method.tri_weight=2"], ["method.tri_weight=2"]),
         (["backend.device=tpu"], ["backend.device=tpu", "cuda"]),
         (["backend.cache_dtype=auto"], ["backend.cache_dtype=auto", "bfloat16"]),
     ],

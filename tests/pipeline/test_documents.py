@@ -125,7 +125,7 @@ def test_hub_rows_are_joined_and_failures_are_sentences(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     assert Hub(id="owner/data", subset="a", revision="abc").texts() == ["first row\n\nsecond row"]
     assert calls == [(("owner/data", "a"), {"split": "test", "revision": "abc"})]
-    with pytest.raises(InputError, match="document.column=words .* text, label"):
+    with pytest.raises(InputError, match=r"document.column=words .* text, label"):
         Hub(column="words").texts()
     with pytest.raises(InputError, match=r"document.id=owner/gone can't be loaded \(no such host\)"):
         Hub(id="owner/gone").texts()

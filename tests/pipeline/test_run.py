@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ def rows_of(client, run_id: str) -> dict:
 
 
 def test_a_run_is_recorded_with_everything_that_explains_it(run):
-    result = run("method=wavelet_tri")
+    result = run("method=wavelet_tri", "document.count=5")
     client = store(result)
     record = client.get_run(result.run_id)
     assert record.info.status == "FINISHED"
@@ -42,7 +43,7 @@ def test_a_run_is_recorded_with_everything_that_explains_it(run):
     rows = rows_of(client, result.run_id)
     assert rows["columns"] == ["document", "layer", "head", "metric", "value"]
     per_head = [r for r in rows["data"] if r[3] == "aop/mean" and r[1] is not None]
-    assert len(per_head) == 3 * 2 * 4  # documents, layers, query heads
+    assert len(per_head) == 5 * 2 * 4  # documents, layers, query heads
     assert np.mean([r[4] for r in per_head]) == pytest.approx(metrics["aop/mean"], rel=1e-5)
     assert "wavelet_tri" in Path(client.download_artifacts(result.run_id, "config.yaml")).read_text()
 
@@ -84,6 +85,43 @@ def test_perplexity_scores_the_tokens_after_the_first(run, backend, small):
         logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         expected.append(np.exp(-np.mean([logp[t - 2, window[t]] for t in range(201, 240)])))
     assert metrics["ppl/full"] == pytest.approx(np.mean(expected), rel=1e-3)
+
+
+def test_perplexity_of_part_of_the_continuation_is_still_exact_for_the_full_cache(run):
+    metrics = run("method=full", "phase.perplexity.tokens=20").metrics
+    assert metrics["ppl/nd"] == metrics["ppl/kl"] == 0
+    assert metrics["ppl/full"] != run("method=full").metrics["ppl/full"]
+
+
+def test_a_prompt_no_longer_than_sinks_and_recent_window_is_kept_whole(run):
+    metrics = run("method=wavelet", "document.tokens=20", "budget=80").metrics
+    assert (metrics["memory/tokens"], metrics["aop/max"], metrics["ppl/nd"]) == (20, 0, 0)
+
+
+def test_a_metric_that_is_no_number_does_not_finish(run, monkeypatch):
+    from pipeline.phases.memory import Memory
+
+    monkeypatch.setattr(Memory, "measure", lambda self, context: [{"metric": "memory/mb", "value": float("nan")}])
+    with pytest.raises(RuntimeError, match="memory/mb came out as not a number"):
+        run("method=random", "seed=11")
+
+
+def test_versions_are_part_of_the_identity(small, monkeypatch):
+    import pipeline.job as job
+
+    before = prepare(composed(small)).identity
+    assert prepare(composed(small)).identity == before
+    monkeypatch.setattr(job, "version", lambda name: "0.0.0")
+    assert prepare(composed(small)).identity != before
+
+
+def test_where_it_ran_is_part_of_the_identity(run, monkeypatch):
+    from spectral_kv.backends.torch import TorchBackend
+
+    first = run("method=streaming")
+    assert run("method=streaming", "backend.device=cpu").reused is False  # another configuration
+    monkeypatch.setattr(TorchBackend, "place", staticmethod(lambda device, dtype: ("cpu", "bfloat16")))
+    assert run("method=streaming").run_id != first.run_id
 
 
 def test_the_second_job_of_a_process_does_not_prefill_again(run):
@@ -154,9 +192,29 @@ def test_refuses_before_loading_what_can_not_run(small, checkpoint, tmp_path):
     assert "model.path=/nowhere" in refusal("model.path=/nowhere")
     assert "holds no config.json" in refusal(f"model.path={tmp_path}")
     assert "2048 positions" in refusal("document.tokens=2040")
+    broken = shutil.copytree(checkpoint, tmp_path / "broken")
+    (broken / "tokenizer.json").write_text("{")
+    assert "tokenizer.json can't be read" in refusal(f"model.path={broken}")
+    (broken / "config.json").write_text("{}")
+    assert "names no hidden_size" in refusal(f"model.path={broken}")
+    (broken / "config.json").write_text("{")
+    assert "not valid JSON" in refusal(f"model.path={broken}")
     blocker = tmp_path / "file"
     blocker.write_text("")
     assert f"outputs={blocker}" in refusal(f"outputs={blocker}")
+
+
+def test_damaged_weights_are_one_sentence_and_a_failed_run(run, checkpoint, tmp_path):
+    broken = shutil.copytree(checkpoint, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"\x00" * 100)
+    with pytest.raises(InputError, match="model=qwen2_5_0_5b can't be loaded"):
+        run(f"model.path={broken}", "method=random")
+
+
+def test_a_store_that_can_not_be_used_is_one_sentence(run):
+    for uri in ("http://localhost:9", "nonsense://x"):
+        with pytest.raises(InputError, match=f"tracking.uri={uri} can't be"):
+            run("method=random", f"tracking.uri={uri}")
 
 
 def test_a_hub_model_without_network_is_one_sentence(small, monkeypatch):

@@ -1,7 +1,18 @@
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
+)
 
 from spectral_kv.backends.torch import TorchBackend
 from spectral_kv.scorers.base import LayerView
@@ -160,13 +171,44 @@ def test_the_cache_dtype_is_what_is_stored(checkpoint, tokens):
     assert cache.nbytes == 2 * 2 * 2 * 300 * 16 * 2
 
 
-def test_refuses_rotations_that_depend_on_the_prompt(checkpoint, tmp_path):
-    import json
-    import shutil
+def changed(checkpoint, folder, **settings):
+    """A copy of the checkpoint with other settings in its configuration."""
+    copy = shutil.copytree(checkpoint, folder)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | settings))
+    return str(copy)
 
-    folder = shutil.copytree(checkpoint, tmp_path / "dynamic")
-    config = json.loads((folder / "config.json").read_text())
-    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    (folder / "config.json").write_text(json.dumps(config))
+
+def test_refuses_rotations_that_depend_on_the_prompt(checkpoint, tmp_path):
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(ValueError, match="RoPE type dynamic"):
-        TorchBackend(str(folder), device="cpu")
+        TorchBackend(changed(checkpoint, tmp_path / "x", rope_parameters=dynamic), device="cpu")
+
+
+def test_refuses_layers_that_do_not_see_everything(tmp_path):
+    config = MistralConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=50,
+    )  # fmt: skip
+    MistralForCausalLM(config).save_pretrained(tmp_path / "sliding")
+    with pytest.raises(ValueError, match="do not attend to all tokens"):
+        TorchBackend(str(tmp_path / "sliding"), device="cpu")
+    config.sliding_window = None
+    MistralForCausalLM(config).save_pretrained(tmp_path / "full")
+    assert TorchBackend(str(tmp_path / "full"), device="cpu").shape.layers == 1
+
+
+def test_refuses_rotations_it_can_not_undo(tmp_path):
+    sizes = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    interleaved = CohereForCausalLM(CohereConfig(**sizes, intermediate_size=32, num_key_value_heads=2, pad_token_id=0))
+    partial = StableLmForCausalLM(StableLmConfig(**sizes, intermediate_size=32, num_key_value_heads=2))
+    for name, model in (("interleaved", interleaved), ("partial", partial)):
+        model.save_pretrained(tmp_path / name)
+        with pytest.raises(ValueError, match="another way than Llama and Qwen"):
+            TorchBackend(str(tmp_path / name), device="cpu")
+
+
+def test_accepts_a_model_in_bfloat16(checkpoint, tokens):
+    backend = TorchBackend(str(checkpoint), device="cpu", dtype="bfloat16")
+    prefill = backend.prefill(tokens[:200], observe=1)
+    assert backend.extend(backend.compress(prefill, None, Dense()), tokens[200:]).logits.isfinite().all()
