@@ -1,6 +1,7 @@
 """Documents: token windows of a prompt and its true continuation."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ from pipeline.errors import InputError
 
 
 @dataclass(frozen=True)
-class Documents:
+class Documents(ABC):
     """Base of the document sources.
 
     Parameters
@@ -30,9 +31,10 @@ class Documents:
 
     source: ClassVar[str]  # how messages call it
 
+    @abstractmethod
     def texts(self) -> list[str]:
         """The texts to cut; no window crosses from one to the next."""
-        raise NotImplementedError
+        ...
 
     def check(self) -> None:
         """Refuse sizes that can't be, and whatever a source can tell without reading all of its text."""

@@ -1,5 +1,6 @@
 """What the spectral scorers share: the signal they look at and the blend they end in."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ SIGNS = ("deviation", "smoothness")
 
 
 @dataclass(frozen=True)
-class Spectral:
+class Spectral(ABC):
     """Base of the spectral scorers.
 
     `spectral_weight * unit(spectral) + recency_weight * recency + norm_weight * unit(key norm)`.
@@ -40,9 +41,10 @@ class Spectral:
         if self.sign not in SIGNS:
             raise ValueError(f"method.sign={self.sign} is not known: choose one of {', '.join(SIGNS)}")
 
+    @abstractmethod
     def spectral(self, x: Array) -> Array:
         """Deviation of every token of the signal `[kv_heads, tokens, dim]`, as `[kv_heads, tokens]`."""
-        raise NotImplementedError
+        ...
 
     def score(self, layer: LayerView) -> Array:
         signals = {
