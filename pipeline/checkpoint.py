@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from pipeline.config import ModelConfig
 from pipeline.errors import InputError
+from spectral_kv.backends.base import ModelShape
 
 FILES = [
     "config.json",
@@ -33,6 +34,19 @@ class Checkpoint:
     @cached_property
     def config(self) -> dict:
         return json.loads((self.folder / "config.json").read_text())
+
+    @property
+    def shape(self) -> ModelShape:
+        """The sizes that the configuration names."""
+        config = self.config
+        heads = config["num_attention_heads"]
+        return ModelShape(
+            config["num_hidden_layers"],
+            heads,
+            config.get("num_key_value_heads") or heads,
+            config.get("head_dim") or config["hidden_size"] // heads,
+            config.get("vocab_size", 0),
+        )
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

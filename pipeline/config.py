@@ -4,11 +4,13 @@ The classes that do the work are their own schemas: a `_target_` dataclass says 
 and refuses impossible values when it is made.
 """
 
+import bisect
 import difflib
 import importlib
 import importlib.util
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,8 @@ from pipeline.documents.base import Documents
 from pipeline.errors import InputError
 from pipeline.manual import manual
 from spectral_kv.scorers.base import Scorer
-from spectral_kv.selection import Budget
-from spectral_kv.storage import Storage
+from spectral_kv.selection import SELECTIONS, Budget
+from spectral_kv.storage.base import Storage
 
 DTYPES = ("float32", "bfloat16", "float16")
 PACKAGE = Path(__file__).resolve().parent
@@ -62,31 +64,55 @@ class ModelConfig:
 
 @dataclass
 class BudgetConfig:
-    """`budget`: see `spectral_kv.selection.Budget`; `ratio` counts in prompts and wins over `tokens`."""
+    """`budget`: see `spectral_kv.selection.Budget`; `bytes` or `ratio`, where set, win over `tokens`."""
 
     tokens: int | None
     ratio: float | None
+    bytes: float | None
     sinks: int
     recent: int
+    selection: str
 
-    def resolve(self, prompt: int) -> Budget:
-        """The budget for prompts of `prompt` tokens."""
-        tokens = self.tokens
-        key = f"budget.tokens={self.tokens}"
-        if self.ratio is not None:
-            if not 0 < self.ratio <= 1:
-                raise InputError(f"budget.ratio={self.ratio} must lie above 0 and at most at 1")
-            tokens, key = math.ceil(self.ratio * prompt), f"budget.ratio={self.ratio} of {prompt} tokens"
-        if tokens is None:
-            raise InputError("no budget is given: set budget.tokens or budget.ratio")
+    def __post_init__(self):
+        if self.ratio is not None and self.bytes is not None:
+            raise ValueError(f"budget.ratio={self.ratio} and budget.bytes={self.bytes} are both set: give one of them")
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise ValueError(f"budget.ratio={self.ratio} must lie above 0 and at most at 1")
+        if self.tokens is None and self.ratio is None and self.bytes is None:
+            raise ValueError("no budget is given: set budget.tokens, budget.ratio or budget.bytes")
         if self.sinks < 0 or self.recent < 0:
-            raise InputError(f"budget.sinks={self.sinks} and budget.recent={self.recent} can't be negative")
+            raise ValueError(f"budget.sinks={self.sinks} and budget.recent={self.recent} can't be negative")
+        if self.selection not in SELECTIONS:
+            raise ValueError(f"budget.selection={self.selection} is not known: choose one of {', '.join(SELECTIONS)}")
+        if self.ratio is None and self.bytes is None:
+            self._holds(self.tokens, f"budget.tokens={self.tokens}")
+
+    def _holds(self, tokens: int, key: str) -> None:
         if tokens <= self.sinks + self.recent:
-            raise InputError(
+            raise ValueError(
                 f"{key} leaves nothing to choose beside budget.sinks={self.sinks} and budget.recent={self.recent}: "
                 f"give at least {self.sinks + self.recent + 1} tokens, or fewer sinks and recent tokens"
             )
-        return Budget(tokens, self.sinks, self.recent)
+
+    def resolve(self, prompt: int, dense: Callable[[int], int], held: Callable[[int], int]) -> Budget:
+        """The budget for prompts of `prompt` tokens.
+
+        Parameters
+        ----------
+        dense, held : function of a number of tokens
+            Bytes that they take in 16 bits (or whatever the cache's dtype is), and in the chosen storage.
+        """
+        tokens, key = self.tokens, f"budget.tokens={self.tokens}"
+        if self.bytes is not None or self.ratio is not None:
+            key = f"budget.bytes={self.bytes:g}" if self.bytes is not None else f"budget.ratio={self.ratio}"
+            limit = self.bytes if self.bytes is not None else dense(math.ceil(self.ratio * prompt))
+            tokens = bisect.bisect_right(range(prompt + 1), limit, key=held) - 1
+            key += f" buys {tokens} tokens of {prompt} in this storage, which"
+            try:
+                self._holds(tokens, key)
+            except ValueError as error:
+                raise InputError(str(error)) from None
+        return Budget(tokens, self.sinks, self.recent, self.selection)
 
 
 @dataclass
@@ -133,7 +159,7 @@ class Settings:
 
     method: MethodConfig
     model: ModelConfig
-    budget: Budget | None  # None: the method keeps every token
+    budget: BudgetConfig | None  # None: the method keeps every token
     storage: Storage
     storage_name: str
     backend: BackendConfig
@@ -233,7 +259,7 @@ def check(cfg: DictConfig) -> Settings:
     return Settings(
         method=MethodConfig(method.name, method.title, scorer),
         model=typed(ModelConfig, cfg.model, "model"),
-        budget=None if scorer is None else typed(BudgetConfig, cfg.budget, "budget").resolve(documents.tokens),
+        budget=None if scorer is None else typed(BudgetConfig, cfg.budget, "budget"),
         storage=target(cfg.storage, "storage", "name"),
         storage_name=cfg.storage.name,
         backend=backend,

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,10 +17,15 @@ from pipeline.documents.base import content_hash
 from pipeline.errors import InputError
 from pipeline.tracking import writable
 from spectral_kv.calibration import QueryStatistics
+from spectral_kv.selection import Budget
+from spectral_kv.storage.base import Storage
+from spectral_kv.storage.dense import Dense
 
 DECISIVE = ("torch", "transformers", "numpy", "PyWavelets")  # packages whose version may change a result
 # What decides where a result is written or how it is computed, not what it is; contents are hashed instead of paths.
 NOT_IDENTITY = {"outputs", "tracking", "force", "prefill_memory_gb"}
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 
 
 def code_fingerprint() -> str:
@@ -40,6 +46,7 @@ class Job:
 
     settings: Settings
     checkpoint: Checkpoint
+    budget: Budget | None  # None: the method keeps every token
     windows: list[np.ndarray]
     statistics: QueryStatistics | None
     resolved: dict
@@ -59,13 +66,23 @@ def _statistics(settings: Settings, checkpoint: Checkpoint) -> QueryStatistics |
         )
     if not Path(model.calibration).is_file():
         raise InputError(f"model.calibration={model.calibration} is not a file: {remedy}")
-    config = checkpoint.config
-    heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
-    dim = config.get("head_dim") or config["hidden_size"] // heads
+    shape = checkpoint.shape
     try:
-        return QueryStatistics.load(model.calibration, (layers, heads, dim // 2))
+        return QueryStatistics.load(model.calibration, (shape.layers, shape.query_heads, shape.dim // 2))
     except ValueError as error:
         raise InputError(str(error)) from None
+
+
+def _budget(settings: Settings, checkpoint: Checkpoint) -> Budget | None:
+    if settings.budget is None:
+        return None
+    shape = checkpoint.shape
+    itemsize = ITEMSIZE[settings.backend.cache_dtype]
+
+    def held_in(storage: Storage) -> Callable[[int], int]:
+        return lambda tokens: shape.layers * storage.nbytes(tokens, shape.kv_heads, shape.dim, itemsize)
+
+    return settings.budget.resolve(settings.documents.tokens, held_in(Dense()), held_in(settings.storage))
 
 
 def prepare(cfg: DictConfig) -> Job:
@@ -81,6 +98,7 @@ def prepare(cfg: DictConfig) -> Job:
     checkpoint = locate(settings.model, settings.documents.tokens, settings.documents.continuation)
     windows = settings.documents.windows(checkpoint.tokenizer, checkpoint.bos() if settings.model.bos else None)
     statistics = _statistics(settings, checkpoint)
+    budget = _budget(settings, checkpoint)
     resolved = OmegaConf.to_container(cfg, resolve=True)
     what = {k: v for k, v in resolved.items() if k not in NOT_IDENTITY}
     what["model"] = checkpoint.hash
@@ -88,9 +106,8 @@ def prepare(cfg: DictConfig) -> Job:
     what["prompt"] = settings.documents.tokens
     what["versions"] = {name: version(name) for name in DECISIVE}
     what["code"] = code_hash = code_fingerprint()
-    if settings.method.scorer is None:
-        del what["budget"]  # every token is kept
+    what["budget"] = asdict(budget) if budget else None
     if statistics is not None:
         what["statistics"] = hashlib.sha256(statistics.mu.tobytes() + statistics.modulus.tobytes()).hexdigest()
     identity = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
-    return Job(settings, checkpoint, windows, statistics, resolved, identity, document_hash, code_hash)
+    return Job(settings, checkpoint, budget, windows, statistics, resolved, identity, document_hash, code_hash)

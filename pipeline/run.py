@@ -18,7 +18,7 @@ from pipeline.errors import InputError
 from pipeline.job import NOT_IDENTITY, Job
 from pipeline.phases.base import Context
 from pipeline.progress import progress
-from pipeline.stages.compress import compress
+from pipeline.stages.compress import compress, observed
 from pipeline.stages.prefill import FullRuns
 from spectral_kv.backends.base import Backend
 
@@ -98,7 +98,7 @@ def _result(job: Job, run_id: str, metrics: dict[str, float], reused: bool) -> R
     documents = settings.documents
     return Result(
         run_id, metrics, settings.method.title,
-        settings.budget.tokens if settings.budget else None,
+        job.budget.tokens if job.budget else None,
         settings.storage_name, settings.model.name,
         f"{documents.count} x {documents.tokens} + {documents.continuation} tokens of {documents.source}",
         tracking.store_uri(settings.tracking, settings.outputs), reused,
@@ -111,14 +111,14 @@ def measure(job: Job) -> tuple[pd.DataFrame, dict[str, float]]:
     key, backend = loaded(settings, job.checkpoint)
     limit = int(settings.prefill_memory_gb * 1e9)
     rows, computed, prefill_seconds, compress_seconds = [], 0, [], []
-    label = f"{settings.method.title} {settings.budget.tokens if settings.budget else ''}".strip()
+    label = f"{settings.method.title} {job.budget.tokens if job.budget else ''}".strip()
+    scorer = settings.method.scorer
+    observe = observed(scorer, settings.documents.tokens)
     for index, window in enumerate(progress(job.windows, label)):
-        full, fresh = _full_runs.get(key, backend, window, settings.documents.tokens, limit)
+        full, fresh = _full_runs.get(key, backend, window, settings.documents.tokens, observe, limit)
         computed += fresh
         prefill_seconds.append(full.seconds)
-        compressed = compress(
-            full.prefill, backend, settings.method.scorer, settings.budget, settings.storage, index, job.statistics
-        )
+        compressed = compress(full, backend, scorer, job.budget, settings.storage, index, job.statistics)
         compress_seconds.append(compressed.seconds)
         context = Context(backend, full, compressed)
         for phase in settings.phases.values():
@@ -142,7 +142,7 @@ def execute(job: Job) -> Result:
 
     scorer = settings.method.scorer
     params = _flat({k: v for k, v in job.resolved.items() if k not in NOT_IDENTITY})
-    params["budget.resolved"] = settings.budget.tokens if settings.budget else "all"
+    params["budget.resolved"] = job.budget.tokens if job.budget else "all"
     params["method.reads"] = "-" if scorer is None else ", ".join(scorer.reads) or "nothing"
     tags = tracking.environment() | {
         tracking.CONFIGURATION: identity,

@@ -6,6 +6,8 @@ import numpy as np
 
 from spectral_kv.xp import Array, float32, like, namespace, stable_order
 
+SELECTIONS = ("per_layer_perhead", "per_head")
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -19,13 +21,19 @@ class Budget:
         First tokens that are always kept.
     recent : int
         Last tokens that are always kept.
+    selection : str
+        `per_layer_perhead`: every layer and KV head chooses its own tokens. `per_head`: the KV heads of one index
+        choose the same tokens in every layer, by the mean of their scores.
     """
 
     tokens: int
     sinks: int = 4
     recent: int = 64
+    selection: str = "per_layer_perhead"
 
     def __post_init__(self):
+        if self.selection not in SELECTIONS:
+            raise ValueError(f"selection {self.selection!r} is not known: choose one of {', '.join(SELECTIONS)}")
         if self.sinks < 0 or self.recent < 0:
             raise ValueError(f"sinks ({self.sinks}) and recent ({self.recent}) can't be negative")
         if self.tokens <= self.sinks + self.recent:
@@ -70,3 +78,10 @@ def select(scores: Array, budget: Budget) -> Array:
     first = like(np.tile(np.arange(middle.start), (heads, 1)), scores)
     last = like(np.tile(np.arange(middle.stop, tokens), (heads, 1)), scores)
     return xp.concat([xp.astype(first, chosen.dtype), chosen, xp.astype(last, chosen.dtype)], axis=-1)
+
+
+def select_layers(scores: list[Array], budget: Budget) -> list[Array]:
+    """Kept token indices `[kv_heads, kept]` of every layer from their scores `[kv_heads, tokens]`."""
+    if budget.selection == "per_head":
+        return [select(sum(float32(s) for s in scores) / len(scores), budget)] * len(scores)
+    return [select(s, budget) for s in scores]

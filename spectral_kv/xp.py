@@ -11,7 +11,7 @@ from array_api_compat import array_namespace as namespace
 
 Array = Any  # a NumPy, torch or MLX array
 
-__all__ = ["Array", "float32", "like", "namespace", "softmax", "stable_order", "to_numpy"]
+__all__ = ["Array", "float32", "like", "namespace", "rows", "softmax", "stable_order", "to_numpy"]
 
 
 def like(values: np.ndarray, x: Array) -> Array:
@@ -48,3 +48,8 @@ def stable_order(x: Array) -> Array:
     if xp.__name__.startswith("mlx"):  # always stable, and takes no keyword to say so
         return xp.argsort(x, axis=-1)
     return xp.argsort(x, axis=-1, stable=True)
+
+
+def rows(x: Array, chosen: Array) -> Array:
+    """Tokens `[..., heads, kept]` of `x` `[..., heads, tokens, dim]`, every head its own."""
+    return namespace(x).take_along_axis(x, chosen[..., None], axis=-2)

@@ -50,7 +50,7 @@ def write(jobs: list[Job], ids: dict[str, str]) -> tuple[str, Path]:
     folder = settings.outputs / "paper"
     folder.mkdir(parents=True, exist_ok=True)
     documents = settings.documents
-    budget = next(job.settings.budget for job in jobs if job.settings.budget)
+    budget = next(job.budget for job in jobs if job.budget)
     head = (
         "# Published tables, measured again\n\n"
         f"Model {settings.model.name}, {documents.count} documents of {documents.tokens} tokens from "

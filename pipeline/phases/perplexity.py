@@ -30,10 +30,10 @@ class Perplexity:
         return self.tokens
 
     def measure(self, context: Context) -> list[Row]:
-        continuation = context.full.continuation  # fed whole, as to the full cache: other shapes round differently
-        full = context.full.extension.logits[: self.tokens - 1]
-        compressed = context.backend.extend(context.compressed.cache.copy(), continuation).logits[: self.tokens - 1]
-        targets = like(continuation[1 : self.tokens], full)
+        continuation = context.full.continuation[: self.tokens]
+        full = context.full.extended(self.tokens).logits[:-1]
+        compressed = context.backend.extend(context.compressed.cache.copy(), continuation).logits[:-1]
+        targets = like(continuation[1:], full)
         nll_full = float(negative_log_likelihood(full, targets).mean())
         nll = float(negative_log_likelihood(compressed, targets).mean())
         values = {

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.phases.base import Context, Row
-from spectral_kv.metrics.attention import attention_output, attention_output_perturbation
+from spectral_kv.attention import attention_output
+from spectral_kv.metrics.perturbation import attention_output_perturbation
 from spectral_kv.xp import to_numpy
 
 
@@ -27,9 +28,9 @@ class Perturbation:
         full, backend = context.full, context.backend
         rows: list[Row] = []
         everything = []
-        for layer, queries in enumerate(full.extension.queries):
-            queries = queries[:, : self.positions]
-            kept = attention_output(queries, *backend.stored(context.compressed.cache, layer), backend.scaling)
+        held = backend.contents(context.compressed.cache)
+        for layer, queries in enumerate(full.extended(self.positions).queries):
+            kept = attention_output(queries, held.keys[layer], held.values[layer], backend.scaling)
             whole = attention_output(queries, full.prefill.keys[layer], full.prefill.values[layer], backend.scaling)
             aop = to_numpy(attention_output_perturbation(kept, whole))  # [query_heads, positions]
             everything.append(aop)

@@ -26,9 +26,9 @@ from pipeline.progress import progress
 from pipeline.run import loaded
 from pipeline.summary import spread
 from spectral_kv.backends.base import Backend
-from spectral_kv.metrics.attention import attention_weights
+from spectral_kv.metrics.perturbation import attention_weights
 from spectral_kv.metrics.prediction import negative_log_likelihood
-from spectral_kv.storage import Dense
+from spectral_kv.storage.dense import Dense
 from spectral_kv.xp import like, to_numpy
 
 EDGES = (0, 256, 512, 1024, 2048, 4096, 8192)

@@ -5,12 +5,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spectral_kv.backends.base import Backend, Cache, Prefill
+from pipeline.stages.prefill import FullRun
+from spectral_kv.backends.base import Backend, Cache, Contents, Prefill
 from spectral_kv.calibration import QueryStatistics
 from spectral_kv.scorers.base import LayerView, Scorer
-from spectral_kv.selection import Budget, select
-from spectral_kv.storage import Storage
+from spectral_kv.selection import Budget, select_layers
+from spectral_kv.storage.base import Storage
 from spectral_kv.xp import Array, like
+
+
+def observed(scorer: Scorer | None, tokens: int) -> int:
+    """How many of the last queries of a prompt of `tokens` a scorer looks at."""
+    if scorer is None or "queries" not in scorer.reads:
+        return 0
+    return tokens if scorer.window is None else min(scorer.window, tokens)
+
+
+def foresees(scorer: Scorer | None) -> bool:
+    """Whether a scorer is an oracle."""
+    return scorer is not None and "future" in scorer.reads
 
 
 @dataclass(frozen=True)
@@ -23,34 +36,40 @@ class Compressed:
 
 
 def choose(
-    prefill: Prefill,
+    cached: Prefill | Contents,
     backend: Backend,
     scorer: Scorer,
     budget: Budget,
     document: int,
     statistics: QueryStatistics | None,
+    queries: list[Array] | None = None,
+    future: list[Array] | None = None,
 ) -> list[Array]:
-    """The tokens that `scorer` keeps in every layer, `[kv_heads, kept]` each."""
-    tokens = len(prefill.tokens)
+    """The rows that `scorer` keeps in every layer, `[kv_heads, kept]` each.
+
+    `queries` and `future` are `[query_heads, positions, dim]`, one a layer: those of the last tokens, and those to come.
+    """
+    tokens = cached.keys[0].shape[-2]
     if budget.tokens >= tokens:  # nothing to choose, and perhaps nothing that may be evicted
         everything = np.tile(np.arange(tokens), (backend.shape.kv_heads, 1))
-        return [like(everything, keys) for keys in prefill.keys]
-    kept = []
-    for layer, (keys, values) in enumerate(zip(prefill.keys, prefill.values, strict=True)):
+        return [like(everything, keys) for keys in cached.keys]
+    scores = []
+    for layer, (keys, values, positions) in enumerate(zip(cached.keys, cached.values, cached.positions, strict=True)):
         view = LayerView(
-            keys, values, backend.rope, np.arange(tokens), budget.evictable(tokens), layer, (document, layer),
-            prefill.queries[layer], statistics,
+            keys, values, backend.rope, positions, budget.evictable(tokens), layer, (document, layer), backend.scaling,
+            queries[layer] if queries else None, future[layer] if future else None, statistics,
         )  # fmt: skip
-        chosen = select(scorer.score(view), budget)
-        expected = (backend.shape.kv_heads, budget.tokens)
+        scores.append(scorer.score(view))
+    kept = select_layers(scores, budget)
+    expected = (backend.shape.kv_heads, budget.tokens)
+    for layer, chosen in enumerate(kept):
         if tuple(chosen.shape) != expected:
             raise RuntimeError(f"layer {layer} kept {tuple(chosen.shape)} tokens, the budget says {expected}")
-        kept.append(chosen)
     return kept
 
 
 def compress(
-    prefill: Prefill,
+    full: FullRun,
     backend: Backend,
     scorer: Scorer | None,
     budget: Budget | None,
@@ -59,9 +78,13 @@ def compress(
     statistics: QueryStatistics | None,
 ) -> Compressed:
     """Compress a prefill; without a scorer every token is kept and only stored."""
+    queries = full.queries(observed(scorer, len(full.prefill.tokens)))
+    future = full.extended(scorer.positions).queries if foresees(scorer) else None
     backend.synchronize()
     start = time.perf_counter()
-    kept = None if scorer is None else choose(prefill, backend, scorer, budget, document, statistics)
-    cache = backend.compress(prefill, kept, storage)
+    kept = None
+    if scorer is not None:
+        kept = choose(full.prefill, backend, scorer, budget, document, statistics, queries, future)
+    cache = backend.compress(full.prefill, kept, storage)
     backend.synchronize()
     return Compressed(cache, kept, time.perf_counter() - start)

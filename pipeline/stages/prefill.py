@@ -2,42 +2,59 @@
 
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
 
 import numpy as np
 
 from spectral_kv.backends.base import Backend, Extension, Prefill
-from spectral_kv.storage import Dense
+from spectral_kv.storage.dense import Dense
+from spectral_kv.xp import Array
 
-OBSERVED = 64  # last prompt tokens whose queries are remembered
 
-
-@dataclass(frozen=True)
 class FullRun:
-    """A document on the full cache: what every compressed cache is compared with. Nothing changes it.
+    """A document on the full cache: what every compressed cache is compared with.
 
     Parameters
     ----------
+    backend : Backend
     document : np.ndarray of int, [tokens + continuation]
-    prefill : Prefill
-    extension : Extension
-        Logits and queries of the continuation, fed on top of the full cache.
-    seconds : float
-        Wall time of the prefill.
+    tokens : int
+        Length of the prompt.
+    observe : int
+        How many of the last queries of the prompt are remembered.
     """
 
-    document: np.ndarray
-    prefill: Prefill
-    extension: Extension
-    seconds: float
+    def __init__(self, backend: Backend, document: np.ndarray, tokens: int, observe: int):
+        self.backend, self.document = backend, document
+        backend.synchronize()
+        start = time.perf_counter()
+        self.prefill: Prefill = backend.prefill(document[:tokens], observe)
+        backend.synchronize()
+        self.seconds = time.perf_counter() - start
+        self._extensions: dict[int, Extension] = {}
 
     @property
     def continuation(self) -> np.ndarray:
         return self.document[len(self.prefill.tokens) :]
 
     @property
+    def observed(self) -> int:
+        return self.prefill.queries[0].shape[1]
+
+    def queries(self, count: int) -> list[Array] | None:
+        """Rotated queries `[query_heads, count, dim]` of the last `count` prompt tokens, one a layer."""
+        return [q[:, self.observed - count :] for q in self.prefill.queries] if count else None
+
+    def extended(self, count: int) -> Extension:
+        """Logits and queries of the first `count` continuation tokens, fed at once on top of the full cache."""
+        if count not in self._extensions:
+            cache = self.backend.compress(self.prefill, None, Dense())
+            self._extensions[count] = self.backend.extend(cache, self.continuation[:count])
+        return self._extensions[count]
+
+    @property
     def nbytes(self) -> int:
-        return self.prefill.nbytes + self.extension.logits.nbytes + sum(q.nbytes for q in self.extension.queries)
+        extensions = (x for e in self._extensions.values() for x in (e.logits, *e.queries))
+        return self.prefill.nbytes + sum(x.nbytes for x in extensions)
 
 
 class FullRuns:
@@ -46,33 +63,23 @@ class FullRuns:
     def __init__(self):
         self._runs: OrderedDict[tuple, FullRun] = OrderedDict()
 
-    def get(self, key: tuple, backend: Backend, document: np.ndarray, tokens: int, limit: int) -> tuple[FullRun, bool]:
+    def get(
+        self, key: tuple, backend: Backend, document: np.ndarray, tokens: int, observe: int, limit: int
+    ) -> tuple[FullRun, bool]:
         """The full run of a document of which the first `tokens` are the prompt, and whether it had to be computed.
 
-        Parameters
-        ----------
-        key : tuple
-            Everything outside the document that changes the result: model, backend and their settings.
-        limit : int
-            Bytes that kept runs may take; the newest is kept in any case.
+        `key` identifies the backend, `observe` is the least number of remembered queries, `limit` is the bound in
+        bytes.
         """
-        key = (*key, tokens, document.tobytes())
-        if key in self._runs:
-            self._runs.move_to_end(key)
-            self._shrink(limit)
-            return self._runs[key], False
-        start = time.perf_counter()
-        prefill = backend.prefill(document[:tokens], OBSERVED)
-        backend.synchronize()
-        seconds = time.perf_counter() - start
-        extension = backend.extend(backend.compress(prefill, None, Dense()), document[tokens:])
-        self._runs[key] = run = FullRun(document, prefill, extension, seconds)
-        self._shrink(limit)
-        return run, True
-
-    def _shrink(self, limit: int) -> None:
+        key = (key, tokens, document.tobytes())
+        run = self._runs.get(key)
+        fresh = run is None or run.observed < observe
+        if fresh:
+            self._runs[key] = run = FullRun(backend, document, tokens, observe)
+        self._runs.move_to_end(key)
         while len(self._runs) > 1 and sum(r.nbytes for r in self._runs.values()) > limit:
             self._runs.popitem(last=False)
+        return run, fresh
 
     def clear(self) -> None:
         self._runs.clear()

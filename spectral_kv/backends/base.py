@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from spectral_kv.rope import Rope
-from spectral_kv.storage import Storage
+from spectral_kv.storage.base import Storage
 from spectral_kv.xp import Array
 
 Cache = Any  # the backend's own cache object
@@ -45,8 +45,29 @@ class Prefill:
     logits: Array
 
     @property
+    def positions(self) -> list[np.ndarray]:
+        """Logical positions `[tokens]` of the cached tokens, one a layer."""
+        return [np.arange(len(self.tokens))] * len(self.keys)
+
+    @property
     def nbytes(self) -> int:
         return sum(x.nbytes for x in (*self.keys, *self.values, *self.queries, self.logits))
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a cache holds, as attention reads it.
+
+    Parameters
+    ----------
+    keys, values : list of array, [kv_heads, rows, dim], one a layer
+    positions : list of np.ndarray, [kv_heads, rows], one a layer
+        Logical positions; after per-head eviction every head has its own.
+    """
+
+    keys: list[Array]
+    values: list[Array]
+    positions: list[np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -83,8 +104,12 @@ class Backend(Protocol):
         """
         ...
 
-    def stored(self, cache: Cache, layer: int) -> tuple[Array, Array]:
-        """Keys and values `[kv_heads, kept, dim]` that a cache holds of the prompt, as attention reads them."""
+    def contents(self, cache: Cache) -> Contents:
+        """Keys, values and positions of everything that a cache holds."""
+        ...
+
+    def recompress(self, cache: Cache, kept: list[Array]) -> Cache:
+        """A cache with the rows `[kv_heads, kept]` of every layer of another; what is packed stays packed."""
         ...
 
     def extend(self, cache: Cache, tokens: np.ndarray) -> Extension:

@@ -12,9 +12,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils.logging import disable_progress_bar
 
-from spectral_kv.backends.base import Extension, ModelShape, Prefill
+from spectral_kv.backends.base import Contents, Extension, ModelShape, Prefill
 from spectral_kv.rope import Rope
-from spectral_kv.storage import Storage, Stored
+from spectral_kv.storage.base import Storage, Stored
+from spectral_kv.xp import rows, to_numpy
 
 ATTENTION = "spectral_kv"
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -45,52 +46,57 @@ def _observing() -> Iterator[dict[int, torch.Tensor]]:
 
 
 class CompressedLayer(DynamicLayer):
-    """Stored tokens of one layer, and the tokens fed since in the dtype of the cache."""
+    """Stored tokens of one layer, `[batch, kv_heads, tokens, dim]`."""
 
     def __init__(self, stored: Stored, dtype: torch.dtype):
         super().__init__()
         self.stored, self.cache_dtype = stored, dtype
 
     def update(self, key_states, value_states, *args, **kwargs):
-        super().update(key_states.to(self.cache_dtype), value_states.to(self.cache_dtype))
+        self.stored = self.stored.append(key_states.to(self.cache_dtype), value_states.to(self.cache_dtype))
         keys, values = self.stored.load()
-        dtype = key_states.dtype
-        return (
-            torch.cat([keys[None].to(dtype), self.keys.to(dtype)], dim=-2),
-            torch.cat([values[None].to(dtype), self.values.to(dtype)], dim=-2),
-        )
+        return keys.to(key_states.dtype), values.to(value_states.dtype)
 
     def get_seq_length(self) -> int:
-        return self.stored.tokens + super().get_seq_length()
-
-    @property
-    def nbytes(self) -> int:
-        return self.stored.nbytes + (self.keys.nbytes + self.values.nbytes if self.is_initialized else 0)
+        return self.stored.tokens
 
 
 class CompressedCache(Cache):
     """A cache with fewer rows than its position.
 
     Rows are what attention reads, the position is where the next token goes.
+
+    Parameters
+    ----------
+    layers : list of CompressedLayer
+    position : int
+        Logical position of the next token.
+    kept : list of np.ndarray, [kv_heads, rows], one a layer
+        Logical positions of the rows that were there at `since`; rows fed later follow one another from it.
     """
 
-    def __init__(self, layers: list[CompressedLayer], position: int):
+    def __init__(self, layers: list[CompressedLayer], position: int, kept: list[np.ndarray]):
         super().__init__(layers=layers)
-        self.position = position
+        self.position, self.since, self.kept = position, position, kept
 
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor that must live to continue decoding."""
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(layer.stored.nbytes for layer in self.layers)
+
+    def positions(self, layer: int) -> np.ndarray:
+        """Logical positions `[kv_heads, rows]` of all rows of a layer."""
+        kept = self.kept[layer]
+        fed = np.arange(self.since, self.position)
+        return np.concatenate([kept, np.broadcast_to(fed, (kept.shape[0], len(fed)))], axis=1)
 
     def copy(self) -> "CompressedCache":
         """A cache that can be extended without touching this one (tensors are shared; extending makes new ones)."""
-        layers = []
-        for layer in self.layers:
-            twin = CompressedLayer(layer.stored, layer.cache_dtype)
-            twin.__dict__.update(layer.__dict__)
-            layers.append(twin)
-        return CompressedCache(layers, self.position)
+        twin = CompressedCache(
+            [CompressedLayer(x.stored, x.cache_dtype) for x in self.layers], self.position, self.kept
+        )
+        twin.since = self.since
+        return twin
 
 
 class TorchBackend:
@@ -185,7 +191,7 @@ class TorchBackend:
         )
         return output.logits[0]
 
-    def prefill(self, tokens: np.ndarray, observe: int = 64) -> Prefill:
+    def prefill(self, tokens: np.ndarray, observe: int) -> Prefill:
         cache = DynamicCache()
         with _observing() as observed:
             logits = self._forward(tokens, 0, cache, last=1)[-1]
@@ -193,24 +199,41 @@ class TorchBackend:
             np.asarray(tokens),
             [layer.keys[0].to(self.cache_dtype) for layer in cache.layers],
             [layer.values[0].to(self.cache_dtype) for layer in cache.layers],
-            [observed[i][:, -observe:].clone() for i in range(self.shape.layers)],
+            [observed[i][:, observed[i].shape[1] - observe :].clone() for i in range(self.shape.layers)],
             logits,
         )
 
     @torch.inference_mode()
     def compress(self, prefill: Prefill, kept: list[torch.Tensor] | None, storage: Storage) -> CompressedCache:
-        layers = []
+        layers, positions = [], []
         for index, (keys, values) in enumerate(zip(prefill.keys, prefill.values, strict=True)):
             if kept is None:
                 keys, values = keys.clone(), values.clone()
+                positions.append(np.tile(prefill.positions[index], (len(keys), 1)))
             else:
-                chosen = kept[index][..., None]
-                keys, values = (torch.take_along_dim(x, chosen, dim=1) for x in (keys, values))
-            layers.append(CompressedLayer(storage.store(keys, values, index), self.cache_dtype))
-        return CompressedCache(layers, len(prefill.tokens))
+                keys, values = rows(keys, kept[index]), rows(values, kept[index])
+                positions.append(to_numpy(kept[index]))
+            layers.append(CompressedLayer(storage.store(keys[None], values[None], index), self.cache_dtype))
+        return CompressedCache(layers, len(prefill.tokens), positions)
 
-    def stored(self, cache: CompressedCache, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return cache.layers[layer].stored.load()
+    def contents(self, cache: CompressedCache) -> Contents:
+        loaded = [[x[0] for x in layer.stored.load()] for layer in cache.layers]
+        return Contents(
+            [keys for keys, _ in loaded],
+            [values for _, values in loaded],
+            [cache.positions(layer) for layer in range(len(loaded))],
+        )
+
+    @torch.inference_mode()
+    def recompress(self, cache: CompressedCache, kept: list[torch.Tensor]) -> CompressedCache:
+        layers = [
+            CompressedLayer(layer.stored.take(chosen[None]), layer.cache_dtype)
+            for layer, chosen in zip(cache.layers, kept, strict=True)
+        ]
+        positions = [
+            np.take_along_axis(cache.positions(layer), to_numpy(chosen), axis=1) for layer, chosen in enumerate(kept)
+        ]
+        return CompressedCache(layers, cache.position, positions)
 
     def extend(self, cache: CompressedCache, tokens: np.ndarray) -> Extension:
         with _observing() as observed:

@@ -1,7 +1,8 @@
-"""Codes of 2, 3 or 4 bits in whole bytes, `dim * bits / 8` bytes a vector.
+"""Codes of 1 to 4 bits in whole bytes, `dim * bits / 8` bytes a vector.
 
 Layouts keep related codes apart by a fixed stride, so that unpacking is a shift and a concatenation: 4 bits in two
-halves (code i and code i + dim/2 share a byte), 2 bits in four quarters, 3 bits as a 2-bit plane and a 1-bit plane.
+halves (code i and code i + dim/2 share a byte), 2 bits in four quarters, 1 bit in eight eighths, 3 bits as a 2-bit
+plane and a 1-bit plane.
 """
 
 from spectral_kv.xp import Array, namespace
@@ -32,11 +33,11 @@ def pack(codes: Array, bits: int) -> Array:
     Raises
     ------
     ValueError
-        If `bits` is not 2, 3 or 4, or `dim` is not a multiple of 8.
+        If `bits` is not 1 to 4, or `dim` is not a multiple of 8.
     """
-    if bits not in (2, 3, 4) or codes.shape[-1] % 8:
+    if bits not in (1, 2, 3, 4) or codes.shape[-1] % 8:
         raise ValueError(
-            f"packing takes 2, 3 or 4 bits and a multiple of 8 channels, not {bits} bits and {codes.shape[-1]} channels"
+            f"packing takes 1 to 4 bits and a multiple of 8 channels, not {bits} bits and {codes.shape[-1]} channels"
         )
     if bits != 3:
         return _pack_plane(codes, bits)

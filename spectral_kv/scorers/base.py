@@ -21,16 +21,20 @@ class LayerView:
         As cached: keys are rotated.
     rope : Rope
         The model's rotation.
-    positions : np.ndarray, [tokens]
-        Logical positions of the cached tokens.
+    positions : np.ndarray, [tokens] or [kv_heads, tokens]
+        Logical positions of the cached tokens; after an eviction every head has its own.
     evictable : slice
         The positions the budget leaves to the scorer (sinks and recent window are kept anyway).
     layer : int
         Index of the layer.
     seed : tuple of int
         Differs between documents and layers; what is random draws from it.
+    scaling : float
+        Factor of the model's attention logits.
     queries : array, [query_heads, observed, dim], optional
-        Rotated queries of the last observed prompt tokens.
+        Rotated queries of the last `observed` tokens.
+    future : array, [query_heads, positions, dim], optional
+        Rotated queries of the tokens that follow; for oracles.
     statistics : QueryStatistics, optional
         Calibrated query statistics of the model.
     """
@@ -42,7 +46,9 @@ class LayerView:
     evictable: slice
     layer: int = 0
     seed: tuple[int, ...] = (0,)
+    scaling: float = 1.0
     queries: Array | None = None
+    future: Array | None = None
     statistics: QueryStatistics | None = None
 
     @property
@@ -62,7 +68,12 @@ class LayerView:
 
 
 class Scorer(Protocol):
-    """Gives every cached token of a layer a number; higher means keep. It never selects, pads or protects."""
+    """Gives every cached token of a layer a number; higher means keep. It never selects, pads or protects.
+
+    `reads` declares what it looks at: `keys`, `values`, `queries`, `calibration`, `future`. A scorer that reads queries
+    has a field `window`, how many of the last prompt tokens' queries it wants (None: all); one that reads the future,
+    a field `positions`, how many tokens of it.
+    """
 
     reads: ClassVar[tuple[str, ...]]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pywt
 
 from spectral_kv.scorers.spectral import Spectral
-from spectral_kv.transforms.wavelet import MODES, to_tokens, wavedec
+from spectral_kv.transforms.wavelet import MODES, TRANSFORMS, to_tokens, wavedec
 from spectral_kv.xp import Array, namespace
 
 
@@ -23,12 +23,16 @@ class Wavelet(Spectral):
         How the sequence continues beyond its ends: `symmetric` or `periodization`.
     level_decay : float
         Weight of level j is `level_decay ** (j - 1)`, the finest level having weight 1.
+    transform : str
+        `decimated`, or `stationary`: one coefficient a token at every level, `levels` times as many in all. The score
+        of a token then does not depend on where it lies on the grid of the decimated coefficients.
     """
 
     wavelet: str = "db4"
     levels: int = 4
     mode: str = "symmetric"
     level_decay: float = 0.5
+    transform: str = "decimated"
 
     def __post_init__(self):
         super().__post_init__()
@@ -38,6 +42,8 @@ class Wavelet(Spectral):
             )
         if self.mode not in MODES:
             raise ValueError(f"method.mode={self.mode} is not known: choose one of {', '.join(MODES)}")
+        if self.transform not in TRANSFORMS:
+            raise ValueError(f"method.transform={self.transform} is not known: choose one of {', '.join(TRANSFORMS)}")
         if self.levels < 1 or self.level_decay <= 0:
             raise ValueError(
                 f"method.levels={self.levels} must be at least 1 and method.level_decay={self.level_decay} above 0"
@@ -45,18 +51,20 @@ class Wavelet(Spectral):
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Weights of the levels, finest first."""
-        return tuple(self.level_decay**j for j in range(self.levels))
+        """Weights of the coefficients of each level, finest first."""
+        # level j of the stationary transform has 2^j coefficients for each decimated one: it must not count 2^j times
+        repeats = [2 ** (j + 1) if self.transform == "stationary" else 1 for j in range(self.levels)]
+        return tuple(self.level_decay**j / repeat for j, repeat in enumerate(repeats))
 
     def details(self, x: Array) -> list[Array]:
         """Detail coefficients `[kv_heads, coefficients, dim]`, finest level first."""
-        return wavedec(x, self.wavelet, self.levels, self.mode)[:0:-1]
+        return wavedec(x, self.wavelet, self.levels, self.mode, self.transform)[:0:-1]
 
     def deviation(self, details: list[Array], tokens: int) -> Array:
         """Root of the weighted energy of detail coefficients at every token, `[kv_heads, tokens]`."""
         xp = namespace(details[0])
         energies = [xp.sum(d**2, axis=-1) for d in details]
-        return xp.sqrt(to_tokens(energies, tokens, self.wavelet, self.mode, self.weights))
+        return xp.sqrt(to_tokens(energies, tokens, self.wavelet, self.mode, self.weights, self.transform))
 
     def spectral(self, x: Array) -> Array:
         return self.deviation(self.details(x), x.shape[-2])

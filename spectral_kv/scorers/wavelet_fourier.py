@@ -42,7 +42,9 @@ class WaveletFourier(Wavelet):
     cascade : bool
         Filter inside the bands; without it the Fourier term is that of the undecomposed signal.
     cutoff, taper : float
-        Of the filter inside each band, as in `Fourier`.
+        Of the filter inside each band, as in `Fourier`, relative to the Nyquist frequency of the band's coefficients.
+        With `transform=stationary` these have the rate of the tokens, where level j lies between 2^-j and 2^(1-j):
+        the filter then passes the levels below the cut-off whole, and the cascade scores those above it.
     alpha : float, optional
         Share of the wavelet term; by default the measured non-stationarity of each head.
     """

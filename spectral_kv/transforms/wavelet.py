@@ -1,7 +1,7 @@
-"""Discrete wavelet transform along tokens, and the way back from coefficients to token positions.
+"""Wavelet transforms along tokens, decimated and stationary, and the way back from coefficients to token positions.
 
-Filters are PyWavelets'; the transform itself is strided slices and sums, so that it runs where the keys live and
-equals `pywt.wavedec`.
+Filters are PyWavelets'; the transform itself is strided slices and sums, so that it runs where the keys live. The
+decimated transform equals `pywt.wavedec`, the stationary one `pywt.swt`.
 """
 
 from functools import lru_cache
@@ -13,38 +13,56 @@ from scipy import sparse
 from spectral_kv.xp import Array, like, namespace
 
 MODES = ("symmetric", "periodization")
+TRANSFORMS = ("decimated", "stationary")
+
+
+def _strides(transform: str, level: int) -> tuple[int, int]:
+    """Tokens from one coefficient to the next, and from one filter tap to the next, in samples of the level's input.
+
+    The decimated transform halves the signal; the stationary one keeps it and spreads the filter ("a trous").
+    """
+    return (2, 1) if transform == "decimated" else (1, 2**level)
+
+
+def _filters(wavelet: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Taps of the low-pass and the high-pass filter."""
+    bank = pywt.Wavelet(wavelet)
+    return tuple(bank.dec_lo), tuple(bank.dec_hi)
 
 
 @lru_cache(maxsize=64)
-def _extension(tokens: int, taps: int, mode: str) -> tuple[np.ndarray, int]:
+def _extension(tokens: int, taps: tuple[float, ...], mode: str, step: int, dilation: int) -> tuple[np.ndarray, int]:
     """Source index of every sample the filter sees, and the number of coefficients.
 
-    Coefficient o is `sum_j filter[j] * x[index[2 * o + taps - 1 - j]]`.
+    Coefficient o is `sum_j taps[j] * x[index[step * o + dilation * (len(taps) - 1 - j)]]`.
     """
+    count = -(-tokens // step)
     if mode == "periodization":
-        even = tokens + tokens % 2  # an odd sequence repeats its last sample
-        start = taps // 2 - taps + 1
-        index = np.arange(start, start + even - 2 + taps) % even
-        return np.minimum(index, tokens - 1), even // 2
-    count = (tokens + taps - 1) // 2
-    index = np.arange(2 - taps, 2 * count)
+        ahead = len(taps) // 2  # as PyWavelets aligns both transforms
+    elif step == 2:
+        ahead, count = 1, (tokens + len(taps) - 1) // 2
+    else:  # on the filter's energy: with the centre of its taps db4 would hardly see the tokens of one end
+        ahead = round(float(np.average(np.arange(len(taps)), weights=np.square(taps))))
+    index = dilation * (ahead - len(taps) + 1) + np.arange(step * (count - 1) + dilation * (len(taps) - 1) + 1)
+    if mode == "periodization":
+        return np.minimum(index % (step * count), tokens - 1), count  # an odd sequence repeats its last sample
     folded = index % (2 * tokens)
     return np.where(folded < tokens, folded, 2 * tokens - 1 - folded), count
 
 
-def dwt(x: Array, wavelet: str, mode: str) -> tuple[Array, Array]:
-    """One level: approximation and detail coefficients `[..., coefficients, dim]` of `x` `[..., tokens, dim]`."""
-    xp = namespace(x)
-    bank = pywt.Wavelet(wavelet)
-    taps = bank.dec_len
-    index, count = _extension(x.shape[-2], taps, mode)
-    extended = xp.take(x, like(index, x), axis=-2)
-    samples = [extended[..., taps - 1 - j : taps - 1 - j + 2 * count - 1 : 2, :] for j in range(taps)]
-    return tuple(sum(float(c) * s for c, s in zip(f, samples, strict=True)) for f in (bank.dec_lo, bank.dec_hi))
+def _filter(x: Array, taps: tuple[float, ...], mode: str, step: int, dilation: int) -> Array:
+    """One filter of one level: coefficients `[..., coefficients, dim]` of `x` `[..., tokens, dim]`."""
+    index, count = _extension(x.shape[-2], taps, mode, step, dilation)
+    extended = namespace(x).take(x, like(index, x), axis=-2)
+    starts = [dilation * (len(taps) - 1 - j) for j in range(len(taps))]
+    return sum(c * extended[..., s : s + step * (count - 1) + 1 : step, :] for c, s in zip(taps, starts, strict=True))
 
 
-def wavedec(x: Array, wavelet: str, levels: int, mode: str = "symmetric") -> list[Array]:
-    """`[approximation, detail of the coarsest level, ..., detail of the finest]`, the order of `pywt.wavedec`.
+def wavedec(x: Array, wavelet: str, levels: int, mode: str = "symmetric", transform: str = "decimated") -> list[Array]:
+    """`[approximation, detail of the coarsest level, ..., detail of the finest]`.
+
+    The order, and the values, of `pywt.wavedec` or of `pywt.swt(..., trim_approx=True, norm=False)`; unlike the
+    latter, `stationary` takes any length and both modes.
 
     Parameters
     ----------
@@ -54,35 +72,48 @@ def wavedec(x: Array, wavelet: str, levels: int, mode: str = "symmetric") -> lis
     levels : int
         Each level halves the resolution.
     mode : str
-        `symmetric` or `periodization`, how the sequence goes on beyond its ends.
+        `symmetric` or `periodization`, how the sequence, and the approximation at every level, goes on beyond its
+        ends.
+    transform : str
+        `decimated` halves the number of coefficients at every level; `stationary` keeps one a token, so that a shift
+        of the sequence shifts the coefficients. In `symmetric` mode each of its filters is centred on its energy.
+
+    Raises
+    ------
+    ValueError
+        For an unknown mode or transform.
     """
     if mode not in MODES:
         raise ValueError(f"wavelet mode {mode!r} is not known: choose one of {', '.join(MODES)}")
+    if transform not in TRANSFORMS:
+        raise ValueError(f"wavelet transform {transform!r} is not known: choose one of {', '.join(TRANSFORMS)}")
+    low, high = _filters(wavelet)
     details = []
-    for _ in range(levels):
-        x, detail = dwt(x, wavelet, mode)
-        details.append(detail)
+    for level in range(levels):
+        strides = _strides(transform, level)
+        details.append(_filter(x, high, mode, *strides))
+        x = _filter(x, low, mode, *strides)
     return [x, *reversed(details)]
 
 
-def _level_matrix(tokens: int, taps: np.ndarray, mode: str) -> sparse.csr_matrix:
-    """One filter of one level as a matrix `[coefficients, tokens]`."""
-    index, count = _extension(tokens, len(taps), mode)
+def _filter_matrix(tokens: int, taps: tuple[float, ...], mode: str, step: int, dilation: int) -> sparse.csr_matrix:
+    """`_filter` as a matrix `[coefficients, tokens]`."""
+    index, count = _extension(tokens, taps, mode, step, dilation)
+    columns = index[step * np.arange(count)[:, None] + dilation * np.arange(len(taps))]
     rows = np.repeat(np.arange(count), len(taps))
-    columns = np.concatenate([index[2 * o : 2 * o + len(taps)] for o in range(count)])
-    return sparse.coo_matrix((np.tile(taps[::-1], count), (rows, columns)), shape=(count, tokens)).tocsr()
+    return sparse.coo_matrix((np.tile(taps[::-1], count), (rows, columns.ravel())), shape=(count, tokens)).tocsr()
 
 
 @lru_cache(maxsize=16)
 def back_projection(
-    tokens: int, wavelet: str, levels: int, mode: str, weights: tuple[float, ...]
+    tokens: int, wavelet: str, levels: int, mode: str, weights: tuple[float, ...], transform: str = "decimated"
 ) -> tuple[np.ndarray, np.ndarray]:
     """How the energy of detail coefficients is handed back to tokens.
 
     With `psi[c, t]` the response of detail coefficient c to a unit impulse at token t and `w[c]` the weight of its
     level, token t receives `sum_c w[c] psi[c, t]^2 energy[c] / sqrt(sum_c w[c] psi[c, t]^4)`. An impulse at t0 has
     `energy[c] = psi[c, t0]^2`; by the Cauchy-Schwarz inequality its own position then receives the most of all, at
-    every position, edges included. No filter delay has to be guessed: it is in `psi`.
+    every position, edges included, whatever the transform. No filter delay has to be guessed: it is in `psi`.
 
     Returns
     -------
@@ -90,14 +121,13 @@ def back_projection(
         Coefficients (in the order finest to coarsest level) that reach a token, and their gains; short rows are
         filled with gain 0.
     """
-    bank = pywt.Wavelet(wavelet)
-    low, high = np.array(bank.dec_lo), np.array(bank.dec_hi)
+    low, high = _filters(wavelet)
     approximation = sparse.identity(tokens, format="csr")
     blocks = []
-    for weight in weights[:levels]:
-        size = approximation.shape[0]
-        blocks.append(np.sqrt(weight) * (_level_matrix(size, high, mode) @ approximation).power(2))
-        approximation = _level_matrix(size, low, mode) @ approximation
+    for level, weight in enumerate(weights[:levels]):
+        size, strides = approximation.shape[0], _strides(transform, level)
+        blocks.append(np.sqrt(weight) * (_filter_matrix(size, high, mode, *strides) @ approximation).power(2))
+        approximation = _filter_matrix(size, low, mode, *strides) @ approximation
     response = sparse.vstack(blocks).tocsc()  # sqrt(w) psi^2
     length = np.sqrt(np.asarray(response.power(2).sum(axis=0)).ravel())
     root_weight = np.concatenate([np.full(b.shape[0], np.sqrt(w)) for b, w in zip(blocks, weights, strict=False)])
@@ -110,13 +140,20 @@ def back_projection(
     return index, gain
 
 
-def to_tokens(energies: list[Array], tokens: int, wavelet: str, mode: str, weights: tuple[float, ...]) -> Array:
+def to_tokens(
+    energies: list[Array],
+    tokens: int,
+    wavelet: str,
+    mode: str,
+    weights: tuple[float, ...],
+    transform: str = "decimated",
+) -> Array:
     """Energy of detail coefficients, as `[heads, tokens]`.
 
     The coefficients are `[heads, coefficients]`, one array a level from finest to coarsest.
     """
     xp = namespace(energies[0])
-    index, gain = back_projection(tokens, wavelet, len(energies), mode, weights)
+    index, gain = back_projection(tokens, wavelet, len(energies), mode, weights, transform)
     energy = xp.concat(energies, axis=-1)
     gathered = xp.reshape(xp.take(energy, like(index.ravel(), energy), axis=-1), (energy.shape[0], *index.shape))
     return xp.sum(gathered * like(gain, energy), axis=-1)

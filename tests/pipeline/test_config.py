@@ -6,6 +6,7 @@ import yaml
 from pipeline.compose import composed, spelled_out, sweep
 from pipeline.config import check, conf_dir
 from pipeline.errors import InputError
+from pipeline.job import prepare
 
 CONF = Path(conf_dir())
 
@@ -54,7 +55,7 @@ def test_a_number_for_a_budget_is_short_for_its_tokens():
         "budget=default",
         "x=1",
     ]
-    assert check(composed(["budget=300"])).budget.tokens == 300
+    assert prepare(composed(["budget=300"])).budget.tokens == 300
 
 
 def test_a_method_that_keeps_everything_has_no_budget():
@@ -62,8 +63,23 @@ def test_a_method_that_keeps_everything_has_no_budget():
         assert check(composed([f"method={method}", "budget=10"])).budget is None
 
 
-def test_a_ratio_wins_over_tokens_and_counts_in_prompts():
-    assert check(composed(["budget.ratio=0.125", "document.tokens=2001"])).budget.tokens == 251
+def test_a_ratio_wins_over_tokens_and_counts_in_bytes_of_the_full_cache():
+    assert prepare(composed(["budget.ratio=0.125", "document.tokens=2001"])).budget.tokens == 251
+    packed = ["storage=turboquant_4bit", "storage.sinks=0", "storage.recent=0", "storage.center_keys=false"]
+    assert prepare(composed(["budget.ratio=0.125", *packed])).budget.tokens == 512 * 256 // 68
+
+
+@pytest.mark.parametrize("storage", options("storage"))
+def test_bytes_buy_as_many_tokens_as_the_storage_holds(storage):
+    job = prepare(composed(["budget.bytes=2097152", f"storage={storage}"]))
+    shape = job.checkpoint.shape
+
+    def held(tokens):
+        return shape.layers * job.settings.storage.nbytes(tokens, shape.kv_heads, shape.dim, 2)
+
+    assert held(job.budget.tokens) <= 2097152 < held(job.budget.tokens + 1)
+    assert (job.budget.tokens == 512) == (storage == "dense")
+    assert prepare(composed(["budget.bytes=1e12", f"storage={storage}"])).budget.tokens == 4096
 
 
 def test_a_sweep_is_the_product_of_its_commas_first_key_outermost():
@@ -84,7 +100,14 @@ def test_a_sweep_is_the_product_of_its_commas_first_key_outermost():
         (["budget=0"], ["budget.tokens=0", "at least 69"]),
         (["budget=68"], ["budget.tokens=68", "at least 69"]),
         (["budget.ratio=1.5"], ["budget.ratio=1.5"]),
-        (["budget.ratio=0.01"], ["budget.ratio=0.01 of 4096", "at least 69"]),
+        (["budget.ratio=0.01"], ["budget.ratio=0.01", "41 tokens of 4096", "at least 69"]),
+        (["budget.bytes=1000"], ["budget.bytes=1000", "0 tokens of 4096", "at least 69"]),
+        (["budget.bytes=1e6", "budget.ratio=0.1"], ["budget.ratio=0.1", "budget.bytes", "one of them"]),
+        (["budget.selection=per_layer"], ["budget.selection=per_layer", "per_head"]),
+        (["method=snapkv", "method.kernel=4"], ["method.kernel=4", "odd"]),
+        (["method=h2o", "method.window=0"], ["method.window=0"]),
+        (["storage=turboquant_4bit", "storage.rotation=dft"], ["storage.rotation=dft", "hadamard"]),
+        (["storage=turboquant_4bit", "storage.flush=0"], ["storage.flush=0"]),
         (["budget.tokens=null"], ["budget.tokens"]),
         (["document.tokens=3"], ["document.tokens=3", "at least 16"]),
         (["document=file"], ["document.path"]),
@@ -110,7 +133,7 @@ def test_a_sweep_is_the_product_of_its_commas_first_key_outermost():
 )
 def test_refusals_name_the_key_and_the_remedy(overrides, words):
     with pytest.raises(InputError) as refusal:
-        check(composed(overrides))
+        prepare(composed(overrides))
     message = str(refusal.value)
     assert "\n" not in message
     for word in words:

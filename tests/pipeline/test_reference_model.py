@@ -14,7 +14,7 @@ from pipeline.config import PACKAGE
 from pipeline.documents.pydoc import Pydoc
 from spectral_kv.backends.torch import TorchBackend
 from spectral_kv.metrics.prediction import negative_log_likelihood
-from spectral_kv.storage import Dense
+from spectral_kv.storage.dense import Dense
 from tests.conftest import REFERENCE
 
 

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from spectral_kv.storage import Dense, TurboQuantStorage
+from spectral_kv.storage.dense import Dense
+from spectral_kv.storage.turboquant import TurboQuantStorage
 
 
 def kept(tokens: int, heads: int = 2, dim: int = 64) -> tuple[torch.Tensor, torch.Tensor]:

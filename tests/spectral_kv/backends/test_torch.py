@@ -18,7 +18,8 @@ from spectral_kv.backends.torch import TorchBackend
 from spectral_kv.scorers.base import LayerView
 from spectral_kv.scorers.random import Random
 from spectral_kv.selection import Budget, select
-from spectral_kv.storage import Dense, TurboQuantStorage
+from spectral_kv.storage.dense import Dense
+from spectral_kv.storage.turboquant import TurboQuantStorage
 
 
 @pytest.fixture(scope="module")

@@ -6,16 +6,31 @@ from spectral_kv.scorers.base import LayerView
 from spectral_kv.scorers.fourier import Fourier
 from spectral_kv.scorers.wavelet import Wavelet
 from spectral_kv.scorers.wavelet_fourier import WaveletFourier, nonstationarity
+from spectral_kv.transforms.wavelet import TRANSFORMS
+from spectral_kv.xp import to_numpy
 
 SCORERS = [
     Fourier(),
     Fourier(taper=0.0),
     Wavelet(),
     Wavelet(mode="periodization"),
+    Wavelet(transform="stationary"),
+    Wavelet(transform="stationary", mode="periodization"),
     WaveletFourier(),
     WaveletFourier(cascade=False),
+    WaveletFourier(transform="stationary"),
 ]
-NAMES = ["fourier", "fourier-box", "wavelet", "wavelet-per", "wavelet_fourier", "wavelet_fourier-flat"]
+NAMES = [
+    "fourier",
+    "fourier-box",
+    "wavelet",
+    "wavelet-per",
+    "wavelet-stationary",
+    "wavelet-stationary-per",
+    "wavelet_fourier",
+    "wavelet_fourier-flat",
+    "wavelet_fourier-stationary",
+]
 spectral = pytest.mark.parametrize("scorer", SCORERS, ids=NAMES)
 
 
@@ -45,7 +60,9 @@ def test_an_impulse_in_noise_is_in_the_top_percent(scorer, rope, rng):
 
 
 @pytest.mark.parametrize(
-    "scorer", [Fourier(), Wavelet(), WaveletFourier()], ids=["fourier", "wavelet", "wavelet_fourier"]
+    "scorer",
+    [Fourier(), Wavelet(), Wavelet(transform="stationary"), WaveletFourier(), WaveletFourier(transform="stationary")],
+    ids=["fourier", "wavelet", "wavelet-stationary", "wavelet_fourier", "wavelet_fourier-stationary"],
 )
 def test_a_tone_below_the_cut_off_hardly_deviates(scorer):
     tokens = 1024
@@ -66,6 +83,23 @@ def test_order_matters_to_the_spectrum(scorer, rng):
     order = torch.from_numpy(rng.permutation(400))
     shuffled = scorer.spectral(x[:, order])
     assert (shuffled - scorer.spectral(x)[:, order]).abs().mean() > 0.5 * shuffled.mean()
+
+
+@spectral
+@pytest.mark.parametrize("kind", ["numpy", "mlx"])
+def test_every_kind_of_array_gets_the_same_deviation(kind, scorer, rng):
+    make = np.asarray if kind == "numpy" else pytest.importorskip("mlx.core").array
+    x = rng.normal(size=(2, 301, 16)).astype(np.float32)
+    expected = scorer.spectral(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(to_numpy(scorer.spectral(make(x))), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_impulse_scores_the_same_at_every_token_with_the_stationary_transform_only():
+    impulses = np.eye(128)[:, :, None]
+    scores = {t: Wavelet(transform=t, mode="periodization").spectral(impulses).diagonal() for t in TRANSFORMS}
+    assert scores["stationary"].std() < 1e-5 < 0.01 < scores["decimated"].std()
+    # the levels weigh the same in both: the squared gain is the decimated one averaged over all shifts
+    np.testing.assert_allclose((scores["stationary"] ** 4).mean(), (scores["decimated"] ** 4).mean(), rtol=1e-5)
 
 
 def test_the_blend_is_the_weighted_sum_of_its_terms(rope, rng):
@@ -116,6 +150,7 @@ def test_alpha_one_is_the_wavelet_score_and_alpha_zero_the_cascade(rng):
         lambda: Wavelet(wavelet="morl"),
         lambda: Wavelet(mode="zero"),
         lambda: Wavelet(levels=0),
+        lambda: Wavelet(transform="undecimated"),
         lambda: Fourier(cutoff=0.0),
         lambda: Fourier(sign="up"),
     ],

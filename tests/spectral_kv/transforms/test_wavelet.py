@@ -3,10 +3,17 @@ import pytest
 import pywt
 import torch
 
-from spectral_kv.transforms.wavelet import MODES, back_projection, to_tokens, wavedec
+from spectral_kv.transforms.wavelet import MODES, TRANSFORMS, back_projection, to_tokens, wavedec
 
 
-@pytest.mark.parametrize("make", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
+def mlx_array(x):
+    return pytest.importorskip("mlx.core").array(x)
+
+
+arrays = pytest.mark.parametrize("make", [np.asarray, torch.from_numpy, mlx_array], ids=["numpy", "torch", "mlx"])
+
+
+@arrays
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("wavelet", ["haar", "db2", "db4", "sym4", "coif1"])
 @pytest.mark.parametrize("tokens", [4096, 1000, 777, 130])
@@ -19,27 +26,79 @@ def test_equals_pywt(make, mode, wavelet, tokens, rng):
         np.testing.assert_allclose(np.asarray(a), b, atol=1e-5)
 
 
+@arrays
+@pytest.mark.parametrize("wavelet", ["haar", "db2", "db4", "sym4"])
+@pytest.mark.parametrize("tokens", [4096, 784, 32])
+def test_stationary_equals_pywt(make, wavelet, tokens, rng):
+    x = rng.normal(size=(2, tokens, 2)).astype(np.float32)
+    ours = wavedec(make(x), wavelet, 4, "periodization", "stationary")
+    theirs = pywt.swt(x.astype(np.float64), wavelet, level=4, axis=1, trim_approx=True, norm=False)
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(np.asarray(a), b, atol=1e-5)
+
+
+@arrays
+@pytest.mark.parametrize("mode, ahead", [("symmetric", (6, 1)), ("periodization", (4, 4))])
+@pytest.mark.parametrize("tokens", [77, 30, 5])
+def test_stationary_equals_a_plain_loop_over_the_extended_sequence(make, mode, ahead, tokens, rng):
+    x = rng.normal(size=tokens)
+    bank, expected = pywt.Wavelet("db4"), []
+    approximation = x
+    for spread in (1, 2, 4):
+        reach = 8 * spread
+        extended = np.pad(approximation, reach, mode={"symmetric": "symmetric", "periodization": "wrap"}[mode])
+        low, high = np.zeros(tokens), np.zeros(tokens)
+        for t in range(tokens):
+            for j in range(8):
+                low[t] += bank.dec_lo[j] * extended[reach + t + (ahead[0] - j) * spread]
+                high[t] += bank.dec_hi[j] * extended[reach + t + (ahead[1] - j) * spread]
+        expected.append(high)
+        approximation = low
+    expected.append(approximation)
+    ours = wavedec(make(x.astype(np.float32)[None, :, None]), "db4", 3, mode, "stationary")
+    np.testing.assert_allclose([np.asarray(a)[0, :, 0] for a in ours[::-1]], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [1, 7])
+def test_a_shift_of_the_sequence_shifts_the_stationary_coefficients(shift, rng):
+    x = rng.normal(size=(1, 101, 1))
+    bands = wavedec(x, "db4", 3, "periodization", "stationary")
+    shifted = wavedec(np.roll(x, shift, axis=1), "db4", 3, "periodization", "stationary")
+    np.testing.assert_allclose(shifted, np.roll(bands, shift, axis=2), atol=1e-12)
+
+
 def test_refuses_an_unknown_mode(rng):
     with pytest.raises(ValueError, match="symmetric, periodization"):
         wavedec(rng.normal(size=(1, 64, 2)), "db4", 2, "zero")
 
 
+def test_refuses_an_unknown_transform(rng):
+    with pytest.raises(ValueError, match="decimated, stationary"):
+        wavedec(rng.normal(size=(1, 64, 2)), "db4", 2, "symmetric", "undecimated")
+
+
+@arrays
+@pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("wavelet", ["db2", "db4", "sym4"])
-def test_energy_of_an_impulse_returns_to_its_token(mode, wavelet):
-    tokens, weights = 200, (1.0, 0.5, 0.25)
-    impulses = np.eye(tokens)[:, :, None]
-    energies = [(d**2).sum(axis=-1) for d in wavedec(impulses, wavelet, 3, mode)[:0:-1]]
-    np.testing.assert_array_equal(to_tokens(energies, tokens, wavelet, mode, weights).argmax(axis=1), np.arange(tokens))
+def test_energy_of_an_impulse_returns_to_its_token(make, transform, mode, wavelet):
+    tokens, weights = 201, (1.0, 0.5, 0.25)
+    impulses = make(np.eye(tokens, dtype=np.float32)[:, :, None])
+    energies = [(d**2).sum(-1) for d in wavedec(impulses, wavelet, 3, mode, transform)[:0:-1]]
+    received = np.asarray(to_tokens(energies, tokens, wavelet, mode, weights, transform))
+    np.testing.assert_array_equal(received.argmax(axis=1), np.arange(tokens))
 
 
-def test_back_projection_is_the_weighted_squared_response():
-    tokens, weights = 40, (1.0, 0.3)
-    details = wavedec(np.eye(tokens)[:, :, None], "db4", 2, "symmetric")[:0:-1]
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("mode", MODES)
+def test_back_projection_is_the_weighted_squared_response(transform, mode):
+    tokens, weights = 41, (1.0, 0.3)
+    details = wavedec(np.eye(tokens)[:, :, None], "db4", 2, mode, transform)[:0:-1]
     squared = np.concatenate([w * d[..., 0] ** 2 for w, d in zip(weights, details, strict=True)], axis=1)  # [tokens, c]
     fourth = np.concatenate([w * d[..., 0] ** 4 for w, d in zip(weights, details, strict=True)], axis=1)
     expected = squared / np.sqrt(fourth.sum(axis=1, keepdims=True))
-    index, gain = back_projection(tokens, "db4", 2, "symmetric", weights)
+    index, gain = back_projection(tokens, "db4", 2, mode, weights, transform)
     dense = np.zeros_like(expected)
     np.add.at(dense, (np.repeat(np.arange(tokens), index.shape[1]), index.ravel()), gain.ravel())
     np.testing.assert_allclose(dense, expected, atol=1e-6)

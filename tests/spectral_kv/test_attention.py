@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from spectral_kv.metrics.attention import attention_output, attention_output_perturbation, attention_weights
+from spectral_kv.attention import attention_mass, attention_output, attention_weights
 
 
 def loops(queries, keys, values, scaling):
@@ -28,14 +28,18 @@ def test_output_equals_float64_loops(make, rng):
     np.testing.assert_allclose(np.asarray(attention_weights(make(queries), make(keys), 0.35)).sum(-1), 1, rtol=1e-5)
 
 
-def test_perturbation_has_its_anchors(rng):
-    full = rng.normal(size=(4, 10, 8))
-    np.testing.assert_array_equal(attention_output_perturbation(full, full), 0)
-    np.testing.assert_allclose(attention_output_perturbation(np.zeros_like(full), full), 1)
-    np.testing.assert_allclose(attention_output_perturbation(1.25 * full, full), 0.25)
-    kept = rng.normal(size=full.shape)
-    expected = [
-        [np.sqrt(((k - f) ** 2).sum() / (f**2).sum()) for k, f in zip(ks, fs, strict=True)]
-        for ks, fs in zip(kept, full, strict=True)
-    ]
-    np.testing.assert_allclose(attention_output_perturbation(kept, full), expected, rtol=1e-9)
+def test_causal_queries_do_not_see_what_follows_them(rng):
+    """The queries are those of the last tokens; each row is the softmax over what came before, itself included."""
+    queries, keys = rng.normal(size=(4, 5, 8)).astype(np.float32), rng.normal(size=(2, 20, 8)).astype(np.float32)
+    weights = attention_weights(queries, keys, 0.3, causal=True)
+    for h in range(4):
+        for i in range(5):
+            seen = 15 + i + 1
+            logits = np.exp(0.3 * keys[h // 2, :seen] @ queries[h, i])
+            np.testing.assert_allclose(weights[h, i, :seen], logits / logits.sum(), rtol=1e-4)
+            assert (weights[h, i, seen:] == 0).all()
+
+
+def test_mass_is_the_mean_over_positions_and_the_heads_that_share_a_kv_head(rng):
+    weights = rng.random((4, 3, 10))
+    np.testing.assert_allclose(attention_mass(weights, 2)[1], weights[2:].mean(axis=(0, 1)))

@@ -1,0 +1,57 @@
+"""Attention of rotated queries over cached keys."""
+
+import numpy as np
+
+from spectral_kv.xp import Array, float32, like, namespace, softmax
+
+
+def attention_weights(queries: Array, keys: Array, scaling: float, causal: bool = False) -> Array:
+    """Weights of every query over the keys.
+
+    Parameters
+    ----------
+    queries : array, [query_heads, positions, dim]
+        Rotated.
+    keys : array, [kv_heads, tokens, dim]
+        Rotated; query head h reads KV head `h // (query_heads / kv_heads)`.
+    scaling : float
+        Factor on the logits, usually `dim ** -0.5`.
+    causal : bool
+        The queries are those of the last tokens and do not see what follows them. Otherwise they see every key.
+
+    Returns
+    -------
+    array, float32 [query_heads, positions, tokens]
+    """
+    xp = namespace(queries)
+    kv_heads, tokens, dim = keys.shape
+    heads, positions, _ = queries.shape
+    grouped = xp.reshape(float32(queries), (kv_heads, heads // kv_heads * positions, dim))
+    logits = xp.matmul(grouped, xp.permute_dims(float32(keys), (0, 2, 1))) * scaling
+    logits = xp.reshape(logits, (heads, positions, tokens))
+    if causal:
+        own = np.arange(tokens - positions, tokens)[:, None]
+        logits = logits + like(np.where(np.arange(tokens) > own, -np.inf, 0.0).astype(np.float32), logits)
+    return softmax(logits)
+
+
+def attention_output(queries: Array, keys: Array, values: Array, scaling: float) -> Array:
+    """Output of every query head over a prefix that it sees whole, before W_O: float32 `[query_heads, positions, dim]`.
+
+    `values` is `[kv_heads, tokens, dim]`; the rest as in `attention_weights`.
+    """
+    xp = namespace(queries)
+    weights = attention_weights(queries, keys, scaling)
+    kv_heads, tokens, dim = values.shape
+    heads, positions, _ = weights.shape
+    grouped = xp.reshape(weights, (kv_heads, heads // kv_heads * positions, tokens))
+    return xp.reshape(xp.matmul(grouped, float32(values)), (heads, positions, dim))
+
+
+def attention_mass(weights: Array, kv_heads: int) -> Array:
+    """Mean weight `[kv_heads, tokens]` over positions and the query heads that share a KV head.
+
+    `weights` is `[query_heads, positions, tokens]`.
+    """
+    xp = namespace(weights)
+    return xp.mean(xp.reshape(weights, (kv_heads, -1, weights.shape[-1])), axis=1)

@@ -1,0 +1,30 @@
+"""Oracle of attention mass: the tokens that the true continuation will look at. An upper bound, not a method."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from spectral_kv.attention import attention_mass, attention_weights
+from spectral_kv.scorers.base import LayerView
+from spectral_kv.xp import Array
+
+
+@dataclass(frozen=True)
+class OracleMass:
+    """True mean attention weight from the tokens to come: no choice of so many tokens recovers more of it.
+
+    Parameters
+    ----------
+    positions : int
+        Continuation tokens whose queries are looked at.
+    """
+
+    positions: int = 64
+
+    reads: ClassVar[tuple[str, ...]] = ("keys", "future")
+
+    def __post_init__(self):
+        if self.positions < 1:
+            raise ValueError(f"method.positions={self.positions} must be at least 1")
+
+    def score(self, layer: LayerView) -> Array:
+        return attention_mass(attention_weights(layer.future, layer.keys, layer.scaling), layer.keys.shape[0])

@@ -1,0 +1,45 @@
+"""SnapKV: keep what the last prompt tokens look at (Li et al., arXiv 2404.14469)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from spectral_kv.attention import attention_mass, attention_weights
+from spectral_kv.scorers.base import LayerView
+from spectral_kv.xp import Array, namespace
+
+
+@dataclass(frozen=True)
+class SnapKV:
+    """Mean attention weight from the last `window` queries, averaged over neighbouring tokens.
+
+    The tokens of the window itself score 1, more than any average of weights.
+
+    Parameters
+    ----------
+    window : int
+        How many of the last prompt tokens vote.
+    kernel : int
+        Width of the average over neighbouring tokens, odd.
+    """
+
+    window: int = 64
+    kernel: int = 5
+
+    reads: ClassVar[tuple[str, ...]] = ("keys", "queries")
+
+    def __post_init__(self):
+        if self.window < 1:
+            raise ValueError(f"method.window={self.window} must be at least 1")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"method.kernel={self.kernel} must be an odd number, 1 for no averaging")
+
+    def score(self, layer: LayerView) -> Array:
+        xp = namespace(layer.keys)
+        kv_heads, tokens, _ = layer.keys.shape
+        weights = attention_weights(layer.queries, layer.keys, layer.scaling, causal=True)
+        before = tokens - weights.shape[1]
+        votes = attention_mass(weights[..., :before], kv_heads)
+        edge = xp.zeros_like(votes[:, : self.kernel // 2])
+        padded = xp.concat([edge, votes, edge], axis=-1)
+        pooled = sum(padded[:, i : i + before] for i in range(self.kernel)) / self.kernel
+        return xp.concat([pooled, xp.ones_like(layer.key_norms[:, before:])], axis=-1)

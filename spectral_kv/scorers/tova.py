@@ -1,0 +1,22 @@
+"""TOVA: keep what the last token looks at (Oren et al., arXiv 2401.06104)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from spectral_kv.attention import attention_weights
+from spectral_kv.scorers.base import LayerView
+from spectral_kv.xp import Array, namespace
+
+
+@dataclass(frozen=True)
+class Tova:
+    """Attention weight from the last query, averaged over all heads of the layer: every head keeps the same tokens."""
+
+    reads: ClassVar[tuple[str, ...]] = ("keys", "queries")
+    window: ClassVar[int] = 1
+
+    def score(self, layer: LayerView) -> Array:
+        xp = namespace(layer.keys)
+        weights = attention_weights(layer.queries, layer.keys, layer.scaling, causal=True)
+        mean = xp.mean(weights[:, -1], axis=0, keepdims=True)
+        return xp.broadcast_to(mean, (layer.keys.shape[0], layer.tokens))
