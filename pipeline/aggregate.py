@@ -32,7 +32,37 @@ def estimate(values: np.ndarray) -> Estimate:
     return Estimate(mean, float(interval.low), float(interval.high))
 
 
+def difference(values: np.ndarray, reference: np.ndarray) -> Estimate:
+    """Mean difference of two methods on the same documents, one value a document, with its paired interval."""
+    return estimate(np.asarray(values, dtype=float) - np.asarray(reference, dtype=float))
+
+
+def gap_closed(values: np.ndarray, random: np.ndarray, oracle: np.ndarray) -> Estimate:
+    """`(random - method) / (random - oracle)` of means over the same documents, with its paired interval.
+
+    0 is as good as random tokens, 1 as the oracle's.
+    """
+
+    def share(method: np.ndarray, chance: np.ndarray, bound: np.ndarray, axis: int = -1) -> np.ndarray:
+        worst = chance.mean(axis=axis)
+        return (worst - method.mean(axis=axis)) / (worst - bound.mean(axis=axis))
+
+    samples = tuple(np.asarray(x, dtype=float) for x in (values, random, oracle))
+    value = float(share(*samples))
+    if len(samples[0]) < 5:
+        return Estimate(value, np.nan, np.nan)
+    interval = bootstrap(
+        samples, share, paired=True, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
+    return Estimate(value, float(interval.low), float(interval.high))
+
+
 def aggregate(rows: pd.DataFrame) -> dict[str, Estimate]:
     """Estimates of the document-level metrics in `rows` (columns document, layer, head, metric, value)."""
+    return {metric: estimate(values.to_numpy()) for metric, values in per_document(rows).items()}
+
+
+def per_document(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row a document, one column a metric, of the document-level values in tidy `rows`."""
     whole = rows[rows["layer"].isna()]
-    return {metric: estimate(group["value"].to_numpy()) for metric, group in whole.groupby("metric", sort=True)}
+    return whole.pivot(index="document", columns="metric", values="value").astype(float)

@@ -2,23 +2,38 @@
 
     python -m pipeline.calibrate model=qwen2_5_0_5b model.path=/checkpoint
     python -m pipeline.calibrate document=file 'document.path=notes/*.txt' --out notes.safetensors
+    python -m pipeline.calibrate --from-pt qwen3_8b.pt --out qwen3_8b.safetensors
 
 Runs the model over calibration text (by default the standard library's docstrings, which share nothing with the
-evaluation documents) and writes the mean un-rotated query of every head. Use the file as `model.calibration`.
+evaluation documents) and writes the mean un-rotated query of every head; or converts a file of the method's authors.
+Use the result as `model.calibration`.
 """
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.cli import reporting
 from pipeline.compose import composed
+from pipeline.errors import InputError
 from pipeline.job import prepare
 from pipeline.progress import progress
-from spectral_kv.calibration import Accumulator
+from spectral_kv.backends.base import Backend
+from spectral_kv.calibration import Accumulator, QueryStatistics
 from spectral_kv.xp import float32, to_numpy
+
+
+def observed(backend: Backend, windows: Iterable[np.ndarray]) -> Accumulator:
+    """Sums over the queries of every token of the windows, rotated back."""
+    shape = backend.shape
+    sums = Accumulator(shape.layers, shape.query_heads, shape.dim // 2)
+    for window in windows:
+        for layer, queries in enumerate(backend.prefill(window, observe=len(window)).queries):
+            sums.add(layer, to_numpy(backend.rope.unrotate(float32(queries), np.arange(len(window)))))
+    return sums
 
 
 def calibrate(overrides: list[str], out: Path | None) -> Path:
@@ -27,13 +42,8 @@ def calibrate(overrides: list[str], out: Path | None) -> Path:
     from pipeline.run import loaded
 
     _, backend = loaded(job.settings, job.checkpoint)
-    shape = backend.shape
-    sums = Accumulator(shape.layers, shape.query_heads, shape.dim // 2)
-    tokens = job.settings.documents.tokens
-    positions = np.arange(tokens)
-    for window in progress(job.windows, f"calibrating {job.settings.model.name}"):
-        for layer, queries in enumerate(backend.prefill(window[:tokens], observe=tokens).queries):
-            sums.add(layer, to_numpy(backend.rope.unrotate(float32(queries), positions)))
+    windows = [window[: job.settings.documents.tokens] for window in job.windows]
+    sums = observed(backend, progress(windows, f"calibrating {job.settings.model.name}"))
     path = out or job.settings.outputs / "calibration" / f"{job.settings.model.name}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     sums.statistics(model=job.checkpoint.hash, text=job.settings.documents.source, document=job.document_hash).save(
@@ -42,13 +52,30 @@ def calibrate(overrides: list[str], out: Path | None) -> Path:
     return path
 
 
+def convert(source: Path, out: Path) -> Path:
+    """Write what a file of the authors' code holds to `out` and return it."""
+    try:
+        statistics = QueryStatistics.from_pt(source)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--from-pt: {error}") from None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    statistics.save(out)
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="settings as for python -m pipeline")
     parser.add_argument("--out", type=Path, help="file to write (default: <outputs>/calibration/<model>.safetensors)")
+    parser.add_argument("--from-pt", type=Path, help="convert this file of the method's authors instead of measuring")
     arguments = parser.parse_intermixed_args()
+    if arguments.from_pt and (arguments.overrides or not arguments.out):
+        parser.error("--from-pt converts a file whatever the settings are: give --out and no overrides")
     with reporting(sys.argv[1:]):
-        print(calibrate(arguments.overrides, arguments.out))
+        if arguments.from_pt:
+            print(convert(arguments.from_pt, arguments.out))
+        else:
+            print(calibrate(arguments.overrides, arguments.out))
 
 
 if __name__ == "__main__":

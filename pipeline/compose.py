@@ -22,12 +22,13 @@ def composed(overrides: list[str]) -> DictConfig:
         return compose("config", overrides=spelled_out(overrides))
 
 
-def sweep(experiment: str, overrides: list[str]) -> list[list[str]]:
+def sweep(experiment: str | None, overrides: list[str]) -> list[list[str]]:
     """Override lists of a sweep `experiment=<name> <overrides>`: the product over commas, the first key outermost."""
     register_resolvers()
+    preset = [] if experiment is None else [f"experiment={experiment}"]
     with initialize_config_dir(conf_dir(), version_base="1.3"):
-        cfg = compose("config", overrides=[f"experiment={experiment}"], return_hydra_config=True)
-    params = {key: str(value) for key, value in cfg.hydra.sweeper.params.items()}
+        cfg = compose("config", overrides=preset, return_hydra_config=True)
+    params = {key: str(value) for key, value in (cfg.hydra.sweeper.params or {}).items()}
     for override in spelled_out(overrides):
         key, _, value = override.partition("=")
         params[key] = value
@@ -39,4 +40,4 @@ def sweep(experiment: str, overrides: list[str]) -> list[list[str]]:
             override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_element_as_str()]
         )
         choices.append([f"{name}={value}" for value in values])
-    return [[f"experiment={experiment}", *job] for job in product(*choices)]
+    return [[*preset, *job] for job in product(*choices)]

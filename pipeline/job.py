@@ -1,6 +1,7 @@
 """A configuration made ready to run: checked, its contents read and hashed. Nothing heavy is imported here."""
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -28,9 +29,15 @@ NOT_IDENTITY = {"outputs", "tracking", "force", "prefill_memory_gb"}
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 
 
-def code_fingerprint() -> str:
-    """Hash of the sources that produce numbers: the library and the pipeline without its tables and its recipe."""
+def code_fingerprint(*objects: object) -> str:
+    """Hash of the sources that produce numbers.
+
+    The library, the pipeline without its tables and its recipe, and the files that the classes of `objects` are in: a
+    method may live in a project of its own.
+    """
     digest = hashlib.sha256()
+    for path in sorted({inspect.getfile(type(x)) for x in objects if x is not None}):
+        digest.update(Path(path).read_bytes())
     library = Path(spectral_kv.__file__).parent
     for root in (library, PACKAGE):
         for path in sorted(root.rglob("*.py")):
@@ -105,7 +112,7 @@ def prepare(cfg: DictConfig) -> Job:
     what["document"] = document_hash = content_hash(windows)
     what["prompt"] = settings.documents.tokens
     what["versions"] = {name: version(name) for name in DECISIVE}
-    what["code"] = code_hash = code_fingerprint()
+    what["code"] = code_hash = code_fingerprint(settings.method.scorer, settings.storage, *settings.phases.values())
     what["budget"] = asdict(budget) if budget else None
     if statistics is not None:
         what["statistics"] = hashlib.sha256(statistics.mu.tobytes() + statistics.modulus.tobytes()).hexdigest()

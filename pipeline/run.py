@@ -18,9 +18,10 @@ from pipeline.errors import InputError
 from pipeline.job import NOT_IDENTITY, Job
 from pipeline.phases.base import Context
 from pipeline.progress import progress
-from pipeline.stages.compress import compress, observed
+from pipeline.stages.compress import compress, foresees, observed
 from pipeline.stages.prefill import FullRuns
 from spectral_kv.backends.base import Backend
+from spectral_kv.scorers.base import Scorer
 
 ROW_COLUMNS = ["document", "layer", "head", "metric", "value"]
 
@@ -40,6 +41,7 @@ class Result:
     storage: str
     model: str
     documents: str
+    reads: str
     store: str
     reused: bool
 
@@ -93,6 +95,14 @@ def _flat(node: dict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
+def reads(scorer: Scorer | None) -> str:
+    """What a scorer looks at, for people; an oracle says that it is one."""
+    if scorer is None:
+        return "nothing: it keeps every token"
+    words = ", ".join(scorer.reads) or "nothing"
+    return f"{words} (an oracle: an upper bound, not a method)" if foresees(scorer) else words
+
+
 def _result(job: Job, run_id: str, metrics: dict[str, float], reused: bool) -> Result:
     settings = job.settings
     documents = settings.documents
@@ -101,7 +111,7 @@ def _result(job: Job, run_id: str, metrics: dict[str, float], reused: bool) -> R
         job.budget.tokens if job.budget else None,
         settings.storage_name, settings.model.name,
         f"{documents.count} x {documents.tokens} + {documents.continuation} tokens of {documents.source}",
-        tracking.store_uri(settings.tracking, settings.outputs), reused,
+        reads(settings.method.scorer), tracking.store_uri(settings.tracking, settings.outputs), reused,
     )  # fmt: skip
 
 
@@ -140,10 +150,9 @@ def execute(job: Job) -> Result:
     if not settings.force and (run := tracking.find_finished(mlflow, settings.tracking.experiment, identity)):
         return _result(job, run.info.run_id, dict(run.data.metrics), reused=True)
 
-    scorer = settings.method.scorer
     params = _flat({k: v for k, v in job.resolved.items() if k not in NOT_IDENTITY})
     params["budget.resolved"] = job.budget.tokens if job.budget else "all"
-    params["method.reads"] = "-" if scorer is None else ", ".join(scorer.reads) or "nothing"
+    params["method.reads"] = reads(settings.method.scorer)
     tags = tracking.environment() | {
         tracking.CONFIGURATION: identity,
         "hash.model": job.checkpoint.hash,

@@ -14,6 +14,7 @@ LABELS = {
     "aop/mean": ("AOP, mean", "{:.3f}"),
     "aop/p95": ("AOP, 95th percentile", "{:.3f}"),
     "aop/max": ("AOP, largest", "{:.2f}"),
+    "mass/mean": ("Recovered attention mass, mean", "{:.3f}"),
     "ppl/full": ("Perplexity, full cache", "{:.2f}"),
     "ppl/comp": ("Perplexity, compressed", "{:.2f}"),
     "ppl/nd": ("ND-PPL, relative rise", "{:+.3f}"),
@@ -52,7 +53,7 @@ def show(result: Result) -> None:
             f"Warning: the full cache predicts {share:.0%} of the documents almost perfectly "
             "(perplexity under 1.5): they measure copying."
         )
-    console.print(result.documents)
+    console.print(f"{result.documents}; the method reads {result.reads}")
     if result.reused:
         console.print("Measured before with the same code, model and documents; force=true measures again.")
     else:

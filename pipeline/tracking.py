@@ -49,6 +49,7 @@ def store_uri(tracking: TrackingConfig, outputs: Path) -> str:
 def connect(tracking: TrackingConfig, outputs: Path):
     """The mlflow module, pointed at the store; a local store is created once, under a lock, in WAL mode."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
 
     logging.getLogger("alembic").setLevel(logging.WARNING)

@@ -5,14 +5,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.phases.base import Context, Row
-from spectral_kv.attention import attention_output
+from spectral_kv.attention import attention_output, attention_weights
 from spectral_kv.metrics.perturbation import attention_output_perturbation
+from spectral_kv.metrics.recovered_mass import recovered_mass
 from spectral_kv.xp import to_numpy
 
 
 @dataclass(frozen=True)
 class Perturbation:
-    """AOP of the first `positions` continuation tokens: per layer and head, and over all of them."""
+    """AOP and recovered attention mass of the first `positions` continuation tokens.
+
+    Per layer and head, and over all of them.
+    """
 
     positions: int = 64
 
@@ -25,21 +29,32 @@ class Perturbation:
         return self.positions
 
     def measure(self, context: Context) -> list[Row]:
-        full, backend = context.full, context.backend
+        full, backend, chosen = context.full, context.backend, context.compressed.kept
         rows: list[Row] = []
-        everything = []
+        perturbations, masses = [], []
         held = backend.contents(context.compressed.cache)
         for layer, queries in enumerate(full.extended(self.positions).queries):
+            keys, values = full.prefill.keys[layer], full.prefill.values[layer]
             kept = attention_output(queries, held.keys[layer], held.values[layer], backend.scaling)
-            whole = attention_output(queries, full.prefill.keys[layer], full.prefill.values[layer], backend.scaling)
+            whole = attention_output(queries, keys, values, backend.scaling)
             aop = to_numpy(attention_output_perturbation(kept, whole))  # [query_heads, positions]
-            everything.append(aop)
-            for head, values in enumerate(aop):
+            mass = np.ones_like(aop)
+            if chosen is not None:
+                mass = to_numpy(recovered_mass(attention_weights(queries, keys, backend.scaling), chosen[layer]))
+            perturbations.append(aop)
+            masses.append(mass)
+            for head in range(len(aop)):
                 rows += [
-                    {"layer": layer, "head": head, "metric": "aop/mean", "value": float(values.mean())},
-                    {"layer": layer, "head": head, "metric": "aop/max", "value": float(values.max())},
+                    {"layer": layer, "head": head, "metric": "aop/mean", "value": float(aop[head].mean())},
+                    {"layer": layer, "head": head, "metric": "aop/max", "value": float(aop[head].max())},
+                    {"layer": layer, "head": head, "metric": "mass/mean", "value": float(mass[head].mean())},
                 ]
-        aop = np.stack(everything)
-        for name, value in (("mean", aop.mean()), ("p95", np.quantile(aop, 0.95)), ("max", aop.max())):
-            rows.append({"metric": f"aop/{name}", "value": float(value)})
-        return rows
+        aop, mass = np.stack(perturbations), np.stack(masses)
+        values = {
+            "aop/mean": aop.mean(),
+            "aop/p95": np.quantile(aop, 0.95),
+            "aop/max": aop.max(),
+            "mass/mean": mass.mean(),
+            "mass/p05": np.quantile(mass, 0.05),
+        }
+        return rows + [{"metric": name, "value": float(value)} for name, value in values.items()]

@@ -47,7 +47,7 @@ def choose(
 ) -> list[Array]:
     """The rows that `scorer` keeps in every layer, `[kv_heads, kept]` each.
 
-    `queries` and `future` are `[query_heads, positions, dim]`, one a layer: those of the last tokens, and those to come.
+    `queries` (of the last tokens) and `future` (those to come) are `[query_heads, positions, dim]`, one a layer.
     """
     tokens = cached.keys[0].shape[-2]
     if budget.tokens >= tokens:  # nothing to choose, and perhaps nothing that may be evicted

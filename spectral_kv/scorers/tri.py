@@ -1,16 +1,19 @@
 """TriAttentionKV: what calibrated queries will, on average over future distances, think of a key.
 
-Source: TriAttention, arXiv 2604.04921, equations 6-13, in the form where the mean over offsets is taken once for
-all keys.
+Source: TriAttention, arXiv 2604.04921, equations 6-13.
 """
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import ClassVar
 
 import numpy as np
 
 from spectral_kv.scorers.base import LayerView
 from spectral_kv.xp import Array, float32, like, namespace
+
+AGGREGATIONS = ("mean", "max")
+PATHS = ("collapsed", "unrotated")
 
 
 def offsets(largest: int) -> np.ndarray:
@@ -28,36 +31,76 @@ class TriAttention:
     Parameters
     ----------
     largest_offset : int
-        The series is averaged over the distances 1, 2, 4, ... up to this one, in tokens.
+        The series is taken at the distances 1, 2, 4, ... up to this one, in tokens.
+    aggregation : str
+        `mean` or `max` over the distances.
+    path : str
+        `collapsed` works on rotated keys and takes the mean over distances once for all keys; `unrotated` evaluates
+        equations 6-10 as printed, for every key and distance. Same scores, 17 times the work.
+    disable_trig : bool
+        Leave the trigonometric series out.
+    disable_mlr : bool
+        Weigh the norm term by the mean modulus of the queries, not by the part of it that is spread.
     """
 
     largest_offset: int = 65536
+    aggregation: str = "mean"
+    path: str = "collapsed"
+    disable_trig: bool = False
+    disable_mlr: bool = False
+
+    reads: ClassVar[tuple[str, ...]] = ("keys", "calibration")
 
     def __post_init__(self):
         if self.largest_offset < 1:
             raise ValueError(f"method.largest_offset={self.largest_offset} must be at least 1")
-
-    reads: ClassVar[tuple[str, ...]] = ("keys", "calibration")
+        if self.aggregation not in AGGREGATIONS:
+            raise ValueError(f"method.aggregation={self.aggregation} is not known: choose {' or '.join(AGGREGATIONS)}")
+        if self.path not in PATHS:
+            raise ValueError(f"method.path={self.path} is not known: choose {' or '.join(PATHS)}")
 
     def expectation(self, layer: LayerView) -> Array:
-        """Mean expected logit over the future distances (up to a common factor).
+        """Expected logit of every key, `[kv_heads, tokens, query heads a KV head]`.
 
-        `[kv_heads, tokens, query heads a KV head]`.
+        Before the factor of the model's logits and the queries' own share of the attention scaling, which do not change
+        a ranking.
         """
         if layer.statistics is None:
             raise ValueError("TriAttention needs calibrated query statistics")
-        xp = namespace(layer.keys)
-        keys = float32(layer.keys)
-        kv_heads, _, dim = keys.shape
         mu, modulus = layer.statistics.layer(layer.layer)  # [query_heads, dim / 2]
-        now = int(layer.positions[-1]) + 1
-        phases = layer.rope.angles(now + offsets(self.largest_offset))  # float64: the phases reach 1e5 radians
-        weight = mu * np.mean(np.exp(1j * phases), axis=0)
-        coefficients = np.concatenate([weight.real, weight.imag, modulus - np.abs(mu)], axis=-1).astype(np.float32)
+        norm = modulus if self.disable_mlr else modulus - np.abs(mu)
+        if self.disable_trig:
+            mu = np.zeros_like(mu)
+        future = int(layer.positions.max()) + 1 + offsets(self.largest_offset)
+        if self.path == "unrotated":
+            scores = [self._logits(self._turned(layer, position), mu, norm) for position in future]
+        else:
+            turns = np.exp(1j * layer.rope.angles(future))  # [offsets, bands] in float64: phases reach 1e5 radians
+            if self.aggregation == "mean":
+                turns = turns.mean(axis=0, keepdims=True)
+            scores = [self._logits(float32(layer.keys), mu * turn, norm) for turn in turns]
+        xp = namespace(layer.keys)
+        return reduce(xp.maximum, scores) if self.aggregation == "max" else sum(scores) / len(scores)
+
+    def _logits(self, keys: Array, weight: np.ndarray, norm: np.ndarray) -> Array:
+        """`Re(sum_f weight_f conj(k_f)) + sum_f norm_f |k_f|` as one product, `[kv_heads, tokens, group]`."""
+        xp = namespace(keys)
+        kv_heads, _, dim = keys.shape
+        coefficients = np.concatenate([weight.real, weight.imag, norm], axis=-1).astype(np.float32)
         coefficients = coefficients.reshape(kv_heads, -1, 3 * dim // 2).transpose(0, 2, 1)
         real, imaginary = keys[..., : dim // 2], keys[..., dim // 2 :]
         features = xp.concat([real, imaginary, xp.sqrt(real**2 + imaginary**2)], axis=-1)
         return xp.matmul(features, like(np.ascontiguousarray(coefficients), keys))
+
+    def _turned(self, layer: LayerView, position: float) -> Array:
+        """Keys `[kv_heads, tokens, dim]` turned back by their distance to a query at `position`."""
+        xp = namespace(layer.keys)
+        keys = layer.unrotated * layer.rope.attention_scaling
+        distance = layer.rope.angles(position - np.atleast_2d(layer.positions))  # [1 or kv_heads, tokens, bands]
+        cos, sin = (like(f(distance).astype(np.float32), keys) for f in (np.cos, np.sin))
+        half = keys.shape[-1] // 2
+        real, imaginary = keys[..., :half], keys[..., half:]
+        return xp.concat([real * cos + imaginary * sin, imaginary * cos - real * sin], axis=-1)
 
     def score(self, layer: LayerView) -> Array:
         xp = namespace(layer.keys)

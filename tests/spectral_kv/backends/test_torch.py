@@ -10,6 +10,8 @@ from transformers import (
     CohereForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     StableLmConfig,
     StableLmForCausalLM,
 )
@@ -74,23 +76,8 @@ def test_a_budget_that_holds_the_prompt_reproduces_the_full_cache_exactly(backen
     assert torch.equal(kept, full)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_evicting_a_set_equals_masking_it(backend, model, tokens, seed):
-    """Per-head sets, and a multi-token chunk after eviction, against the plain model with those keys masked out."""
-    prompt, size = 200, len(tokens)
-    prefill = backend.prefill(tokens[:prompt], observe=10)
-    kept = keep(backend, prefill, 60, seed)
-    compressed = backend.extend(backend.compress(prefill, kept, Dense()), tokens[prompt:]).logits
-
-    causal = torch.ones(size, size, dtype=torch.bool).tril()
-    masks = []
-    for chosen in kept:
-        mask = causal.repeat(backend.shape.query_heads, 1, 1)
-        for head in range(backend.shape.query_heads):
-            evicted = torch.ones(prompt, dtype=torch.bool)
-            evicted[chosen[head // 2]] = False
-            mask[head, prompt:, :prompt] &= ~evicted
-        masks.append(mask)
+def masked_logits(model, tokens, masks: list[torch.Tensor]) -> torch.Tensor:
+    """Logits of the plain model where layer i sees only `masks[i]` `[query_heads, tokens, tokens]`."""
 
     def masked(layer):
         def hook(module, args, kwargs):
@@ -103,12 +90,93 @@ def test_evicting_a_set_equals_masking_it(backend, model, tokens, seed):
         b.self_attn.register_forward_pre_hook(masked(i), with_kwargs=True) for i, b in enumerate(model.model.layers)
     ]
     try:
-        expected = logits_of(model, tokens)[prompt:]
+        return logits_of(model, tokens)
     finally:
         for hook in hooks:
             hook.remove()
-    torch.testing.assert_close(compressed, expected, atol=1e-4, rtol=1e-4)
+
+
+def causal_masks(backend, size: int) -> list[torch.Tensor]:
+    causal = torch.ones(size, size, dtype=torch.bool).tril()
+    return [causal.repeat(backend.shape.query_heads, 1, 1) for _ in range(backend.shape.layers)]
+
+
+def evict(masks: list[torch.Tensor], kept: list, start: int) -> None:
+    """From position `start` on, hide what precedes it but the positions `kept` `[kv_heads, rows]` of each layer."""
+    for mask, positions in zip(masks, kept, strict=True):
+        for head in range(mask.shape[0]):
+            evicted = torch.ones(start, dtype=torch.bool)
+            evicted[torch.as_tensor(positions[head // 2])] = False
+            mask[head, start:, :start] &= ~evicted
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_evicting_a_set_equals_masking_it(backend, model, tokens, seed):
+    """Per-head sets, and a multi-token chunk after eviction, against the plain model with those keys masked out."""
+    prompt, size = 200, len(tokens)
+    prefill = backend.prefill(tokens[:prompt], observe=10)
+    kept = keep(backend, prefill, 60, seed)
+    compressed = backend.extend(backend.compress(prefill, kept, Dense()), tokens[prompt:]).logits
+    masks = causal_masks(backend, size)
+    evict(masks, kept, prompt)
+    torch.testing.assert_close(compressed, masked_logits(model, tokens, masks)[prompt:], atol=1e-4, rtol=1e-4)
     assert not torch.allclose(compressed, logits_of(model, tokens)[prompt:], atol=1e-2)
+
+
+def test_evicting_again_equals_masking_both_sets(backend, model, tokens):
+    """60 of 200 tokens, 40 more are fed, then 50 of those 100 rows, other rows in every head."""
+    prefill = backend.prefill(tokens[:200], observe=10)
+    cache = backend.compress(prefill, keep(backend, prefill, 60, 0), Dense())
+    masks = causal_masks(backend, 300)
+    evict(masks, [cache.positions(i) for i in range(2)], 200)
+    first = backend.extend(cache, tokens[200:240]).logits
+    budget = Budget(50, sinks=2, recent=4)
+    contents = backend.contents(cache)
+    views = [
+        LayerView(
+            contents.keys[i], contents.values[i], backend.rope, contents.positions[i], budget.evictable(100), i, (7, i)
+        )
+        for i in range(2)
+    ]
+    again = backend.recompress(cache, [select(Random(3).score(view), budget) for view in views])
+    assert (again.position, again.get_seq_length()) == (240, 50)
+    assert not np.array_equal(again.positions(0)[0], again.positions(0)[1])
+    evict(masks, [again.positions(i) for i in range(2)], 240)
+    second = backend.extend(again, tokens[240:]).logits
+    expected = masked_logits(model, tokens, masks)[200:]
+    torch.testing.assert_close(torch.cat([first, second]), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_keys_of_an_evicted_cache_unrotate_to_what_they_were(backend, tokens):
+    """Every head has its own positions; equal tokens have equal un-rotated keys in the first layer."""
+    prefill = backend.prefill(tokens[:200], observe=1)
+    whole = backend.rope.unrotate(prefill.keys[0], np.arange(200))
+    cache = backend.compress(prefill, keep(backend, prefill, 60, 0), Dense())
+    contents = backend.contents(cache)
+    view = LayerView(contents.keys[0], contents.values[0], backend.rope, contents.positions[0], slice(0, 60))
+    for head in range(2):
+        torch.testing.assert_close(view.unrotated[head], whole[head][contents.positions[0][head]], atol=1e-5, rtol=1e-5)
+
+
+def test_the_rows_go_up_and_down_like_a_saw(backend, tokens):
+    """Compressed again whenever 16 rows have come on top of a budget of 40."""
+    budget = Budget(40, sinks=2, recent=4)
+    prefill = backend.prefill(tokens[:100], observe=1)
+    cache = backend.compress(prefill, keep(backend, prefill, 40, 0), Dense())
+    trace = []
+    for token in tokens[100:180]:
+        backend.extend(cache, np.array([token]))
+        trace.append(cache.get_seq_length())
+        if cache.get_seq_length() >= 56:
+            contents = backend.contents(cache)
+            views = [
+                LayerView(k, v, backend.rope, p, budget.evictable(56), i, (i,))
+                for i, (k, v, p) in enumerate(zip(contents.keys, contents.values, contents.positions, strict=True))
+            ]
+            cache = backend.recompress(cache, [select(Random(1).score(view), budget) for view in views])
+            assert cache.positions(0).max() == cache.position - 1  # the newest token is never lost
+    assert trace == list(range(41, 57)) * 5
+    assert cache.position == 180
 
 
 def test_new_tokens_take_the_logical_position(backend, tokens):
@@ -153,6 +221,56 @@ def test_generates_what_transformers_generates(backend, model, tokens):
     expected = model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False)[0, 50:].tolist()
     cache = backend.compress(backend.prefill(tokens[:49], observe=1), None, Dense())
     assert backend.generate(cache, int(tokens[49]), 12) == expected
+
+
+@pytest.fixture(scope="module", params=[64, 128])
+def wide(request, tmp_path_factory):
+    """A random Qwen2 whose heads have as many channels as those of real models."""
+    torch.manual_seed(1)
+    config = Qwen2Config(
+        vocab_size=500, hidden_size=2 * request.param, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1024,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("wide")
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    return TorchBackend(str(folder), device="cpu", cache_dtype="float32")
+
+
+def test_a_window_that_holds_everything_is_the_dense_cache_and_a_small_one_agrees(wide, rng):
+    tokens = rng.integers(0, 500, size=360)
+    prefill = wide.prefill(tokens[:300], observe=1)
+    window = TurboQuantStorage(sinks=4, recent=400)
+    small = TurboQuantStorage(sinks=4, recent=32, flush=16)
+    exact, same, near = (
+        torch.cat([wide.extend(cache, np.array([token])).logits for token in tokens[300:]])
+        for cache in (wide.compress(prefill, None, storage) for storage in (Dense(), window, small))
+    )
+    assert torch.equal(exact, same)
+    assert (near - exact).abs().max() > 0
+    assert (near.argmax(-1) == exact.argmax(-1)).float().mean() >= 0.9
+
+
+def test_fed_tokens_are_packed_when_they_leave_the_window(wide, rng):
+    tokens = rng.integers(0, 500, size=400)
+    cache = wide.compress(wide.prefill(tokens[:300], observe=1), None, TurboQuantStorage(recent=32, flush=16))
+    for token in tokens[300:]:
+        wide.extend(cache, np.array([token]))
+    assert cache.get_seq_length() == 400
+    dense = 400 * 2 * 4 * wide.shape.dim * 2
+    exact = (4 + 32 + 16) * 2 * 4 * wide.shape.dim * 2  # sinks, window and a chunk that waits
+    assert cache.nbytes < exact + dense / 7
+
+
+def test_an_evicted_packed_cache_stays_close(backend, tokens):
+    prefill = backend.prefill(tokens[:200], observe=1)
+    kept = keep(backend, prefill, 100, 0)
+    caches = [backend.compress(prefill, kept, storage) for storage in (Dense(), TurboQuantStorage(sinks=2, recent=10))]
+    rows = [torch.stack([torch.arange(0, 100, 2)] * 2)] * 2
+    dense, packed = (backend.recompress(cache, rows) for cache in caches)
+    assert packed.nbytes < dense.nbytes / 2
+    np.testing.assert_array_equal(packed.positions(1), dense.positions(1))
+    for one, other in zip(backend.contents(dense).keys, backend.contents(packed).keys, strict=True):
+        assert 0 < (one - other).norm() / one.norm() < 0.15
 
 
 def test_packed_storage_is_close_and_smaller(backend, tokens):

@@ -224,7 +224,8 @@ def test_the_same_codes_from_every_kind_of_array(make, bits, rotation):
     reference, packed = quantizer.encode(x), quantizer.encode(make(x))
     codes, expected = np.asarray(unpack(packed.codes, bits)), unpack(reference.codes, bits)
     assert (codes != expected).mean() < 1e-4  # a coordinate may sit on a threshold
-    np.testing.assert_allclose(np.asarray(packed.scale), reference.scale, rtol=2e-3)
+    same = (codes == expected).all(axis=-1)  # a code that differs changes the correction of its vector
+    np.testing.assert_allclose(np.asarray(packed.scale)[same], reference.scale[same], rtol=2e-3)
     close = np.isclose(np.asarray(quantizer.decode(packed)), quantizer.decode(reference), rtol=2e-3, atol=2e-3)
     assert close.mean() > 0.99  # a code that differs moves every channel of its vector
 

@@ -1,0 +1,116 @@
+"""Differences between configurations on the same documents, with paired intervals.
+
+    python -m pipeline.compare method=tri,streaming,snapkv document.count=16 --against method=random
+    python -m pipeline.compare method=tri storage=turboquant_4bit budget.ratio=0.125 --against method=tri
+
+The first settings are swept as by `python -m pipeline ... -m`; each run is compared with the one configuration after
+`--against` (settings of the model, the documents, the phases, the outputs and the tracking are taken over from the
+first). What is missing is measured. Differences are means over documents of (run - reference), with a 95 % bootstrap
+interval over documents; they are added to each run in MLflow as `<metric>_vs_<reference>`. `--gap` also reports the
+share of the gap between random tokens and the oracle (`method=oracle_value`) that a run closes, as `<metric>_gap`.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.aggregate import Estimate, difference, gap_closed, per_document
+from pipeline.cli import reporting
+from pipeline.compose import composed, spelled_out, sweep
+from pipeline.errors import InputError
+from pipeline.job import prepare
+from pipeline.run import Result, execute
+from pipeline.summary import LABELS, spread
+
+SHARED = ("hydra", "model", "document", "phase", "backend", "outputs", "tracking", "prefill_memory_gb", "seed")
+COMPARED = ("aop/mean", "mass/mean", "ppl/delta_nll", "ppl/nd", "ppl/kl", "ppl/top1")
+GAPS = ("aop/mean", "ppl/delta_nll", "ppl/kl")
+
+
+def documents(result: Result) -> pd.DataFrame:
+    """The run's values, one row a document and one column a metric, as MLflow holds them."""
+    import mlflow
+
+    rows = mlflow.load_table("rows.json", run_ids=[result.run_id])
+    return per_document(rows.assign(layer=pd.to_numeric(rows["layer"]), value=pd.to_numeric(rows["value"])))
+
+
+def compared(
+    tables: list[pd.DataFrame], metrics: tuple[str, ...], statistic: Callable[[pd.DataFrame, str], Estimate]
+) -> list[dict[str, Estimate]]:
+    """For every run the statistic of each metric that it has."""
+    return [{m: statistic(table, m) for m in metrics if m in table} for table in tables]
+
+
+def log(result: Result, estimates: dict[str, Estimate], suffix: str) -> None:
+    """Add estimates to a finished run as `<metric>_<suffix>`, with their bounds."""
+    import mlflow
+
+    values = {}
+    for metric, value in estimates.items():
+        bounds = {"": value.mean, "_low": value.low, "_high": value.high}
+        values |= {f"{metric}_{suffix}{bound}": v for bound, v in bounds.items() if np.isfinite(v)}
+    mlflow.log_metrics(values, run_id=result.run_id)
+
+
+def show(title: str, results: list[Result], estimates: list[dict[str, Estimate]]) -> None:
+    """One row a run, one column a metric."""
+    metrics = [m for m in LABELS if any(m in e for e in estimates)]
+    metrics += sorted({m for e in estimates for m in e} - set(metrics))
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name in ("method", "tokens", "storage", *metrics):
+        table.add_column(name, justify="left" if name in ("method", "storage") else "right")
+    for result, row in zip(results, estimates, strict=True):
+        cells = [spread(row[m], "{:+.3f}") if m in row else "-" for m in metrics]
+        table.add_row(result.title, str(result.budget or "all"), result.storage, *cells)
+    Console(highlight=False, width=200 if not sys.stdout.isatty() else None).print(table)
+
+
+def compare(overrides: list[str], against: list[str], gap: bool) -> None:
+    """Measure what is missing, print the differences and add them to the runs."""
+    overrides = spelled_out(overrides)
+    shared = [o for o in overrides if o.lstrip("+~").partition("=")[0].partition(".")[0] in SHARED]
+    jobs = [prepare(composed(job)) for job in sweep(None, overrides)]
+    if len({job.document_hash for job in jobs}) > 1:
+        raise InputError("only runs on the same documents can be compared: give one value for document settings")
+    reference = prepare(composed([*shared, *against]))
+    if reference.document_hash != jobs[0].document_hash:
+        raise InputError("--against names other documents: only runs on the same documents can be compared")
+    results = [execute(job) for job in jobs]
+    tables = [documents(result) for result in results]
+    base = execute(reference)
+    values = documents(base)
+    name = f"{reference.settings.method.name}-{base.budget or 'all'}-{base.storage}"
+    differences = compared(tables, COMPARED, lambda table, m: difference(table[m].to_numpy(), values[m].to_numpy()))
+    show(f"difference to {name}: mean over documents [95 % interval, paired]", results, differences)
+    for result, estimates in zip(results, differences, strict=True):
+        log(result, estimates, f"vs_{name}")
+    if gap:
+        ends = [
+            documents(execute(prepare(composed([*shared, *against, f"method={m}"]))))
+            for m in ("random", "oracle_value")
+        ]
+        gaps = compared(tables, GAPS, lambda t, m: gap_closed(t[m].to_numpy(), *(end[m].to_numpy() for end in ends)))
+        show("share of the gap from random tokens to the oracle that is closed", results, gaps)
+        for result, estimates in zip(results, gaps, strict=True):
+            log(result, estimates, "gap")
+    print(f"{results[0].documents}\nAdded to {len(results)} runs in {results[0].store}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="settings as for python -m pipeline, swept over commas")
+    parser.add_argument("--against", nargs="+", required=True, metavar="SETTING", help="the reference configuration")
+    parser.add_argument("--gap", action="store_true", help="also the share of the gap from random to oracle")
+    arguments = parser.parse_args()
+    with reporting(sys.argv[1:]):
+        compare(arguments.overrides, arguments.against, arguments.gap)
+
+
+if __name__ == "__main__":
+    main()

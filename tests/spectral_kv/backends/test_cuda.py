@@ -1,0 +1,67 @@
+"""The torch backend on a GPU; skipped where there is none."""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+
+from spectral_kv.backends.torch import TorchBackend
+from spectral_kv.scorers.base import LayerView
+from spectral_kv.scorers.wavelet import Wavelet
+from spectral_kv.selection import Budget, select
+from spectral_kv.storage.dense import Dense
+from spectral_kv.storage.turboquant import TurboQuantStorage
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+BUDGET = Budget(60, sinks=2, recent=8)
+
+
+@pytest.fixture(scope="module")
+def gpu(checkpoint):
+    return TorchBackend(str(checkpoint), device="cuda", dtype="float32", cache_dtype="float32")
+
+
+@pytest.fixture
+def tokens(rng):
+    return rng.integers(2, 8000, size=300)
+
+
+def keep(backend, prefill):
+    views = [
+        LayerView(k, v, backend.rope, np.arange(200), BUDGET.evictable(200), i)
+        for i, (k, v) in enumerate(zip(prefill.keys, prefill.values, strict=True))
+    ]
+    return [select(Wavelet().score(view), BUDGET) for view in views]
+
+
+def test_the_gpu_keeps_the_tokens_and_gives_the_logits_of_the_cpu(backend, gpu, tokens):
+    results = []
+    for b in (backend, gpu):
+        prefill = b.prefill(tokens[:200], observe=10)
+        kept = keep(b, prefill)
+        cache = b.compress(prefill, kept, Dense())
+        results.append((torch.stack(kept).cpu(), b.extend(cache, tokens[200:]).logits.cpu()))
+    (cpu_kept, cpu_logits), (gpu_kept, gpu_logits) = results
+    assert (cpu_kept == gpu_kept).float().mean() > 0.99
+    torch.testing.assert_close(cpu_logits, gpu_logits, atol=5e-3, rtol=5e-3)
+
+
+@pytest.mark.parametrize("storage", [Dense(), TurboQuantStorage(sinks=2, recent=16)], ids=["dense", "packed"])
+def test_the_allocator_holds_what_the_cache_counts(gpu, tokens, storage):
+    prefill = gpu.prefill(np.resize(tokens, 2000), observe=1)
+    gpu.compress(prefill, None, storage)  # builds what is cached once: rotations, handles
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    cache = gpu.compress(prefill, None, storage)
+    held = torch.cuda.memory_allocated() - before
+    tensors = 4 * 8  # at most, in two layers
+    assert cache.nbytes <= held <= cache.nbytes + 512 * tensors
+
+
+def test_bfloat16_is_the_default_on_a_gpu(checkpoint, tokens):
+    backend = TorchBackend(str(checkpoint), device="auto", dtype="auto")
+    assert (backend.device.type, backend.dtype) == ("cuda", torch.bfloat16)
+    prefill = backend.prefill(tokens[:200], observe=1)
+    cache = backend.compress(prefill, keep(backend, prefill), Dense())
+    assert backend.extend(cache, tokens[200:]).logits.isfinite().all()
