@@ -59,10 +59,19 @@ def gap_closed(values: np.ndarray, random: np.ndarray, oracle: np.ndarray) -> Es
 
 def aggregate(rows: pd.DataFrame) -> dict[str, Estimate]:
     """Estimates of the document-level metrics in `rows` (columns document, layer, head, metric, value)."""
-    return {metric: estimate(values.to_numpy()) for metric, values in per_document(rows).items()}
+    return {metric: estimate(values.dropna().to_numpy()) for metric, values in per_document(rows).items()}
+
+
+def per_turn(rows: pd.DataFrame) -> dict[int, dict[str, Estimate]]:
+    """Estimates by turn of the metrics that have turns."""
+    turns = rows[rows["turn"].notna()]
+    return {
+        int(turn): {metric: estimate(g["value"].to_numpy()) for metric, g in group.groupby("metric", sort=True)}
+        for turn, group in turns.groupby("turn")
+    }
 
 
 def per_document(rows: pd.DataFrame) -> pd.DataFrame:
     """One row a document, one column a metric, of the document-level values in tidy `rows`."""
-    whole = rows[rows["layer"].isna()]
+    whole = rows[rows["layer"].isna() & rows["turn"].isna()]
     return whole.pivot(index="document", columns="metric", values="value").astype(float)

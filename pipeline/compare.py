@@ -37,7 +37,8 @@ def documents(result: Result) -> pd.DataFrame:
     import mlflow
 
     rows = mlflow.load_table("rows.json", run_ids=[result.run_id])
-    return per_document(rows.assign(layer=pd.to_numeric(rows["layer"]), value=pd.to_numeric(rows["value"])))
+    numbers = {column: pd.to_numeric(rows[column]) for column in ("layer", "turn", "value")}
+    return per_document(rows.assign(**numbers))
 
 
 def compared(

@@ -11,19 +11,19 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
 from pipeline import tracking
-from pipeline.aggregate import Estimate, aggregate
+from pipeline.aggregate import Estimate, aggregate, per_turn
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import BackendConfig, Settings
 from pipeline.errors import InputError
 from pipeline.job import NOT_IDENTITY, Job
 from pipeline.phases.base import Context
 from pipeline.progress import progress
-from pipeline.stages.compress import compress, foresees, observed
+from pipeline.stages.compress import Compressor, foresees, observed
 from pipeline.stages.prefill import FullRuns
 from spectral_kv.backends.base import Backend
 from spectral_kv.scorers.base import Scorer
 
-ROW_COLUMNS = ["document", "layer", "head", "metric", "value"]
+ROW_COLUMNS = ["document", "layer", "head", "turn", "metric", "value"]
 
 # Module state on purpose: the jobs of a sweep run in one process and share the model and the prefills.
 _full_runs = FullRuns()
@@ -122,15 +122,15 @@ def measure(job: Job) -> tuple[pd.DataFrame, dict[str, float]]:
     limit = int(settings.prefill_memory_gb * 1e9)
     rows, computed, prefill_seconds, compress_seconds = [], 0, [], []
     label = f"{settings.method.title} {job.budget.tokens if job.budget else ''}".strip()
-    scorer = settings.method.scorer
-    observe = observed(scorer, settings.documents.tokens)
+    compressor = Compressor(backend, settings.method.scorer, job.budget, settings.storage, job.statistics)
+    observe = observed(compressor.scorer, settings.documents.tokens)
     for index, window in enumerate(progress(job.windows, label)):
         full, fresh = _full_runs.get(key, backend, window, settings.documents.tokens, observe, limit)
         computed += fresh
         prefill_seconds.append(full.seconds)
-        compressed = compress(full, backend, scorer, job.budget, settings.storage, index, job.statistics)
+        compressed = compressor.compress(full, index)
         compress_seconds.append(compressed.seconds)
-        context = Context(backend, full, compressed)
+        context = Context(backend, full, compressed, compressor, index)
         for phase in settings.phases.values():
             rows += [{"document": index} | row for row in phase.measure(context)]
     timing = {
@@ -176,4 +176,6 @@ def execute(job: Job) -> Result:
         metrics["time/total_s"] = time.perf_counter() - start
         mlflow.log_table(rows.astype(object).where(rows.notna(), None), "rows.json")
         mlflow.log_metrics(metrics)
+        for turn, estimates in per_turn(rows).items():
+            mlflow.log_metrics({metric: value.mean for metric, value in estimates.items()}, step=turn)
     return _result(job, run_id, metrics, reused=False)

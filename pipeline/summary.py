@@ -20,6 +20,15 @@ LABELS = {
     "ppl/nd": ("ND-PPL, relative rise", "{:+.3f}"),
     "ppl/kl": ("KL(full || compressed), nats", "{:.3f}"),
     "ppl/top1": ("Top-1 agreement", "{:.3f}"),
+    "drift/aop_first": ("Drift: AOP, first turn", "{:.3f}"),
+    "drift/aop_last": ("Drift: AOP, last turn", "{:.3f}"),
+    "drift/aop_slope": ("Drift: AOP a turn", "{:+.4f}"),
+    "drift/delta_nll_slope": ("Drift: loss in nats a turn", "{:+.4f}"),
+    "throughput/tok_s": ("Decoding, tokens/s", "{:.1f}"),
+    "throughput/full_tok_s": ("Decoding on the full cache, tokens/s", "{:.1f}"),
+    "throughput/speedup": ("Speed-up over the full cache", "{:.2f}x"),
+    "match/tokens": ("Decoded tokens equal to the full cache's", "{:.0%}"),
+    "match/noise_floor_tokens": ("... of the full cache in another kernel", "{:.0%}"),
 }
 
 

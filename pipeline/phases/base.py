@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pipeline.stages.compress import Compressed
+from pipeline.stages.compress import Compressed, Compressor
 from pipeline.stages.prefill import FullRun
 from spectral_kv.backends.base import Backend
 
-Row = dict[str, Any]  # metric, value, and the coordinates that apply: layer, head
+Row = dict[str, Any]  # metric, value, and the coordinates that apply: layer, head, turn
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,8 @@ class Context:
     backend: Backend
     full: FullRun
     compressed: Compressed
+    compressor: Compressor
+    document: int
 
 
 class Phase(Protocol):
@@ -25,5 +27,5 @@ class Phase(Protocol):
     needs: int
 
     def measure(self, context: Context) -> list[Row]:
-        """Tidy rows; those without a layer hold a value of the whole document and are averaged over documents."""
+        """Tidy rows; those without layer and turn hold a value of the whole document."""
         ...

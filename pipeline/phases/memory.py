@@ -9,7 +9,7 @@ from pipeline.phases.base import Context, Row
 class Memory:
     """Bytes after compression and after `generated` further tokens, beside the full cache's.
 
-    Decimal megabytes. The full cache holds all tokens in the dtype of the cache.
+    Decimal megabytes; allocated bytes include room to grow. The full cache holds all tokens in the dtype of the cache.
     """
 
     generated: int = 64
@@ -32,6 +32,7 @@ class Memory:
             "memory/bytes": cache.nbytes,
             "memory/mb": cache.nbytes / 1e6,
             "memory/mb_after_generation": after.nbytes / 1e6,
+            "memory/allocated_mb_after_generation": after.allocated / 1e6,
             "memory/full_mb": full / 1e6,
             "memory/ratio": full / cache.nbytes,
             "memory/tokens": kept,

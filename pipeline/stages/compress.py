@@ -35,56 +35,66 @@ class Compressed:
     seconds: float
 
 
-def choose(
-    cached: Prefill | Contents,
-    backend: Backend,
-    scorer: Scorer,
-    budget: Budget,
-    document: int,
-    statistics: QueryStatistics | None,
-    queries: list[Array] | None = None,
-    future: list[Array] | None = None,
-) -> list[Array]:
-    """The rows that `scorer` keeps in every layer, `[kv_heads, kept]` each.
+@dataclass(frozen=True)
+class Compressor:
+    """A method on a backend: which tokens are kept, and how they are held. Without a scorer every token is kept."""
 
-    `queries` (of the last tokens) and `future` (those to come) are `[query_heads, positions, dim]`, one a layer.
-    """
-    tokens = cached.keys[0].shape[-2]
-    if budget.tokens >= tokens:  # nothing to choose, and perhaps nothing that may be evicted
-        everything = np.tile(np.arange(tokens), (backend.shape.kv_heads, 1))
-        return [like(everything, keys) for keys in cached.keys]
-    scores = []
-    for layer, (keys, values, positions) in enumerate(zip(cached.keys, cached.values, cached.positions, strict=True)):
-        view = LayerView(
-            keys, values, backend.rope, positions, budget.evictable(tokens), layer, (document, layer), backend.scaling,
-            queries[layer] if queries else None, future[layer] if future else None, statistics,
-        )  # fmt: skip
-        scores.append(scorer.score(view))
-    kept = select_layers(scores, budget)
-    expected = (backend.shape.kv_heads, budget.tokens)
-    for layer, chosen in enumerate(kept):
-        if tuple(chosen.shape) != expected:
-            raise RuntimeError(f"layer {layer} kept {tuple(chosen.shape)} tokens, the budget says {expected}")
-    return kept
+    backend: Backend
+    scorer: Scorer | None
+    budget: Budget | None
+    storage: Storage
+    statistics: QueryStatistics | None
 
+    def choose(
+        self,
+        cached: Prefill | Contents,
+        document: int,
+        queries: list[Array] | None = None,
+        future: list[Array] | None = None,
+    ) -> list[Array]:
+        """The rows that the method keeps in every layer, `[kv_heads, kept]` each.
 
-def compress(
-    full: FullRun,
-    backend: Backend,
-    scorer: Scorer | None,
-    budget: Budget | None,
-    storage: Storage,
-    document: int,
-    statistics: QueryStatistics | None,
-) -> Compressed:
-    """Compress a prefill; without a scorer every token is kept and only stored."""
-    queries = full.queries(observed(scorer, len(full.prefill.tokens)))
-    future = full.extended(scorer.positions).queries if foresees(scorer) else None
-    backend.synchronize()
-    start = time.perf_counter()
-    kept = None
-    if scorer is not None:
-        kept = choose(full.prefill, backend, scorer, budget, document, statistics, queries, future)
-    cache = backend.compress(full.prefill, kept, storage)
-    backend.synchronize()
-    return Compressed(cache, kept, time.perf_counter() - start)
+        `queries` (of the last tokens) and `future` (those to come) are `[query_heads, positions, dim]`, one a layer.
+        """
+        tokens = cached.keys[0].shape[-2]
+        kv_heads = self.backend.shape.kv_heads
+        if self.budget.tokens >= tokens:  # nothing to choose, and perhaps nothing that may be evicted
+            return [like(np.tile(np.arange(tokens), (kv_heads, 1)), keys) for keys in cached.keys]
+        scores = []
+        for layer, content in enumerate(zip(cached.keys, cached.values, cached.positions, strict=True)):
+            keys, values, positions = content
+            view = LayerView(
+                keys, values, self.backend.rope, positions, self.budget.evictable(tokens), layer, (document, layer),
+                self.backend.scaling, queries[layer] if queries else None, future[layer] if future else None,
+                self.statistics,
+            )  # fmt: skip
+            scores.append(self.scorer.score(view))
+        kept = select_layers(scores, self.budget)
+        expected = (kv_heads, self.budget.tokens)
+        for layer, chosen in enumerate(kept):
+            if tuple(chosen.shape) != expected:
+                raise RuntimeError(f"layer {layer} kept {tuple(chosen.shape)} tokens, the budget says {expected}")
+        return kept
+
+    def compress(self, full: FullRun, document: int) -> Compressed:
+        """Compress the prefill of a document."""
+        queries = full.queries(observed(self.scorer, len(full.prefill.tokens)))
+        future = full.extended(self.scorer.positions).queries if foresees(self.scorer) else None
+        self.backend.synchronize()
+        start = time.perf_counter()
+        kept = None if self.scorer is None else self.choose(full.prefill, document, queries, future)
+        cache = self.backend.compress(full.prefill, kept, self.storage)
+        self.backend.synchronize()
+        return Compressed(cache, kept, time.perf_counter() - start)
+
+    def recompress(self, cache: Cache, document: int, queries: list[Array], future: list[Array] | None = None) -> Cache:
+        """Bring a cache that has grown back to the budget.
+
+        `queries` are those of the tokens fed last; a method looks at as many of them as it wants.
+        """
+        if self.scorer is None:
+            return cache
+        wanted = observed(self.scorer, queries[0].shape[1])
+        seen = [q[:, q.shape[1] - wanted :] for q in queries] if wanted else None
+        kept = self.choose(self.backend.contents(cache), document, seen, future)
+        return self.backend.recompress(cache, kept)

@@ -1,5 +1,6 @@
 """What a backend does for the pipeline."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -97,10 +98,10 @@ class Backend(Protocol):
         """Run a prompt; remember the queries of its last `observe` tokens."""
         ...
 
-    def compress(self, prefill: Prefill, kept: list[Array] | None, storage: Storage) -> Cache:
+    def compress(self, prefill: Prefill, kept: list[Array] | None, storage: Storage, batch: int = 1) -> Cache:
         """A cache with the kept tokens `[kv_heads, kept]` of every layer (all tokens if None).
 
-        It shares nothing with the prefill.
+        It shares nothing with the prefill. `batch` is a number of equal sequences, for timing.
         """
         ...
 
@@ -117,7 +118,15 @@ class Backend(Protocol):
         ...
 
     def generate(self, cache: Cache, token: int, count: int) -> list[int]:
-        """Feed `token`, then decode `count` tokens greedily."""
+        """Feed `token`, then decode `count` tokens greedily; those of one sequence if the cache holds several."""
+        ...
+
+    def other_kernel(self) -> AbstractContextManager:
+        """While it lasts, attention is computed by another kernel, which rounds differently."""
+        ...
+
+    def peak_bytes(self) -> int | None:
+        """Most bytes allocated on the device since the last call, or None where nobody counts them."""
         ...
 
     def synchronize(self) -> None:

@@ -1,11 +1,12 @@
 """The torch backend: any full-attention causal model of transformers, on CPU or CUDA."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AutoModelForCausalLM, Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -15,9 +16,11 @@ from transformers.utils.logging import disable_progress_bar
 from spectral_kv.backends.base import Contents, Extension, ModelShape, Prefill
 from spectral_kv.rope import Rope
 from spectral_kv.storage.base import Storage, Stored
+from spectral_kv.storage.dense import DenseTokens
 from spectral_kv.xp import rows, to_numpy
 
 ATTENTION = "spectral_kv"
+ROOM = 256  # tokens
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 _observed: ContextVar[dict[int, torch.Tensor] | None] = ContextVar("observed", default=None)
@@ -46,19 +49,52 @@ def _observing() -> Iterator[dict[int, torch.Tensor]]:
 
 
 class CompressedLayer(DynamicLayer):
-    """Stored tokens of one layer, `[batch, kv_heads, tokens, dim]`."""
+    """Stored tokens of one layer, `[batch, kv_heads, tokens, dim]`.
+
+    Dense tokens grow in place, in buffers with room for `ROOM` more: joining arrays at every step would copy the whole
+    cache a token, and slow a large cache down more than a small one.
+    """
 
     def __init__(self, stored: Stored, dtype: torch.dtype):
         super().__init__()
         self.stored, self.cache_dtype = stored, dtype
+        self._buffers: list[torch.Tensor] = []
 
     def update(self, key_states, value_states, *args, **kwargs):
-        self.stored = self.stored.append(key_states.to(self.cache_dtype), value_states.to(self.cache_dtype))
+        new = [x.to(self.cache_dtype) for x in (key_states, value_states)]
+        self.stored = self._grown(*new) if isinstance(self.stored, DenseTokens) else self.stored.append(*new)
         keys, values = self.stored.load()
         return keys.to(key_states.dtype), values.to(value_states.dtype)
 
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many dense tokens more, where there is less."""
+        if not isinstance(self.stored, DenseTokens):
+            return
+        stop = self.stored.tokens + tokens
+        if not self._buffers or stop > self._buffers[0].shape[-2]:
+            old = self.stored.load()
+            self._buffers = [x.new_empty((*x.shape[:-2], stop, x.shape[-1])) for x in old]
+            for buffer, x in zip(self._buffers, old, strict=True):
+                buffer[..., : self.stored.tokens, :] = x
+            self.stored = DenseTokens(*(buffer[..., : self.stored.tokens, :] for buffer in self._buffers))
+
+    def _grown(self, *new: torch.Tensor) -> DenseTokens:
+        start, stop = self.stored.tokens, self.stored.tokens + new[0].shape[-2]
+        if not self._buffers or stop > self._buffers[0].shape[-2]:
+            self.reserve(stop - start + ROOM)
+        for buffer, x in zip(self._buffers, new, strict=True):
+            buffer[..., start:stop, :] = x
+        return DenseTokens(*(buffer[..., :stop, :] for buffer in self._buffers))
+
     def get_seq_length(self) -> int:
         return self.stored.tokens
+
+    @property
+    def allocated(self) -> int:
+        """Bytes that the allocator holds for the layer."""
+        if self._buffers:
+            return sum(x.nbytes for x in self._buffers)
+        return self.stored.nbytes
 
 
 class CompressedCache(Cache):
@@ -73,16 +109,28 @@ class CompressedCache(Cache):
         Logical position of the next token.
     kept : list of np.ndarray, [kv_heads, rows], one a layer
         Logical positions of the rows that were there at `since`; rows fed later follow one another from it.
+    batch : int
+        Number of equal sequences.
     """
 
-    def __init__(self, layers: list[CompressedLayer], position: int, kept: list[np.ndarray]):
+    def __init__(self, layers: list[CompressedLayer], position: int, kept: list[np.ndarray], batch: int = 1):
         super().__init__(layers=layers)
-        self.position, self.since, self.kept = position, position, kept
+        self.position, self.since, self.kept, self.batch = position, position, kept, batch
 
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor that must live to continue decoding."""
         return sum(layer.stored.nbytes for layer in self.layers)
+
+    @property
+    def allocated(self) -> int:
+        """Bytes that the allocator holds for it, room to grow included."""
+        return sum(layer.allocated for layer in self.layers)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many tokens more at once, instead of step by step."""
+        for layer in self.layers:
+            layer.reserve(tokens)
 
     def positions(self, layer: int) -> np.ndarray:
         """Logical positions `[kv_heads, rows]` of all rows of a layer."""
@@ -91,10 +139,9 @@ class CompressedCache(Cache):
         return np.concatenate([kept, np.broadcast_to(fed, (kept.shape[0], len(fed)))], axis=1)
 
     def copy(self) -> "CompressedCache":
-        """A cache that can be extended without touching this one (tensors are shared; extending makes new ones)."""
-        twin = CompressedCache(
-            [CompressedLayer(x.stored, x.cache_dtype) for x in self.layers], self.position, self.kept
-        )
+        """A cache that can be extended without touching this one; it makes buffers of its own when it grows."""
+        layers = [CompressedLayer(x.stored, x.cache_dtype) for x in self.layers]
+        twin = CompressedCache(layers, self.position, self.kept, self.batch)
         twin.since = self.since
         return twin
 
@@ -181,20 +228,21 @@ class TorchBackend:
                 return
         raise ValueError(f"{folder} rotates keys in another way than Llama and Qwen do; they can't be un-rotated")
 
+    def _ids(self, tokens: np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(np.asarray(tokens, dtype=np.int64), device=self.device)[None]
+
     @torch.inference_mode()
-    def _forward(self, tokens: np.ndarray, position: int, cache: Cache, last: int) -> torch.Tensor:
-        """Logits `[last, vocabulary]` (all of them if `last` is 0) of tokens fed at `position`."""
-        ids = torch.as_tensor(np.asarray(tokens, dtype=np.int64), device=self.device)[None]
+    def _forward(self, ids: torch.Tensor, position: int, cache: Cache, last: int) -> torch.Tensor:
+        """Logits `[batch, last, vocabulary]` (all of them if `last` is 0) of `ids` `[batch, tokens]` at `position`."""
         positions = torch.arange(position, position + ids.shape[1], device=self.device)[None]
-        output = self.model(
+        return self.model(
             input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=last
-        )
-        return output.logits[0]
+        ).logits
 
     def prefill(self, tokens: np.ndarray, observe: int) -> Prefill:
         cache = DynamicCache()
         with _observing() as observed:
-            logits = self._forward(tokens, 0, cache, last=1)[-1]
+            logits = self._forward(self._ids(tokens), 0, cache, last=1)[0, -1]
         return Prefill(
             np.asarray(tokens),
             [layer.keys[0].to(self.cache_dtype) for layer in cache.layers],
@@ -204,7 +252,9 @@ class TorchBackend:
         )
 
     @torch.inference_mode()
-    def compress(self, prefill: Prefill, kept: list[torch.Tensor] | None, storage: Storage) -> CompressedCache:
+    def compress(
+        self, prefill: Prefill, kept: list[torch.Tensor] | None, storage: Storage, batch: int = 1
+    ) -> CompressedCache:
         layers, positions = [], []
         for index, (keys, values) in enumerate(zip(prefill.keys, prefill.values, strict=True)):
             if kept is None:
@@ -213,8 +263,9 @@ class TorchBackend:
             else:
                 keys, values = rows(keys, kept[index]), rows(values, kept[index])
                 positions.append(to_numpy(kept[index]))
-            layers.append(CompressedLayer(storage.store(keys[None], values[None], index), self.cache_dtype))
-        return CompressedCache(layers, len(prefill.tokens), positions)
+            keys, values = (x.repeat(batch, 1, 1, 1) if batch > 1 else x[None] for x in (keys, values))
+            layers.append(CompressedLayer(storage.store(keys, values, index), self.cache_dtype))
+        return CompressedCache(layers, len(prefill.tokens), positions, batch)
 
     def contents(self, cache: CompressedCache) -> Contents:
         loaded = [[x[0] for x in layer.stored.load()] for layer in cache.layers]
@@ -237,16 +288,28 @@ class TorchBackend:
 
     def extend(self, cache: CompressedCache, tokens: np.ndarray) -> Extension:
         with _observing() as observed:
-            logits = self._forward(tokens, cache.position, cache, last=0)
+            logits = self._forward(self._ids(tokens), cache.position, cache, last=0)[0]
         cache.position += len(tokens)
         return Extension(logits, [observed[i] for i in range(self.shape.layers)])
 
     def generate(self, cache: CompressedCache, token: int, count: int) -> list[int]:
+        ids = torch.full((cache.batch, 1), token, device=self.device)
         generated = []
-        for _ in range(count):
-            token = int(self.extend(cache, np.array([token])).logits[-1].argmax())
-            generated.append(token)
-        return generated
+        for _ in range(count):  # tokens stay on the device, so that steps can be queued
+            ids = self._forward(ids, cache.position, cache, last=1).argmax(dim=-1)
+            cache.position += 1
+            generated.append(ids[0, 0])
+        return torch.stack(generated).tolist() if generated else []
+
+    def other_kernel(self) -> AbstractContextManager:
+        return sdpa_kernel(SDPBackend.MATH)
+
+    def peak_bytes(self) -> int | None:
+        if self.device.type != "cuda":
+            return None
+        peak = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from spectral_kv.quantization.turboquant import Packed, TurboQuant
-from spectral_kv.xp import Array, float32, like, namespace, rows
+from spectral_kv.xp import Array, like, namespace, rows
 
 Pair = tuple[Array, Array]  # keys, values
 
@@ -58,18 +58,12 @@ class PackedTokens:
         packed = tuple(n if p is None else p.append(n) for p, n in zip(old, new, strict=True))
         return replace(self, packed=packed, recent=tuple(_part(x, count, tokens) for x in self.recent))
 
-    def _load(self) -> tuple[Array, Array]:
-        """In float32, so that packing again what was packed before gives the same codes."""
-        decoded = [()] * 2 if self.packed is None else [
-            (q.decode(p),) for q, p in zip(self._quantizers(), self.packed, strict=True)
-        ]  # fmt: skip
-        parts = zip(self.first, decoded, self.recent, strict=True)
-        keys, values = (_joined(float32(f), *d, float32(r)) for f, d, r in parts)
-        return keys, values
-
     def load(self) -> tuple[Array, Array]:
-        dtype = self.recent[0].dtype
-        keys, values = (namespace(x).astype(x, dtype) for x in self._load())
+        decoded = [()] * 2
+        if self.packed is not None:
+            vectors = (q.decode(p) for q, p in zip(self._quantizers(), self.packed, strict=True))
+            decoded = [(namespace(x).astype(x, self.recent[0].dtype),) for x in vectors]
+        keys, values = (_joined(f, *d, r) for f, d, r in zip(self.first, decoded, self.recent, strict=True))
         return keys, values
 
     def append(self, keys: Array, values: Array) -> "PackedTokens":
@@ -81,20 +75,36 @@ class PackedTokens:
         return replace(flushed, recent=recent)
 
     def take(self, kept: Array) -> "PackedTokens":
-        dtype = self.recent[0].dtype
-        xp = namespace(self.recent[0])
-        chosen = tuple(rows(x, kept) for x in self._load())
+        chosen = tuple(rows(x, kept) for x in self.load())
         sinks = min(self.storage.sinks, kept.shape[-1])
         recent = min(self.storage.recent, kept.shape[-1] - sinks)
         middle = kept.shape[-1] - sinks - recent
-        first = tuple(xp.astype(_part(x, 0, sinks), dtype) for x in chosen)
+        first = tuple(_part(x, 0, sinks) for x in chosen)
         empty = None
         if self.packed is not None:
             no_rows = kept[..., :0]
             empty = tuple(p.take(no_rows) for p in self.packed)  # carries the frozen mean
         rest = tuple(_part(x, sinks, kept.shape[-1]) for x in chosen)
         taken = PackedTokens(self.storage, self.layer, first, empty, rest).pack(middle)
-        return replace(taken, recent=tuple(xp.astype(x, dtype) for x in taken.recent))
+        return self._with_own_codes(taken, kept[..., sinks : sinks + middle])
+
+    def _with_own_codes(self, taken: "PackedTokens", kept: Array) -> "PackedTokens":
+        """`taken`, where rows `kept` are packed, with the codes of those that are packed here.
+
+        Encoding what was decoded would round some scalars to their neighbour, at every choice in the same direction.
+        """
+        count = 0 if self.packed is None else self.packed[0].scale.shape[-1]
+        if count == 0:
+            return taken
+        xp = namespace(kept)
+        row = xp.astype(kept, xp.int64) - self.first[0].shape[-2]
+        here = (row >= 0) & (row < count)
+        packed = []
+        for again, own in zip(taken.packed, self.packed, strict=True):
+            own = own.take(xp.clip(row, 0, count - 1))
+            codes = xp.where(here[..., None], own.codes, again.codes)
+            packed.append(Packed(codes, xp.where(here, own.scale, again.scale), again.mean))
+        return replace(taken, packed=tuple(packed))
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,4 @@
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from pipeline.compose import composed, spelled_out, sweep
 from pipeline.config import check, conf_dir
 from pipeline.errors import InputError
 from pipeline.job import prepare
+from spectral_kv.storage.quantized_cache import MODULES
 
 CONF = Path(conf_dir())
 
@@ -15,9 +17,16 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
+def skip_without_its_packages(storage: str) -> None:
+    library = yaml.safe_load((CONF / "storage" / f"{storage}.yaml").read_text()).get("library")
+    if not all(find_spec(module) for module in MODULES.get(library, ())):
+        pytest.skip(f"storage={storage} needs the optional packages")
+
+
 @pytest.mark.parametrize("method", options("method"))
 @pytest.mark.parametrize("storage", options("storage"))
 def test_every_method_combines_with_every_storage(method, storage):
+    skip_without_its_packages(storage)
     cfg = composed([f"method={method}", f"storage={storage}"])
     settings = check(cfg)
     assert settings.method.name == cfg.method.name == method
@@ -71,6 +80,7 @@ def test_a_ratio_wins_over_tokens_and_counts_in_bytes_of_the_full_cache():
 
 @pytest.mark.parametrize("storage", options("storage"))
 def test_bytes_buy_as_many_tokens_as_the_storage_holds(storage):
+    skip_without_its_packages(storage)
     job = prepare(composed(["budget.bytes=2097152", f"storage={storage}"]))
     shape = job.checkpoint.shape
 
