@@ -1,10 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup paper test lint clean
+.PHONY: help setup paper test test-slow lint clean
 
 help:           ## List the targets.
-	@grep -E '^[a-z]+: .*##' Makefile | sed 's/: .*##/\t/'
+	@grep -E '^[a-z-]+: .*##' Makefile | sed 's/: .*##/\t/'
 
 setup: .venv/installed  ## Make .venv with the project and its tools.
 
@@ -19,7 +19,10 @@ paper: setup    ## Measure the published comparison on the embedded model and pr
 	$(BIN)/python -m pipeline.paper
 
 test: setup     ## Run the fast tests.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+
+test-slow: setup  ## Run the slow tests.
+	$(BIN)/python -m pytest -m slow
 
 lint: setup     ## Check style and formatting.
 	$(BIN)/ruff check .

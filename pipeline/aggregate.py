@@ -58,8 +58,9 @@ def gap_closed(values: np.ndarray, random: np.ndarray, oracle: np.ndarray) -> Es
 
 
 def aggregate(rows: pd.DataFrame) -> dict[str, Estimate]:
-    """Estimates of the document-level metrics in `rows` (columns document, layer, head, metric, value)."""
-    return {metric: estimate(values.dropna().to_numpy()) for metric, values in per_document(rows).items()}
+    """Estimates of the document-level metrics in tidy `rows` (columns document, layer, head, turn, metric, value)."""
+    groups = _whole(rows).groupby("metric", sort=True)
+    return {metric: estimate(group["value"].to_numpy(dtype=float)) for metric, group in groups}
 
 
 def per_turn(rows: pd.DataFrame) -> dict[int, dict[str, Estimate]]:
@@ -73,5 +74,9 @@ def per_turn(rows: pd.DataFrame) -> dict[int, dict[str, Estimate]]:
 
 def per_document(rows: pd.DataFrame) -> pd.DataFrame:
     """One row a document, one column a metric, of the document-level values in tidy `rows`."""
-    whole = rows[rows["layer"].isna() & rows["turn"].isna()]
-    return whole.pivot(index="document", columns="metric", values="value").astype(float)
+    return _whole(rows).pivot(index="document", columns="metric", values="value").astype(float)
+
+
+def _whole(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows that hold a value of a whole document."""
+    return rows[rows["layer"].isna() & rows["turn"].isna()]

@@ -223,6 +223,16 @@ def target(node: DictConfig, key: str, *extra: str) -> Any:
     return typed(cls, OmegaConf.create(own), key, node.get("name"))
 
 
+def _fits(scorer: Scorer | None, documents: Documents) -> None:
+    """Refuse a scorer that looks at more queries than the prompts have."""
+    if scorer is None or "queries" not in scorer.reads or scorer.window is None:
+        return
+    if scorer.window >= documents.tokens:
+        raise InputError(
+            f"method.window={scorer.window} is the whole prompt of document.tokens={documents.tokens}: lower the former"
+        )
+
+
 def check(cfg: DictConfig) -> Settings:
     """Turn a composed configuration into checked settings.
 
@@ -243,6 +253,7 @@ def check(cfg: DictConfig) -> Settings:
         scorer = target(method, "method", "name", "title")
     documents = target(cfg.document, "document", "name")
     documents.check()
+    _fits(scorer, documents)
     phases = {name: target(node, f"phase.{name}") for name, node in cfg.get("phase", {}).items()}
     if not phases:
         raise InputError("phase=[] measures nothing: choose among memory, perturbation, perplexity, or phase=all")

@@ -81,14 +81,18 @@ def _statistics(settings: Settings, checkpoint: Checkpoint) -> QueryStatistics |
 
 
 def _budget(settings: Settings, checkpoint: Checkpoint) -> Budget | None:
-    if settings.budget is None:
-        return None
     shape = checkpoint.shape
     itemsize = ITEMSIZE[settings.backend.cache_dtype]
 
     def held_in(storage: Storage) -> Callable[[int], int]:
         return lambda tokens: shape.layers * storage.nbytes(tokens, shape.kv_heads, shape.dim, itemsize)
 
+    try:
+        held_in(settings.storage)(settings.documents.tokens)
+    except ValueError as error:  # a storage may not suit the shape of the model
+        raise InputError(str(error)) from None
+    if settings.budget is None:
+        return None
     return settings.budget.resolve(settings.documents.tokens, held_in(Dense()), held_in(settings.storage))
 
 

@@ -26,7 +26,7 @@ class Documents(ABC):
     """
 
     tokens: int = 4096
-    continuation: int = 256
+    continuation: int = 640
     count: int = 8
 
     source: ClassVar[str]  # how messages call it

@@ -15,7 +15,7 @@ class OracleMass:
     Parameters
     ----------
     positions : int
-        Continuation tokens whose queries are looked at.
+        Continuation tokens whose queries are looked at; fewer where the continuation is shorter.
     """
 
     positions: int = 64

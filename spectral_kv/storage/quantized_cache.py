@@ -106,7 +106,8 @@ class QuantizedCacheStorage:
 
     The groups are `group_size` neighbouring channels of one head of one token; the quantisers are those of
     `QuantoQuantizedLayer` and `HQQQuantizedLayer`. Unlike those caches it quantises no token twice while decoding.
-    Works on torch alone. quanto compiles an extension when it is first read: a C++ compiler and ninja must be on the path.
+    Works on torch alone. quanto compiles an extension when it is first read: a C++ compiler and ninja must be on the
+    path.
 
     Parameters
     ----------

@@ -1,6 +1,7 @@
 """The page that says how to add a method is followed to the letter."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ def project(tmp_path, monkeypatch) -> str:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [name for name in sys.modules if name.startswith("my_methods")]:  # of another test's folder
+        monkeypatch.delitem(sys.modules, name)
     return f"hydra.searchpath=[file://{tmp_path / 'conf'}]"
 
 

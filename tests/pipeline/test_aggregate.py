@@ -7,12 +7,22 @@ from pipeline.aggregate import aggregate, estimate
 
 def test_the_mean_is_over_documents_and_ignores_finer_rows():
     rows = pd.DataFrame(
-        [{"document": d, "layer": None, "metric": "x", "value": v} for d, v in enumerate([1.0, 2.0, 6.0, 2.0, 4.0])]
+        [{"document": d, "metric": "x", "value": v} for d, v in enumerate([1.0, 2.0, 6.0, 2.0, 4.0])]
         + [{"document": 0, "layer": 1.0, "metric": "x", "value": 100.0}]
+        + [{"document": 0, "turn": 1.0, "metric": "x", "value": 100.0}]
+        + [{"document": 0, "metric": "of one document", "value": 7.0}]
     )
     value = aggregate(rows)["x"]
     assert value.mean == 3
     assert 1 <= value.low < 3 < value.high <= 6
+    assert aggregate(rows)["of one document"].mean == 7
+
+
+def test_what_is_no_number_is_not_averaged_away():
+    rows = pd.DataFrame(
+        [{"document": d, "layer": None, "turn": None, "metric": "x", "value": v} for d, v in [(0, 1.0), (1, np.nan)]]
+    )
+    assert np.isnan(aggregate(rows)["x"].mean)
 
 
 def test_the_interval_is_about_two_standard_errors_wide(rng):

@@ -21,6 +21,7 @@ from spectral_kv.scorers.tri import TriAttention
 from spectral_kv.selection import Budget, select
 from tests.conftest import REFERENCE
 
+pytestmark = pytest.mark.slow
 TOKENS, FUTURE, BUDGET = 4096, 256, Budget(512)
 
 

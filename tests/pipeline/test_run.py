@@ -41,10 +41,10 @@ def test_a_run_is_recorded_with_everything_that_explains_it(run):
     hashes = {"hash.model", "hash.document", "hash.code"}
     assert hashes | {"git.revision", "version.torch", tracking.CONFIGURATION} <= set(tags)
     rows = rows_of(client, result.run_id)
-    assert rows["columns"] == ["document", "layer", "head", "metric", "value"]
-    per_head = [r for r in rows["data"] if r[3] == "aop/mean" and r[1] is not None]
+    assert rows["columns"] == ["document", "layer", "head", "turn", "metric", "value"]
+    per_head = [r for r in rows["data"] if r[4] == "aop/mean" and r[1] is not None]
     assert len(per_head) == 5 * 2 * 4  # documents, layers, query heads
-    assert np.mean([r[4] for r in per_head]) == pytest.approx(metrics["aop/mean"], rel=1e-5)
+    assert np.mean([r[5] for r in per_head]) == pytest.approx(metrics["aop/mean"], rel=1e-5)
     assert "wavelet_tri" in Path(client.download_artifacts(result.run_id, "config.yaml")).read_text()
 
 
