@@ -4,10 +4,18 @@ Half-split layout (Llama, Qwen, Mistral in Hugging Face form): channel f is pair
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from spectral_kv.xp import Array, like, namespace
+
+
+@lru_cache(maxsize=4)  # the layers of a model share frequencies and, until an eviction, positions
+def _waves(frequencies: bytes, positions: bytes, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and sine `[*shape, bands]` of the phases of float64 positions and frequencies, in single precision."""
+    phases = np.frombuffer(positions).reshape(shape)[..., None] * np.frombuffer(frequencies)
+    return np.cos(phases).astype(np.float32), np.sin(phases).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -39,9 +47,9 @@ class Rope:
 
     def _turn(self, x: Array, positions: np.ndarray, direction: float, scale: float) -> Array:
         xp = namespace(x)
-        angles = self.angles(positions)
-        cos = like((scale * np.cos(angles)).astype(np.float32), x)
-        sin = like((direction * scale * np.sin(angles)).astype(np.float32), x)
+        positions = np.asarray(positions, dtype=np.float64)
+        cos, sin = _waves(np.asarray(self.inv_freq, dtype=np.float64).tobytes(), positions.tobytes(), positions.shape)
+        cos, sin = like(scale * cos, x), like(direction * scale * sin, x)
         half = x.shape[-1] // 2
         a, b = x[..., :half], x[..., half:]
         return xp.concat([a * cos - b * sin, b * cos + a * sin], axis=-1)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from spectral_kv.scorers.spectral import Spectral
-from spectral_kv.transforms.fourier import lowpass
+from spectral_kv.transforms.fourier import highpass
 from spectral_kv.xp import Array, namespace
 
 
@@ -29,4 +29,4 @@ class Fourier(Spectral):
 
     def spectral(self, x: Array) -> Array:
         xp = namespace(x)
-        return xp.sqrt(xp.sum((x - lowpass(x, self.cutoff, self.taper)) ** 2, axis=-1))
+        return xp.sqrt(xp.sum(highpass(x, self.cutoff, self.taper) ** 2, axis=-1))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from spectral_kv.scorers.wavelet import Wavelet
-from spectral_kv.transforms.fourier import lowpass
+from spectral_kv.transforms.fourier import highpass
 from spectral_kv.xp import Array, namespace
 
 
@@ -21,7 +21,8 @@ def nonstationarity(x: Array, segments: int = 8) -> Array:
         return xp.zeros_like(x[:, 0, 0])
     pieces = xp.reshape(x[:, : segments * length], (x.shape[0], segments, length, x.shape[-1]))
     pieces = pieces - xp.mean(pieces, axis=-2, keepdims=True)
-    power = xp.sum(xp.abs(xp.fft.rfft(pieces, axis=-2)) ** 2, axis=-1)
+    spectrum = xp.fft.rfft(pieces, axis=-2)
+    power = xp.sum(xp.real(spectrum) ** 2 + xp.imag(spectrum) ** 2, axis=-1)
     share = power / (xp.sum(power, axis=-1, keepdims=True) + 1e-30)
 
     def entropy(p: Array) -> Array:
@@ -66,8 +67,8 @@ class WaveletFourier(Wavelet):
         details = self.details(x)
         wavelet = self.deviation(details, x.shape[-2])
         if self.cascade:
-            fourier = self.deviation([d - lowpass(d, self.cutoff, self.taper) for d in details], x.shape[-2])
+            fourier = self.deviation([highpass(d, self.cutoff, self.taper) for d in details], x.shape[-2])
         else:
-            fourier = xp.sqrt(xp.sum((x - lowpass(x, self.cutoff, self.taper)) ** 2, axis=-1))
+            fourier = xp.sqrt(xp.sum(highpass(x, self.cutoff, self.taper) ** 2, axis=-1))
         alpha = nonstationarity(x)[:, None] if self.alpha is None else self.alpha
         return alpha * wavelet + (1.0 - alpha) * fourier

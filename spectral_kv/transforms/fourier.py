@@ -29,11 +29,19 @@ def lowpass(x: Array, cutoff: float, taper: float) -> Array:
     The sequence is continued by reflection, `x[0..n-1], x[n-2..1]`, which is periodic without a jump: the transform
     sees no edge where the document begins and ends.
     """
+    return _filtered(x, lowpass_mask(x.shape[-2], cutoff, taper))
+
+
+def highpass(x: Array, cutoff: float, taper: float) -> Array:
+    """What `lowpass` leaves over."""
+    return _filtered(x, 1.0 - lowpass_mask(x.shape[-2], cutoff, taper))
+
+
+def _filtered(x: Array, gain: np.ndarray) -> Array:
     xp = namespace(x)
     tokens = x.shape[-2]
-    if tokens < 3:
-        return x
+    if tokens < 3:  # nothing to reflect
+        return x * float(gain[0])
     mirror = like(np.concatenate([np.arange(tokens), np.arange(tokens - 2, 0, -1)]), x)
     spectrum = xp.fft.rfft(xp.take(x, mirror, axis=-2), axis=-2)
-    gain = like(lowpass_mask(tokens, cutoff, taper)[:, None], x)
-    return xp.fft.irfft(spectrum * gain, n=2 * tokens - 2, axis=-2)[..., :tokens, :]
+    return xp.fft.irfft(spectrum * like(gain[:, None], x), n=2 * tokens - 2, axis=-2)[..., :tokens, :]

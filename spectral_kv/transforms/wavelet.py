@@ -50,12 +50,20 @@ def _extension(tokens: int, taps: tuple[float, ...], mode: str, step: int, dilat
     return np.where(folded < tokens, folded, 2 * tokens - 1 - folded), count
 
 
-def _filter(x: Array, taps: tuple[float, ...], mode: str, step: int, dilation: int) -> Array:
-    """One filter of one level: coefficients `[..., coefficients, dim]` of `x` `[..., tokens, dim]`."""
-    index, count = _extension(x.shape[-2], taps, mode, step, dilation)
-    extended = namespace(x).take(x, like(index, x), axis=-2)
-    starts = [dilation * (len(taps) - 1 - j) for j in range(len(taps))]
-    return sum(c * extended[..., s : s + step * (count - 1) + 1 : step, :] for c, s in zip(taps, starts, strict=True))
+def _filter(x: Array, bank: tuple[tuple[float, ...], ...], mode: str, step: int, dilation: int) -> list[Array]:
+    """Filters of one level, of one extension: coefficients `[..., coefficients, dim]` of `x` `[..., tokens, dim]` each.
+
+    The shifted signals are gathered once for all filters, and one matrix product does the sums.
+    """
+    xp = namespace(x)
+    index, count = _extension(x.shape[-2], bank[0], mode, step, dilation)
+    extended = xp.take(x, like(index, x), axis=-2)
+    taps = len(bank[0])
+    starts = [dilation * (taps - 1 - j) for j in range(taps)]
+    shifted = xp.stack([extended[..., s : s + step * (count - 1) + 1 : step, :] for s in starts])
+    filters = like(np.asarray(bank, dtype=np.float64), x)
+    products = xp.matmul(xp.astype(filters, x.dtype), xp.reshape(shifted, (taps, -1)))
+    return [xp.reshape(product, shifted.shape[1:]) for product in products]
 
 
 def wavedec(x: Array, wavelet: str, levels: int, mode: str = "symmetric", transform: str = "decimated") -> list[Array]:
@@ -87,17 +95,21 @@ def wavedec(x: Array, wavelet: str, levels: int, mode: str = "symmetric", transf
         raise ValueError(f"wavelet mode {mode!r} is not known: choose one of {', '.join(MODES)}")
     if transform not in TRANSFORMS:
         raise ValueError(f"wavelet transform {transform!r} is not known: choose one of {', '.join(TRANSFORMS)}")
-    low, high = _filters(wavelet)
+    bank = _filters(wavelet)
+    apart = transform == "stationary" and mode == "symmetric"  # each filter is centred on its own energy
     details = []
     for level in range(levels):
         strides = _strides(transform, level)
-        details.append(_filter(x, high, mode, *strides))
-        x = _filter(x, low, mode, *strides)
+        halves = (
+            [_filter(x, (taps,), mode, *strides)[0] for taps in bank] if apart else _filter(x, bank, mode, *strides)
+        )
+        x, detail = halves
+        details.append(detail)
     return [x, *reversed(details)]
 
 
 def _filter_matrix(tokens: int, taps: tuple[float, ...], mode: str, step: int, dilation: int) -> sparse.csr_matrix:
-    """`_filter` as a matrix `[coefficients, tokens]`."""
+    """One filter of `_filter` as a matrix `[coefficients, tokens]`."""
     index, count = _extension(tokens, taps, mode, step, dilation)
     columns = index[step * np.arange(count)[:, None] + dilation * np.arange(len(taps))]
     rows = np.repeat(np.arange(count), len(taps))
