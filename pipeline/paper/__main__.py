@@ -54,7 +54,7 @@ def write(jobs: list[Job], ids: dict[str, str]) -> tuple[str, Path]:
     head = (
         "# Published tables, measured again\n\n"
         f"Model {settings.model.name}, {documents.count} documents of {documents.tokens} tokens from "
-        f"{documents.source}, {documents.continuation} tokens scored after each, "
+        f"{documents.source}, {settings.phases['perplexity'].tokens - 1} tokens scored after each, "
         f"budget {budget.tokens} tokens (sinks {budget.sinks} and recent {budget.recent} "
         "included). Means over documents with 95 % bootstrap intervals. "
         "Published: Qwen2.5-0.5B, one document, no intervals.\n"

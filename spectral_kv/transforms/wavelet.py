@@ -100,16 +100,16 @@ def wavedec(x: Array, wavelet: str, levels: int, mode: str = "symmetric", transf
     details = []
     for level in range(levels):
         strides = _strides(transform, level)
-        halves = (
-            [_filter(x, (taps,), mode, *strides)[0] for taps in bank] if apart else _filter(x, bank, mode, *strides)
-        )
-        x, detail = halves
+        if apart:
+            x, detail = (_filter(x, (taps,), mode, *strides)[0] for taps in bank)
+        else:
+            x, detail = _filter(x, bank, mode, *strides)
         details.append(detail)
     return [x, *reversed(details)]
 
 
 def _filter_matrix(tokens: int, taps: tuple[float, ...], mode: str, step: int, dilation: int) -> sparse.csr_matrix:
-    """One filter of `_filter` as a matrix `[coefficients, tokens]`."""
+    """One filter as a matrix `[coefficients, tokens]`."""
     index, count = _extension(tokens, taps, mode, step, dilation)
     columns = index[step * np.arange(count)[:, None] + dilation * np.arange(len(taps))]
     rows = np.repeat(np.arange(count), len(taps))
