@@ -1,35 +1,50 @@
 """From tidy rows to numbers with their spread; the only place that averages."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, norm, t
 
-RESAMPLES = 2000
+RESAMPLES = 10_000
+FEWEST = 5  # documents that an interval needs
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean over documents and its 95 % interval (NaN with fewer than five documents)."""
+    """Mean over documents, or a statistic of it, and its 95 % interval (NaN with fewer than five documents)."""
 
     mean: float
     low: float
     high: float
 
 
+def interval(samples: tuple[np.ndarray, ...], statistic: Callable) -> tuple[float, float]:
+    """95 % bootstrap interval of a statistic of paired samples `[documents]`.
+
+    Percentiles of resampled documents, at a level that makes up for their being few: plain percentiles cover the truth
+    in 88 % of the cases with 8 documents (Hesterberg, "What teachers should know about the bootstrap", 2015: expanded
+    percentile interval).
+    """
+    n = len(samples[0])
+    tail = norm.cdf(np.sqrt(n / (n - 1)) * t.ppf(0.025, n - 1))
+    found = bootstrap(
+        samples, statistic, paired=True, n_resamples=RESAMPLES, confidence_level=1 - 2 * tail, method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+    return float(found.low), float(found.high)
+
+
 def estimate(values: np.ndarray) -> Estimate:
-    """Mean of one value a document with a percentile bootstrap interval; equal values have no spread."""
+    """Mean of one value a document with its interval; equal values have no spread."""
     values = np.asarray(values, dtype=float)
     mean = float(values.mean())
     if np.ptp(values) == 0:
         return Estimate(mean, mean, mean) if len(values) > 1 else Estimate(mean, np.nan, np.nan)
-    if len(values) < 5:
+    if len(values) < FEWEST:
         return Estimate(mean, np.nan, np.nan)
-    interval = bootstrap(
-        (values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0)
-    ).confidence_interval
-    return Estimate(mean, float(interval.low), float(interval.high))
+    return Estimate(mean, *interval((values,), np.mean))
 
 
 def difference(values: np.ndarray, reference: np.ndarray) -> Estimate:
@@ -49,16 +64,13 @@ def gap_closed(values: np.ndarray, random: np.ndarray, oracle: np.ndarray) -> Es
 
     samples = tuple(np.asarray(x, dtype=float) for x in (values, random, oracle))
     value = float(share(*samples))
-    if len(samples[0]) < 5:
+    if len(samples[0]) < FEWEST:
         return Estimate(value, np.nan, np.nan)
-    interval = bootstrap(
-        samples, share, paired=True, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0)
-    ).confidence_interval
-    return Estimate(value, float(interval.low), float(interval.high))
+    return Estimate(value, *interval(samples, share))
 
 
 def aggregate(rows: pd.DataFrame) -> dict[str, Estimate]:
-    """Estimates of the document-level metrics in tidy `rows` (columns document, layer, head, turn, metric, value)."""
+    """Estimates of the document-level metrics in tidy `rows`: those without layer, turn and depth."""
     groups = _whole(rows).groupby("metric", sort=True)
     return {metric: estimate(group["value"].to_numpy(dtype=float)) for metric, group in groups}
 
@@ -79,4 +91,5 @@ def per_document(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _whole(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows that hold a value of a whole document."""
-    return rows[rows["layer"].isna() & rows["turn"].isna()]
+    finer = rows.columns.intersection(["layer", "turn", "depth"])
+    return rows[rows[finer].isna().all(axis=1)]

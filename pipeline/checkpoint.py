@@ -1,4 +1,4 @@
-"""The folder a model is loaded from: a local path, or a snapshot of a hub repository."""
+"""What a model is loaded from: a local folder, a snapshot of a hub repository, or its parameters alone."""
 
 import hashlib
 import json
@@ -7,13 +7,15 @@ import socket
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 from urllib.parse import urlparse
 
 from tokenizers import Tokenizer
 
-from pipeline.config import ModelConfig
+from pipeline.config import ModelConfig, SyntheticConfig
 from pipeline.errors import InputError
 from spectral_kv.backends.base import ModelShape
+from spectral_kv.synthetic import SyntheticModel
 
 FILES = [
     "config.json",
@@ -30,6 +32,11 @@ class Checkpoint:
     """A checkpoint folder that has what a run needs."""
 
     folder: Path
+
+    @property
+    def source(self) -> str:
+        """What a backend loads."""
+        return str(self.folder)
 
     @cached_property
     def config(self) -> dict:
@@ -73,6 +80,24 @@ class Checkpoint:
         return bos
 
 
+@dataclass(frozen=True)
+class Weightless:
+    """In the place of a checkpoint, the parameters of a model that is nothing but them."""
+
+    source: SyntheticModel
+
+    tokenizer: ClassVar[None] = None
+
+    @property
+    def shape(self) -> ModelShape:
+        return self.source.shape
+
+    @property
+    def hash(self) -> str:
+        """Hash of the parameters."""
+        return hashlib.sha256(repr(self.source).encode()).hexdigest()[:16]
+
+
 def reachable(endpoint: str) -> bool:
     """Whether something listens at a URL, within a second."""
     url = urlparse(endpoint)
@@ -107,14 +132,25 @@ def _snapshot(model: ModelConfig) -> Path:
         ) from None
 
 
-def locate(model: ModelConfig, prompt: int, continuation: int) -> Checkpoint:
-    """The checkpoint of a model, checked for what a run of `prompt + continuation` tokens needs.
+def _fits_context(name: str, context: int | None, prompt: int, continuation: int) -> None:
+    if context is not None and prompt + continuation > context:
+        raise InputError(
+            f"document.tokens={prompt} plus document.continuation={continuation} "
+            f"exceed the {context} positions of model={name}: ask for shorter documents"
+        )
+
+
+def locate(model: ModelConfig | SyntheticConfig, prompt: int, continuation: int) -> Checkpoint | Weightless:
+    """What a model is loaded from, checked for what a run of `prompt + continuation` tokens needs.
 
     Raises
     ------
     InputError
         If it is missing, incomplete, not reachable, or too short of context.
     """
+    if isinstance(model, SyntheticConfig):
+        _fits_context(model.name, model.source.context, prompt, continuation)
+        return Weightless(model.source)
     if model.path is not None:
         folder = Path(model.path).expanduser()
         if not folder.is_dir():
@@ -144,10 +180,5 @@ def locate(model: ModelConfig, prompt: int, continuation: int) -> Checkpoint:
         checkpoint.tokenizer.get_vocab_size()
     except Exception as error:  # the tokenizers library raises plain Exception
         raise InputError(f"{folder}/tokenizer.json can't be read ({error}): save the tokenizer again") from None
-    context = checkpoint.config.get("max_position_embeddings")
-    if context is not None and prompt + continuation > context:
-        raise InputError(
-            f"document.tokens={prompt} plus document.continuation={continuation} "
-            f"exceed the {context} positions of model={model.name}: ask for shorter documents"
-        )
+    _fits_context(model.name, checkpoint.config.get("max_position_embeddings"), prompt, continuation)
     return checkpoint

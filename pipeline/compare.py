@@ -28,7 +28,7 @@ from pipeline.run import Result, execute
 from pipeline.summary import LABELS, spread
 
 SHARED = ("hydra", "model", "document", "phase", "backend", "outputs", "tracking", "prefill_memory_gb", "seed")
-COMPARED = ("aop/mean", "mass/mean", "ppl/delta_nll", "ppl/nd", "ppl/kl", "ppl/top1")
+COMPARED = ("aop/mean", "mass/mean", "ppl/nd", "ppl/delta_nll_context", "ppl/kl", "ppl/top1")
 GAPS = ("aop/mean", "ppl/delta_nll", "ppl/kl")
 
 
@@ -46,6 +46,12 @@ def compared(
 ) -> list[dict[str, Estimate]]:
     """For every run the statistic of each metric that it has."""
     return [{m: statistic(table, m) for m in metrics if m in table} for table in tables]
+
+
+def paired(values: pd.Series, reference: pd.Series) -> Estimate:
+    """Difference over the documents that have the metric at all."""
+    both = pd.concat([values, reference], axis=1).dropna().to_numpy()
+    return difference(both[:, 0], both[:, 1])
 
 
 def log(result: Result, estimates: dict[str, Estimate], suffix: str) -> None:
@@ -87,7 +93,7 @@ def compare(overrides: list[str], against: list[str], gap: bool) -> None:
     base = execute(reference)
     values = documents(base)
     name = f"{reference.settings.method.name}-{base.budget or 'all'}-{base.storage}"
-    differences = compared(tables, COMPARED, lambda table, m: difference(table[m].to_numpy(), values[m].to_numpy()))
+    differences = compared(tables, COMPARED, lambda table, m: paired(table[m], values[m]))
     show(f"difference to {name}: mean over documents [95 % interval, paired]", results, differences)
     for result, estimates in zip(results, differences, strict=True):
         log(result, estimates, f"vs_{name}")

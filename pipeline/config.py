@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -24,6 +24,7 @@ from pipeline.manual import manual
 from spectral_kv.scorers.base import Scorer
 from spectral_kv.selection import SELECTIONS, Budget
 from spectral_kv.storage.base import Storage
+from spectral_kv.synthetic import SyntheticModel
 
 DTYPES = ("float32", "bfloat16", "float16")
 PACKAGE = Path(__file__).resolve().parent
@@ -60,6 +61,16 @@ class ModelConfig:
     path: str | None
     bos: bool
     calibration: str | None
+
+
+@dataclass
+class SyntheticConfig:
+    """`model` without a checkpoint: its own parameters are those of `_target_`."""
+
+    name: str
+    source: SyntheticModel
+
+    bos: ClassVar[bool] = False
 
 
 @dataclass
@@ -158,7 +169,7 @@ class Settings:
     """Everything a run needs to know, checked."""
 
     method: MethodConfig
-    model: ModelConfig
+    model: ModelConfig | SyntheticConfig
     budget: BudgetConfig | None  # None: the method keeps every token
     storage: Storage
     storage_name: str
@@ -223,6 +234,13 @@ def target(node: DictConfig, key: str, *extra: str) -> Any:
     return typed(cls, OmegaConf.create(own), key, node.get("name"))
 
 
+def _model(node: DictConfig) -> ModelConfig | SyntheticConfig:
+    """A checkpoint, or with a `_target_` a model that needs none."""
+    if "_target_" in node:
+        return SyntheticConfig(node.name, target(node, "model", "name"))
+    return typed(ModelConfig, node, "model")
+
+
 def _fits(scorer: Scorer | None, documents: Documents) -> None:
     """Refuse a scorer that looks at more queries than the prompts have."""
     if scorer is None or "queries" not in scorer.reads or scorer.window is None:
@@ -269,7 +287,7 @@ def check(cfg: DictConfig) -> Settings:
     general = typed(GeneralConfig, OmegaConf.create({f.name: cfg.get(f.name) for f in fields(GeneralConfig)}), "")
     return Settings(
         method=MethodConfig(method.name, method.title, scorer),
-        model=typed(ModelConfig, cfg.model, "model"),
+        model=_model(cfg.model),
         budget=None if scorer is None else typed(BudgetConfig, cfg.budget, "budget"),
         storage=target(cfg.storage, "storage", "name"),
         storage_name=cfg.storage.name,

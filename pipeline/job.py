@@ -12,9 +12,9 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 import spectral_kv
-from pipeline.checkpoint import Checkpoint, locate
+from pipeline.checkpoint import Checkpoint, Weightless, locate
 from pipeline.config import PACKAGE, Settings, check
-from pipeline.documents.base import content_hash
+from pipeline.documents.base import Asked, content_hash
 from pipeline.errors import InputError
 from pipeline.tracking import writable
 from spectral_kv.calibration import QueryStatistics
@@ -25,6 +25,7 @@ from spectral_kv.storage.dense import Dense
 DECISIVE = ("torch", "transformers", "numpy", "PyWavelets")  # packages whose version may change a result
 # What decides where a result is written or how it is computed, not what it is; contents are hashed instead of paths.
 NOT_IDENTITY = {"outputs", "tracking", "force", "prefill_memory_gb"}
+WEIGHTLESS = "spectral_kv.backends.synthetic.SyntheticBackend"  # the backend of models without weights
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 
@@ -52,9 +53,10 @@ class Job:
     """A checked configuration with the contents it names, and the hash of all that determines its result."""
 
     settings: Settings
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | Weightless
     budget: Budget | None  # None: the method keeps every token
     windows: list[np.ndarray]
+    lookups: list[list[Asked]]  # of every window
     statistics: QueryStatistics | None
     resolved: dict
     identity: str
@@ -62,10 +64,38 @@ class Job:
     code_hash: str
 
 
-def _statistics(settings: Settings, checkpoint: Checkpoint) -> QueryStatistics | None:
+def _agrees(settings: Settings, checkpoint: Checkpoint | Weightless) -> None:
+    """Refuse a backend or a phase that is for another sort of model."""
+    model, backend, weightless = settings.model.name, settings.backend, isinstance(checkpoint, Weightless)
+    if weightless and backend._target_ != WEIGHTLESS:
+        raise InputError(
+            f"model={model} has no weights that backend={backend.name} could load: choose backend=synthetic, "
+            "and document=synthetic phase=[memory,perturbation,planted] with it"
+        )
+    if not weightless and backend._target_ == WEIGHTLESS:
+        raise InputError(
+            f"backend={backend.name} makes keys and values up and can't load model={model}: "
+            "choose model=synthetic, or backend=torch"
+        )
+    for name, phase in settings.phases.items():
+        if weightless and getattr(phase, "predicts", False):
+            raise InputError(
+                f"phase.{name} needs a model that predicts tokens, and model={model} has no weights: "
+                "choose phase=[memory,perturbation,planted], or another model and backend"
+            )
+        if not weightless and getattr(phase, "seeks", False):
+            raise InputError(
+                f"phase.{name} looks for tokens that the model itself planted, and model={model} plants none: "
+                "choose model=synthetic backend=synthetic document=synthetic, or leave the phase out"
+            )
+
+
+def _statistics(settings: Settings, checkpoint: Checkpoint | Weightless) -> QueryStatistics | None:
     scorer, model = settings.method.scorer, settings.model
     if scorer is None or "calibration" not in scorer.reads:
         return None
+    if isinstance(checkpoint, Weightless):
+        return checkpoint.source.statistics()
     remedy = f"run `python -m pipeline.calibrate model={model.name}` and set model.calibration=<the file it writes>"
     if model.calibration is None:
         raise InputError(
@@ -80,7 +110,7 @@ def _statistics(settings: Settings, checkpoint: Checkpoint) -> QueryStatistics |
         raise InputError(str(error)) from None
 
 
-def _budget(settings: Settings, checkpoint: Checkpoint) -> Budget | None:
+def _budget(settings: Settings, checkpoint: Checkpoint | Weightless) -> Budget | None:
     shape = checkpoint.shape
     itemsize = ITEMSIZE[settings.backend.cache_dtype]
 
@@ -107,13 +137,24 @@ def prepare(cfg: DictConfig) -> Job:
     settings = check(cfg)
     writable(settings.outputs)
     checkpoint = locate(settings.model, settings.documents.tokens, settings.documents.continuation)
-    windows = settings.documents.windows(checkpoint.tokenizer, checkpoint.bos() if settings.model.bos else None)
+    _agrees(settings, checkpoint)
+    bos = checkpoint.bos() if settings.model.bos else None
+    windows = settings.documents.windows(checkpoint.tokenizer, bos)
+    lookups = settings.documents.lookups(checkpoint.tokenizer, bos)
+    for name, phase in settings.phases.items():
+        if getattr(phase, "asks", False) and not any(lookups):
+            raise InputError(
+                f"phase.{name} asks for what was planted in the prompt, "
+                f"and document={cfg.document.name} plants nothing: choose document=needles, or leave the phase out"
+            )
     statistics = _statistics(settings, checkpoint)
     budget = _budget(settings, checkpoint)
     resolved = OmegaConf.to_container(cfg, resolve=True)
     what = {k: v for k, v in resolved.items() if k not in NOT_IDENTITY}
     what["model"] = checkpoint.hash
-    what["document"] = document_hash = content_hash(windows)
+    what["document"] = document_hash = content_hash(
+        [*windows, *(tokens for asked in lookups for one in asked for tokens in (one.question, one.answer))]
+    )
     what["prompt"] = settings.documents.tokens
     what["versions"] = {name: version(name) for name in DECISIVE}
     what["code"] = code_hash = code_fingerprint(settings.method.scorer, settings.storage, *settings.phases.values())
@@ -121,4 +162,4 @@ def prepare(cfg: DictConfig) -> Job:
     if statistics is not None:
         what["statistics"] = hashlib.sha256(statistics.mu.tobytes() + statistics.modulus.tobytes()).hexdigest()
     identity = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
-    return Job(settings, checkpoint, budget, windows, statistics, resolved, identity, document_hash, code_hash)
+    return Job(settings, checkpoint, budget, windows, lookups, statistics, resolved, identity, document_hash, code_hash)

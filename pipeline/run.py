@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from pipeline import tracking
 from pipeline.aggregate import Estimate, aggregate, per_turn
-from pipeline.checkpoint import Checkpoint
+from pipeline.checkpoint import Checkpoint, Weightless
 from pipeline.config import BackendConfig, Settings
 from pipeline.errors import InputError
 from pipeline.job import NOT_IDENTITY, Job
@@ -23,7 +23,7 @@ from pipeline.stages.prefill import FullRuns
 from spectral_kv.backends.base import Backend
 from spectral_kv.scorers.base import Scorer
 
-ROW_COLUMNS = ["document", "layer", "head", "turn", "metric", "value"]
+ROW_COLUMNS = ["document", "layer", "head", "turn", "depth", "position", "metric", "value"]
 
 # Module state on purpose: the jobs of a sweep run in one process and share the model and the prefills.
 _full_runs = FullRuns()
@@ -70,7 +70,7 @@ def _identity(job: Job) -> str:
     return hashlib.sha256(f"{job.identity} {kind} {dtype}".encode()).hexdigest()[:24]
 
 
-def loaded(settings: Settings, checkpoint: Checkpoint) -> tuple[tuple, Backend]:
+def loaded(settings: Settings, checkpoint: Checkpoint | Weightless) -> tuple[tuple, Backend]:
     """The loaded model and what identifies it; one at a time is kept."""
     config = settings.backend
     key = (checkpoint.hash, config._target_, config.device, config.dtype, config.cache_dtype)
@@ -80,7 +80,7 @@ def loaded(settings: Settings, checkpoint: Checkpoint) -> tuple[tuple, Backend]:
         backend = _backend_class(config)
         try:
             _loaded[key] = backend(
-                str(checkpoint.folder), device=config.device, dtype=config.dtype, cache_dtype=config.cache_dtype
+                checkpoint.source, device=config.device, dtype=config.dtype, cache_dtype=config.cache_dtype
             )
         except (ValueError, OSError, SafetensorError) as error:
             reason = str(error).strip().split("\n")[0]
@@ -130,7 +130,7 @@ def measure(job: Job) -> tuple[pd.DataFrame, dict[str, float]]:
         prefill_seconds.append(full.seconds)
         compressed = compressor.compress(full, index)
         compress_seconds.append(compressed.seconds)
-        context = Context(backend, full, compressed, compressor, index)
+        context = Context(backend, full, compressed, compressor, index, job.lookups[index])
         for phase in settings.phases.values():
             rows += [{"document": index} | row for row in phase.measure(context)]
     timing = {

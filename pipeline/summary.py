@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.aggregate import Estimate
+from pipeline.phases.retrieval import LEAST_FULL_RECALL
 from pipeline.run import Result
 
 LABELS = {
@@ -14,16 +15,26 @@ LABELS = {
     "aop/mean": ("AOP, mean", "{:.3f}"),
     "aop/p95": ("AOP, 95th percentile", "{:.3f}"),
     "aop/max": ("AOP, largest", "{:.2f}"),
+    "aop/projected_mean": ("AOP after W_O, mean", "{:.3f}"),
     "mass/mean": ("Recovered attention mass, mean", "{:.3f}"),
+    "planted/recall": ("Planted tokens kept", "{:.3f}"),
     "ppl/full": ("Perplexity, full cache", "{:.2f}"),
     "ppl/comp": ("Perplexity, compressed", "{:.2f}"),
     "ppl/nd": ("ND-PPL, relative rise", "{:+.3f}"),
+    "ppl/delta_nll": ("Rise of the loss, nats", "{:+.3f}"),
+    "ppl/delta_nll_context": ("... on context-dependent tokens", "{:+.3f}"),
     "ppl/kl": ("KL(full || compressed), nats", "{:.3f}"),
     "ppl/top1": ("Top-1 agreement", "{:.3f}"),
     "drift/aop_first": ("Drift: AOP, first turn", "{:.3f}"),
     "drift/aop_last": ("Drift: AOP, last turn", "{:.3f}"),
     "drift/aop_slope": ("Drift: AOP a turn", "{:+.4f}"),
     "drift/delta_nll_slope": ("Drift: loss in nats a turn", "{:+.4f}"),
+    "fidelity/key_error": ("Error of reconstructed keys", "{:.3f}"),
+    "fidelity/value_error": ("Error of reconstructed values", "{:.3f}"),
+    "fidelity/key_spectrum": ("Distance between key spectra", "{:.3f}"),
+    "retrieval/recall": ("Lookups answered", "{:.0%}"),
+    "retrieval/full_recall": ("... by the full cache", "{:.0%}"),
+    "retrieval/answerable": ("... of those it answers", "{:.0%}"),
     "throughput/tok_s": ("Decoding, tokens/s", "{:.1f}"),
     "throughput/full_tok_s": ("Decoding on the full cache, tokens/s", "{:.1f}"),
     "throughput/speedup": ("Speed-up over the full cache", "{:.2f}x"),
@@ -61,6 +72,10 @@ def show(result: Result) -> None:
         console.print(
             f"Warning: the full cache predicts {share:.0%} of the documents almost perfectly "
             "(perplexity under 1.5): they measure copying."
+        )
+    if (found := metrics.get("retrieval/full_recall", 1)) < LEAST_FULL_RECALL:
+        console.print(
+            f"Warning: the full cache itself finds only {found:.0%}: the task measures nothing on this model."
         )
     console.print(f"{result.documents}; the method reads {result.reads}")
     if result.reused:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from spectral_kv.xp import Array, float32, like, namespace, softmax
+from spectral_kv.xp import Array, like, namespace, softmax, wide
 
 
 def attention_weights(queries: Array, keys: Array, scaling: float, causal: bool = False) -> Array:
@@ -21,13 +21,14 @@ def attention_weights(queries: Array, keys: Array, scaling: float, causal: bool 
 
     Returns
     -------
-    array, float32 [query_heads, positions, tokens]
+    array, [query_heads, positions, tokens]
+        In single precision, or double where the arguments are.
     """
     xp = namespace(queries)
     kv_heads, tokens, dim = keys.shape
     heads, positions, _ = queries.shape
-    grouped = xp.reshape(float32(queries), (kv_heads, heads // kv_heads * positions, dim))
-    logits = xp.matmul(grouped, xp.permute_dims(float32(keys), (0, 2, 1))) * scaling
+    grouped = xp.reshape(wide(queries), (kv_heads, heads // kv_heads * positions, dim))
+    logits = xp.matmul(grouped, xp.permute_dims(wide(keys), (0, 2, 1))) * scaling
     logits = xp.reshape(logits, (heads, positions, tokens))
     if causal:
         own = np.arange(tokens - positions, tokens)[:, None]
@@ -36,7 +37,7 @@ def attention_weights(queries: Array, keys: Array, scaling: float, causal: bool 
 
 
 def attention_output(queries: Array, keys: Array, values: Array, scaling: float) -> Array:
-    """Output of every query head over a prefix that it sees whole, before W_O: float32 `[query_heads, positions, dim]`.
+    """Output of every query head over a prefix that it sees whole, before W_O: `[query_heads, positions, dim]`.
 
     `values` is `[kv_heads, tokens, dim]`; the rest as in `attention_weights`.
     """
@@ -45,7 +46,7 @@ def attention_output(queries: Array, keys: Array, values: Array, scaling: float)
     kv_heads, tokens, dim = values.shape
     heads, positions, _ = weights.shape
     grouped = xp.reshape(weights, (kv_heads, heads // kv_heads * positions, tokens))
-    return xp.reshape(xp.matmul(grouped, float32(values)), (heads, positions, dim))
+    return xp.reshape(xp.matmul(grouped, wide(values)), (heads, positions, dim))
 
 
 def attention_mass(weights: Array, kv_heads: int) -> Array:

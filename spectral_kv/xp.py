@@ -11,7 +11,7 @@ from array_api_compat import array_namespace as namespace
 
 Array = Any  # a NumPy, torch or MLX array
 
-__all__ = ["Array", "float32", "like", "namespace", "rows", "softmax", "stable_order", "to_numpy"]
+__all__ = ["Array", "float32", "like", "namespace", "rows", "softmax", "stable_order", "to_numpy", "wide"]
 
 
 def like(values: np.ndarray, x: Array) -> Array:
@@ -33,6 +33,11 @@ def float32(x: Array) -> Array:
     """`x` in single precision; scores and metrics are computed in it whatever the cache holds."""
     xp = namespace(x)
     return xp.astype(x, xp.float32)
+
+
+def wide(x: Array) -> Array:
+    """`x` in at least single precision: double where it is double."""
+    return x if x.dtype == namespace(x).float64 else float32(x)
 
 
 def softmax(x: Array) -> Array:

@@ -12,6 +12,24 @@ from pipeline.errors import InputError
 
 
 @dataclass(frozen=True)
+class Asked:
+    """A question whose answer stands in a prompt.
+
+    Parameters
+    ----------
+    question : np.ndarray of int, [tokens]
+        What is fed after the prompt before the answer is expected; at least one token.
+    answer : np.ndarray of int, [tokens]
+    depth : float
+        Where in the prompt's text the answer begins: 0 at its start, 1 at its end.
+    """
+
+    question: np.ndarray
+    answer: np.ndarray
+    depth: float
+
+
+@dataclass(frozen=True)
 class Documents(ABC):
     """Base of the document sources.
 
@@ -42,7 +60,7 @@ class Documents(ABC):
             if getattr(self, name) < least:
                 raise InputError(f"document.{name}={getattr(self, name)} is too small: give at least {least}")
 
-    def windows(self, tokenizer: Tokenizer, bos: int | None) -> list[np.ndarray]:
+    def windows(self, tokenizer: Tokenizer | None, bos: int | None) -> list[np.ndarray]:
         """`count` arrays of `tokens + continuation` token ids.
 
         Parameters
@@ -53,8 +71,10 @@ class Documents(ABC):
         Raises
         ------
         InputError
-            If the source does not hold that many windows.
+            If the source does not hold that many windows, or nothing turns text into tokens.
         """
+        if tokenizer is None:
+            raise InputError(f"the model has no tokenizer and can't read {self.source}: choose document=synthetic")
         length = self.tokens + self.continuation - (bos is not None)
         windows, total = [], 0
         for encoding in tokenizer.encode_batch(self.texts(), add_special_tokens=False):
@@ -70,6 +90,10 @@ class Documents(ABC):
             )
         chosen = [windows[i * len(windows) // self.count] for i in range(self.count)]
         return chosen if bos is None else [np.concatenate([[bos], w]) for w in chosen]
+
+    def lookups(self, tokenizer: Tokenizer, bos: int | None) -> list[list[Asked]]:
+        """What can be asked about each of the `windows`: nothing, unless a source plants answers."""
+        return [[] for _ in range(self.count)]
 
 
 def content_hash(windows: list[np.ndarray]) -> str:

@@ -4,6 +4,7 @@ The same generic forms serve twice: mixed into the reference model's training te
 look things up, and planted in held-out text to measure retrieval. Names and values are drawn from a seed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -58,6 +59,11 @@ def fact(rng: np.random.Generator, attribute: str | None = None) -> Lookup:
     return Lookup((statement,), question, value)
 
 
+def facts(rng: np.random.Generator, count: int) -> list[Lookup]:
+    """`count` facts about different attributes (there are six), so that none is a distractor for another."""
+    return [fact(rng, str(attribute)) for attribute in rng.permutation(ATTRIBUTES)[:count]]
+
+
 def needles(rng: np.random.Generator, count: int) -> list[Lookup]:
     """`count` facts about one attribute with distinct names: each is a distractor for the others."""
     attribute = str(rng.choice(ATTRIBUTES))
@@ -81,3 +87,25 @@ def chain(rng: np.random.Generator, hops: int) -> Lookup:
     statements += [f"VAR {old} is copied to VAR {new}." for old, new in pairwise(names)]
     question = f"Which variables hold the value {value}? They are VAR"
     return Lookup(tuple(statements), question, ", VAR ".join(names))
+
+
+def chains(rng: np.random.Generator, count: int, hops: int = 2) -> list[Lookup]:
+    """`count` chains that share neither value nor variable: each is a distractor for the others."""
+    found: list[Lookup] = []
+    seen: set[str] = set()
+    while len(found) < count:
+        item = chain(rng, hops)
+        names = {item.question, *item.answer.split(", VAR ")}
+        if seen.isdisjoint(names):
+            found.append(item)
+            seen |= names
+    return found
+
+
+def spliced(text: np.ndarray, pieces: Sequence[np.ndarray], places: Sequence[int]) -> np.ndarray:
+    """Token ids `[tokens]` of `text` with every piece inserted before the token at its place; places ascend."""
+    parts, last = [], 0
+    for place, piece in zip(places, pieces, strict=True):
+        parts += [text[last:place], piece]
+        last = place
+    return np.concatenate([*parts, text[last:]])

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from pipeline.documents.base import Asked
 from pipeline.stages.compress import Compressed, Compressor
 from pipeline.stages.prefill import FullRun
 from spectral_kv.backends.base import Backend
 
-Row = dict[str, Any]  # metric, value, and the coordinates that apply: layer, head, turn
+Row = dict[str, Any]  # metric, value, and the coordinates that apply: layer, head, turn, depth
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,18 @@ class Context:
     compressed: Compressed
     compressor: Compressor
     document: int
+    lookups: list[Asked]
 
 
 class Phase(Protocol):
-    """A group of metrics. `needs` is the number of tokens it wants after the prompt."""
+    """A group of metrics. `needs` is the number of tokens it wants after the prompt.
+
+    One with `asks = True` wants documents that carry lookups, one with `predicts = True` a model that predicts tokens,
+    and one with `seeks = True` a model that plants tokens of its own.
+    """
 
     needs: int
 
     def measure(self, context: Context) -> list[Row]:
-        """Tidy rows; those without layer and turn hold a value of the whole document."""
+        """Tidy rows; those without layer, turn and depth hold a value of the whole document."""
         ...

@@ -1,6 +1,7 @@
 """Drift: how perturbation and loss change over turns, with the cache brought back to its budget after each."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -35,6 +36,8 @@ class Drift:
     tokens: int = 128
     policy: str = "recompress"
     positions: int = 64
+
+    predicts: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.turns < 2 or self.tokens < 2:

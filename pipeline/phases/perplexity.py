@@ -1,6 +1,7 @@
 """Perplexity of the true continuation on a compressed cache."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -17,13 +18,27 @@ class Perplexity:
 
     Scored are the tokens after the first: the first is predicted by the full cache. `ppl/nd` is the relative rise
     `(ppl - ppl_full) / ppl_full`; `ppl/flagged` is 1 for a document that the full cache predicts almost perfectly.
+
+    Most tokens need only what is near. `ppl/delta_nll_context` is the rise over the context-dependent ones alone: those
+    that a cache of `sinks` first and `recent` last tokens predicts worse than the full cache by more than `dependent`
+    nats. A document without any has no such value.
     """
 
     tokens: int = 256
+    sinks: int = 4
+    recent: int = 64
+    dependent: float = 0.5
+
+    predicts: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.tokens < 2:
             raise ValueError(f"phase.perplexity.tokens={self.tokens} must be at least 2: the first is not scored")
+        if self.sinks < 0 or self.recent < 1:
+            raise ValueError(
+                f"phase.perplexity.sinks={self.sinks} must be at least 0 and phase.perplexity.recent={self.recent} "
+                "at least 1"
+            )
 
     @property
     def needs(self) -> int:
@@ -33,16 +48,23 @@ class Perplexity:
         continuation = context.full.continuation[: self.tokens]
         full = context.full.extended(self.tokens).logits[:-1]
         compressed = context.backend.extend(context.compressed.cache.copy(), continuation).logits[:-1]
+        near = context.full.extended_near(self.tokens, self.sinks, self.recent).logits[:-1]
         targets = like(continuation[1:], full)
-        nll_full = float(negative_log_likelihood(full, targets).mean())
-        nll = float(negative_log_likelihood(compressed, targets).mean())
+        nll_full, nll, nll_near = (
+            to_numpy(negative_log_likelihood(logits, targets)).astype(float) for logits in (full, compressed, near)
+        )
+        rise = float(nll.mean()) - float(nll_full.mean())
         values = {
-            "ppl/full": np.exp(nll_full),
-            "ppl/comp": np.exp(nll),
-            "ppl/nd": np.exp(nll - nll_full) - 1.0,
-            "ppl/delta_nll": nll - nll_full,
+            "ppl/full": np.exp(nll_full.mean()),
+            "ppl/comp": np.exp(nll.mean()),
+            "ppl/nd": np.exp(rise) - 1.0,
+            "ppl/delta_nll": rise,
             "ppl/kl": to_numpy(kl_divergence(full, compressed)).mean(),
             "ppl/top1": to_numpy(top1_agreement(full, compressed)).mean(),
-            "ppl/flagged": np.exp(nll_full) < DETERMINISTIC,
+            "ppl/flagged": np.exp(nll_full.mean()) < DETERMINISTIC,
         }
+        dependent = nll_near - nll_full > self.dependent
+        values["ppl/context_share"] = dependent.mean()
+        if dependent.any():
+            values["ppl/delta_nll_context"] = (nll - nll_full)[dependent].mean()
         return [{"metric": name, "value": float(value)} for name, value in values.items()]

@@ -15,7 +15,8 @@ from spectral_kv.xp import to_numpy
 class Perturbation:
     """AOP and recovered attention mass of the first `positions` continuation tokens.
 
-    Per layer and head, and over all of them.
+    Per layer and head, and over all of them; the largest AOP with its place. `aop/projected_...` are the same after
+    W_O, of all heads of a layer together.
     """
 
     positions: int = 64
@@ -31,7 +32,7 @@ class Perturbation:
     def measure(self, context: Context) -> list[Row]:
         full, backend, chosen = context.full, context.backend, context.compressed.kept
         rows: list[Row] = []
-        perturbations, masses = [], []
+        perturbations, masses, projected = [], [], []
         held = backend.contents(context.compressed.cache)
         for layer, queries in enumerate(full.extended(self.positions).queries):
             keys, values = full.prefill.keys[layer], full.prefill.values[layer]
@@ -49,6 +50,10 @@ class Perturbation:
                     {"layer": layer, "head": head, "metric": "aop/max", "value": float(aop[head].max())},
                     {"layer": layer, "head": head, "metric": "mass/mean", "value": float(mass[head].mean())},
                 ]
+            if (after := backend.project(layer, kept)) is not None:
+                after = to_numpy(attention_output_perturbation(after, backend.project(layer, whole)))  # [positions]
+                projected.append(after)
+                rows.append({"layer": layer, "metric": "aop/projected_mean", "value": float(after.mean())})
         aop, mass = np.stack(perturbations), np.stack(masses)
         values = {
             "aop/mean": aop.mean(),
@@ -57,4 +62,9 @@ class Perturbation:
             "mass/mean": mass.mean(),
             "mass/p05": np.quantile(mass, 0.05),
         }
+        if projected:
+            values |= {"aop/projected_mean": np.mean(projected), "aop/projected_p95": np.quantile(projected, 0.95)}
+        layer, head, position = (int(i) for i in np.unravel_index(aop.argmax(), aop.shape))
+        place = {"layer": layer, "head": head, "position": position}
+        rows.append({**place, "metric": "aop/largest", "value": float(aop.max())})
         return rows + [{"metric": name, "value": float(value)} for name, value in values.items()]

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -41,6 +42,8 @@ class Throughput:
     warmup: int = 3
     batch: int = 1
     documents: int = 1
+
+    predicts: ClassVar[bool] = True
 
     def __post_init__(self):
         for name in ("tokens", "repeats", "batch", "documents"):

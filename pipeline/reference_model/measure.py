@@ -20,13 +20,13 @@ import pandas as pd
 from pipeline.aggregate import estimate
 from pipeline.cli import reporting
 from pipeline.compose import composed
-from pipeline.documents.retrieval import Lookup, chain, fact, needles
+from pipeline.documents.retrieval import Lookup, chain, fact, needles, spliced
 from pipeline.job import Job, prepare
 from pipeline.progress import progress
 from pipeline.run import loaded
 from pipeline.summary import spread
+from spectral_kv.attention import attention_weights
 from spectral_kv.backends.base import Backend
-from spectral_kv.metrics.perturbation import attention_weights
 from spectral_kv.metrics.prediction import negative_log_likelihood
 from spectral_kv.storage.dense import Dense
 from spectral_kv.xp import like, to_numpy
@@ -57,12 +57,8 @@ def planted(job: Job, window: np.ndarray, items: list[Lookup], depths: list[floa
     statements = [np.array(encode(f"\n{s}\n").ids) for item in items for s in item.statements]
     question = np.array(encode(f"\n{asked.question}").ids)
     text = window[1 : len(window) - sum(map(len, statements)) - len(question)]
-    cuts = [int(d * len(text)) for d in depths]
-    pieces, last = [window[:1]], 0
-    for cut, statement in zip(cuts, statements, strict=True):
-        pieces += [text[last:cut], statement]
-        last = cut
-    return np.concatenate([*pieces, text[last:], question])
+    places = [int(d * len(text)) for d in depths]
+    return np.concatenate([window[:1], spliced(text, statements, places), question])
 
 
 def recall(job: Job, backend: Backend, kind: str, repeats: int) -> pd.DataFrame:

@@ -5,9 +5,16 @@ from collections import OrderedDict
 
 import numpy as np
 
-from spectral_kv.backends.base import Backend, Extension, Prefill
+from spectral_kv.backends.base import Backend, Cache, Extension, Prefill
 from spectral_kv.storage.dense import Dense
-from spectral_kv.xp import Array
+from spectral_kv.xp import Array, like
+
+
+def answer(backend: Backend, cache: Cache, question: np.ndarray, count: int) -> list[int]:
+    """Feed a question `[tokens]` to a cache, which grows, then decode `count` tokens greedily."""
+    if len(question) > 1:
+        backend.extend(cache, question[:-1])
+    return backend.generate(cache, int(question[-1]), count)
 
 
 class FullRun:
@@ -30,7 +37,8 @@ class FullRun:
         self.prefill: Prefill = backend.prefill(document[:tokens], observe)
         backend.synchronize()
         self.seconds = time.perf_counter() - start
-        self._extensions: dict[int, Extension] = {}
+        self._extensions: dict[int | tuple, Extension] = {}
+        self._answers: dict[tuple[bytes, int], list[int]] = {}
 
     @property
     def continuation(self) -> np.ndarray:
@@ -50,6 +58,25 @@ class FullRun:
             cache = self.backend.compress(self.prefill, None, Dense())
             self._extensions[count] = self.backend.extend(cache, self.continuation[:count])
         return self._extensions[count]
+
+    def answer(self, question: np.ndarray, count: int) -> list[int]:
+        """The full cache's `count` tokens after a question `[tokens]` that is fed after the prompt."""
+        key = (question.tobytes(), count)
+        if key not in self._answers:
+            cache = self.backend.compress(self.prefill, None, Dense())
+            self._answers[key] = answer(self.backend, cache, question, count)
+        return self._answers[key]
+
+    def extended_near(self, count: int, sinks: int, recent: int) -> Extension:
+        """The same on a cache of the first `sinks` and the last `recent` prompt tokens alone."""
+        key = (count, sinks, recent)
+        if key not in self._extensions:
+            tokens = len(self.prefill.tokens)
+            near = np.union1d(np.arange(min(sinks, tokens)), np.arange(max(tokens - recent, 0), tokens))
+            kept = [like(np.tile(near, (len(keys), 1)), keys) for keys in self.prefill.keys]
+            cache = self.backend.compress(self.prefill, kept, Dense())
+            self._extensions[key] = self.backend.extend(cache, self.continuation[:count])
+        return self._extensions[key]
 
     @property
     def nbytes(self) -> int:

@@ -117,6 +117,13 @@ class Backend(Protocol):
         """Feed tokens at the cache's logical position and append them to it."""
         ...
 
+    def project(self, layer: int, outputs: Array) -> Array | None:
+        """What W_O of a layer makes of attention outputs `[query_heads, positions, dim]`: `[positions, hidden]`.
+
+        None where the model names it otherwise.
+        """
+        ...
+
     def generate(self, cache: Cache, token: int, count: int) -> list[int]:
         """Feed `token`, then decode `count` tokens greedily; those of one sequence if the cache holds several."""
         ...

@@ -169,11 +169,7 @@ class TorchBackend:
     """
 
     def __init__(self, folder: str, device: str = "auto", dtype: str = "auto", cache_dtype: str = "bfloat16"):
-        device, dtype = self.place(device, dtype)
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"backend.device={device} needs a CUDA build of torch and a GPU: set backend.device=cpu")
-        self.device = torch.device(device)
-        self.dtype, self.cache_dtype = getattr(torch, dtype), getattr(torch, cache_dtype)
+        self._settle(device, dtype, cache_dtype)
         disable_progress_bar()
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=self.dtype, attn_implementation="sdpa", local_files_only=True
@@ -214,6 +210,14 @@ class TorchBackend:
         if dtype == "auto":
             dtype = "float32" if device == "cpu" else "bfloat16"
         return device, dtype
+
+    def _settle(self, device: str, dtype: str, cache_dtype: str) -> None:
+        """Where and in what it computes."""
+        device, dtype = self.place(device, dtype)
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"backend.device={device} needs a CUDA build of torch and a GPU: set backend.device=cpu")
+        self.device = torch.device(device)
+        self.dtype, self.cache_dtype = getattr(torch, dtype), getattr(torch, cache_dtype)
 
     def _check_rotation(self, folder: str) -> None:
         """Refuse rotations that `Rope` does not describe (interleaved, partial).
@@ -291,6 +295,14 @@ class TorchBackend:
             logits = self._forward(self._ids(tokens), cache.position, cache, last=0)[0]
         cache.position += len(tokens)
         return Extension(logits, [observed[i] for i in range(self.shape.layers)])
+
+    @torch.inference_mode()
+    def project(self, layer: int, outputs: torch.Tensor) -> torch.Tensor | None:
+        projection = getattr(self.model.base_model.layers[layer].self_attn, "o_proj", None)
+        if projection is None:
+            return None
+        joined = outputs.permute(1, 0, 2).flatten(1)
+        return projection(joined.to(self.dtype)).float()
 
     def generate(self, cache: CompressedCache, token: int, count: int) -> list[int]:
         ids = torch.full((cache.batch, 1), token, device=self.device)

@@ -1,12 +1,12 @@
 """How well next tokens are predicted, and how far two predictions are apart."""
 
-from spectral_kv.xp import Array, float32, namespace
+from spectral_kv.xp import Array, namespace, wide
 
 
 def log_softmax(logits: Array) -> Array:
-    """Log-probabilities over the last axis, float32."""
+    """Log-probabilities over the last axis, in at least single precision."""
     xp = namespace(logits)
-    shifted = float32(logits)
+    shifted = wide(logits)
     shifted = shifted - xp.max(shifted, axis=-1, keepdims=True)
     return shifted - xp.log(xp.sum(xp.exp(shifted), axis=-1, keepdims=True))
 

@@ -1,8 +1,11 @@
 """Low-pass filtering of token sequences in the frequency domain."""
 
 import numpy as np
+from scipy.fft import next_fast_len
 
 from spectral_kv.xp import Array, like, namespace
+
+MARGIN = 64  # tokens
 
 
 def lowpass_mask(bins: int, cutoff: float, taper: float) -> np.ndarray:
@@ -23,25 +26,37 @@ def lowpass_mask(bins: int, cutoff: float, taper: float) -> np.ndarray:
     return np.where(frequency <= start, 1.0, np.where(frequency > cutoff, 0.0, roll)).astype(np.float32)
 
 
-def lowpass(x: Array, cutoff: float, taper: float) -> Array:
-    """The smooth part of `x` `[..., tokens, dim]` along tokens.
+def continuation(tokens: int) -> np.ndarray:
+    """Source index of one period of a sequence of `tokens` that goes on by reflection, `[period]`.
 
-    The sequence is continued by reflection, `x[0..n-1], x[n-2..1]`, which is periodic without a jump: the transform
-    sees no edge where the document begins and ends.
+    The period has no jump: the transform sees no edge where the document begins and ends. A large prime factor in its
+    length `2 * tokens - 2` would make the transform several times slower than any other step; such a sequence is first
+    reflected at its last token up to a longer, faster length, `MARGIN` tokens away at least.
     """
-    return _filtered(x, lowpass_mask(x.shape[-2], cutoff, taper))
+    last = tokens - 1
+    if next_fast_len(last) > last:
+        last = next_fast_len(last + min(MARGIN, last - 1))
+    reflected = np.concatenate([np.arange(tokens), np.arange(tokens - 2, -1, -1)])[: last + 1]
+    return np.concatenate([reflected, reflected[-2:0:-1]])
+
+
+def lowpass(x: Array, cutoff: float, taper: float) -> Array:
+    """The smooth part of `x` `[..., tokens, dim]` along tokens."""
+    return _filtered(x, cutoff, taper, stop=False)
 
 
 def highpass(x: Array, cutoff: float, taper: float) -> Array:
     """What `lowpass` leaves over."""
-    return _filtered(x, 1.0 - lowpass_mask(x.shape[-2], cutoff, taper))
+    return _filtered(x, cutoff, taper, stop=True)
 
 
-def _filtered(x: Array, gain: np.ndarray) -> Array:
+def _filtered(x: Array, cutoff: float, taper: float, stop: bool) -> Array:
     xp = namespace(x)
     tokens = x.shape[-2]
     if tokens < 3:  # nothing to reflect
-        return x * float(gain[0])
-    mirror = like(np.concatenate([np.arange(tokens), np.arange(tokens - 2, 0, -1)]), x)
-    spectrum = xp.fft.rfft(xp.take(x, mirror, axis=-2), axis=-2)
-    return xp.fft.irfft(spectrum * like(gain[:, None], x), n=2 * tokens - 2, axis=-2)[..., :tokens, :]
+        return x * float(not stop)
+    index = continuation(tokens)
+    gain = lowpass_mask(len(index) // 2 + 1, cutoff, taper)
+    spectrum = xp.fft.rfft(xp.take(x, like(index, x), axis=-2), axis=-2)
+    spectrum = spectrum * like((1.0 - gain if stop else gain)[:, None], x)
+    return xp.fft.irfft(spectrum, n=len(index), axis=-2)[..., :tokens, :]

@@ -1,7 +1,9 @@
 """A small model, short documents and an outputs folder of its own for every test."""
 
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -33,17 +35,27 @@ def empty_store(tmp_path_factory):
     return folder / "mlflow.db"
 
 
+@pytest.fixture(scope="session")
+def outputs_in(empty_store) -> Callable[[Path], Path]:
+    """Makes an outputs folder with a store in a folder."""
+
+    def make(folder: Path) -> Path:
+        (folder / "outputs").mkdir()
+        with (
+            closing(sqlite3.connect(empty_store)) as made,
+            closing(sqlite3.connect(folder / "outputs" / "mlflow.db")) as own,
+        ):
+            made.backup(own)  # a copied file would miss what is still in the write-ahead log
+        return folder / "outputs"
+
+    return make
+
+
 @pytest.fixture
-def small(checkpoint, statistics, empty_store, tmp_path) -> list[str]:
+def small(checkpoint, statistics, outputs_in, tmp_path) -> list[str]:
     """Overrides that make any run quick and write to a temporary folder."""
-    (tmp_path / "outputs").mkdir()
-    with (
-        closing(sqlite3.connect(empty_store)) as made,
-        closing(sqlite3.connect(tmp_path / "outputs" / "mlflow.db")) as own,
-    ):
-        made.backup(own)  # a copied file would miss what is still in the write-ahead log
     model = ["model=qwen2_5_0_5b", f"model.path={checkpoint}", "model.bos=true", f"model.calibration={statistics}"]
-    return [*model, f"outputs={tmp_path / 'outputs'}", *SMALL, *PHASES]
+    return [*model, f"outputs={outputs_in(tmp_path)}", *SMALL, *PHASES]
 
 
 @pytest.fixture

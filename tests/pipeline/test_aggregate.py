@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline.aggregate import aggregate, estimate
+from pipeline.aggregate import aggregate, difference, estimate
 
 
 def test_the_mean_is_over_documents_and_ignores_finer_rows():
@@ -36,3 +36,16 @@ def test_no_interval_where_there_can_be_none():
     assert np.isnan(estimate(np.array([1.0])).low)
     assert np.isnan(estimate(np.array([1.0, 2.0, 3.0, 4.0])).low)
     assert estimate(np.array([2.0, 2.0, 2.0])).high == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("documents", [8, 16, 40])
+@pytest.mark.parametrize("skewed", [False, True])
+def test_the_paired_interval_covers_the_truth_as_often_as_it_says(documents, skewed):
+    rng, covered = np.random.default_rng(1), 0
+    for _ in range(500):
+        easy = rng.normal(size=documents)
+        noise = rng.gamma(4, size=documents) / 2 - 2 if skewed else rng.normal(size=documents)
+        value = difference(easy + 0.3 + noise, easy)
+        covered += value.low <= 0.3 <= value.high
+    assert 0.92 <= covered / 500 <= 0.98

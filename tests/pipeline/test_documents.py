@@ -69,6 +69,7 @@ def test_the_repeated_paragraph_repeats_and_fills_every_window(tokenizer):
         assert any((window[1:-period] == window[1 + period :]).all() for period in range(2, 200))
 
 
+@pytest.mark.slow
 def test_calibration_text_shares_nothing_with_the_evaluation_text():
     (text,) = Docstrings().texts()
     assert len(text) > 500_000

@@ -3,6 +3,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from pipeline import tracking
@@ -40,11 +41,14 @@ def test_a_run_is_recorded_with_everything_that_explains_it(run):
     assert described == ("wavelet_tri", "60", "keys, calibration")
     hashes = {"hash.model", "hash.document", "hash.code"}
     assert hashes | {"git.revision", "version.torch", tracking.CONFIGURATION} <= set(tags)
-    rows = rows_of(client, result.run_id)
-    assert rows["columns"] == ["document", "layer", "head", "turn", "metric", "value"]
-    per_head = [r for r in rows["data"] if r[4] == "aop/mean" and r[1] is not None]
+    table = rows_of(client, result.run_id)
+    rows = pd.DataFrame(table["data"], columns=table["columns"])
+    per_head = rows[(rows["metric"] == "aop/mean") & rows["layer"].notna()]
     assert len(per_head) == 5 * 2 * 4  # documents, layers, query heads
-    assert np.mean([r[5] for r in per_head]) == pytest.approx(metrics["aop/mean"], rel=1e-5)
+    assert per_head["value"].mean() == pytest.approx(metrics["aop/mean"], rel=1e-5)
+    largest = rows[rows["metric"] == "aop/largest"]
+    assert largest[["layer", "head", "position"]].notna().all(axis=None)
+    assert largest["value"].mean() == pytest.approx(metrics["aop/max"])
     assert "wavelet_tri" in Path(client.download_artifacts(result.run_id, "config.yaml")).read_text()
 
 

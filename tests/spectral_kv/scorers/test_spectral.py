@@ -123,7 +123,8 @@ def test_sign_and_signal_choose_what_is_scored(rope, rng):
     for signal in ("rotated_keys", "values"):
         assert not torch.allclose(Fourier(signal=signal, **alone).score(layer), score, atol=0.05)
     flipped = Fourier(signal="values", **alone).score(layer)
-    torch.testing.assert_close(flipped.flip(1), score, atol=1e-4, rtol=0)
+    # 300 tokens go on at their end for the margin of a fast transform, not for ever
+    torch.testing.assert_close(flipped.flip(1), score, atol=1e-3, rtol=0)
 
 
 def test_nonstationarity_is_zero_for_a_constant_small_for_noise_and_large_for_changing_tones(rng):

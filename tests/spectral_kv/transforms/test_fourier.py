@@ -2,14 +2,15 @@ import numpy as np
 import pytest
 import torch
 
-from spectral_kv.transforms.fourier import lowpass, lowpass_mask
+from spectral_kv.transforms.fourier import continuation, highpass, lowpass, lowpass_mask
 
 
-def reference(x: np.ndarray, cutoff: float, taper: float) -> np.ndarray:
+def reference(x: np.ndarray, cutoff: float, taper: float, period: int) -> np.ndarray:
     """Float64, by the full complex transform of the even continuation."""
-    n = x.shape[1]
-    even = np.concatenate([x, x[:, -2:0:-1]], axis=1).astype(np.float64)
-    frequency = np.abs(np.fft.fftfreq(2 * n - 2, d=0.5))
+    n, half = x.shape[1], period // 2 + 1
+    longer = np.pad(x, ((0, 0), (0, half - n), (0, 0)), mode="reflect")
+    even = np.concatenate([longer, longer[:, -2:0:-1]], axis=1).astype(np.float64)
+    frequency = np.abs(np.fft.fftfreq(period, d=0.5))
     start = cutoff * (1 - taper)
     gain = np.where(frequency <= start, 1.0, 0.0)
     inside = (frequency > start) & (frequency <= cutoff)
@@ -18,11 +19,21 @@ def reference(x: np.ndarray, cutoff: float, taper: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("make", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
-@pytest.mark.parametrize("tokens", [16, 257, 1000])
+@pytest.mark.parametrize("tokens, period", [(16, 30), (257, 512), (300, 726), (2051, 4312), (4096, 8400)])
 @pytest.mark.parametrize("cutoff, taper", [(0.25, 0.5), (0.1, 0.0), (1.0, 1.0)])
-def test_equals_the_float64_reference(make, tokens, cutoff, taper, rng):
+def test_equals_the_float64_reference(make, tokens, period, cutoff, taper, rng):
+    assert len(continuation(tokens)) == period
     x = rng.normal(size=(2, tokens, 3)).astype(np.float32)
-    np.testing.assert_allclose(np.asarray(lowpass(make(x), cutoff, taper)), reference(x, cutoff, taper), atol=1e-5)
+    smooth = np.asarray(lowpass(make(x), cutoff, taper))
+    np.testing.assert_allclose(smooth, reference(x, cutoff, taper, period), atol=1e-5)
+    np.testing.assert_allclose(np.asarray(highpass(make(x), cutoff, taper)), x - smooth, atol=1e-5)
+
+
+def test_the_continuation_has_no_jump():
+    for tokens in range(3, 300):
+        index = continuation(tokens)
+        assert (index[:tokens] == np.arange(tokens)).all()
+        assert (np.abs(np.diff(np.append(index, index[0]))) == 1).all()
 
 
 def test_mask_is_one_then_half_a_cosine_then_zero():

@@ -1,0 +1,68 @@
+"""The backend of a model without weights: torch caches and storages around keys, values and queries of its making."""
+
+import numpy as np
+import torch
+
+from spectral_kv.backends.base import Extension, Prefill
+from spectral_kv.backends.torch import CompressedCache, TorchBackend
+from spectral_kv.synthetic import TOPICS, SyntheticModel
+
+
+class SyntheticBackend(TorchBackend):
+    """Everything that comes after the forward pass is the torch backend's; nothing is predicted, so logits are empty.
+
+    Parameters
+    ----------
+    model : SyntheticModel
+        It makes up what a forward pass would have computed.
+    device, dtype, cache_dtype : str
+        As for the torch backend; `dtype` is that of the queries.
+    """
+
+    def __init__(self, model: SyntheticModel, device: str = "auto", dtype: str = "auto", cache_dtype: str = "bfloat16"):
+        self._settle(device, dtype, cache_dtype)
+        self.model, self.shape, self.rope, self.scaling = model, model.shape, model.rope, model.scaling
+
+    def _tensor(self, x: np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(x, device=self.device)
+
+    def planted(self, tokens: np.ndarray) -> np.ndarray:
+        """Ascending positions `[planted]` of the planted tokens of a prompt."""
+        return self.model.planted_tokens(tokens)[0]
+
+    def _queries(self, tokens: np.ndarray, start: int, topics: list[int]) -> list[torch.Tensor]:
+        """Rotated queries `[query_heads, tokens, dim]`, one a layer, of tokens that follow one another from `start`."""
+        positions = np.arange(start, start + len(tokens))
+        made = self._tensor(self.model.queries(tokens, positions, topics))
+        return [self.rope.rotate(x, positions).to(self.dtype) for x in made]
+
+    def prefill(self, tokens: np.ndarray, observe: int) -> Prefill:
+        tokens = np.asarray(tokens)
+        positions, layers = np.arange(len(tokens)), range(self.shape.layers)
+        keys = (self.rope.rotate(self._tensor(self.model.keys(tokens, layer)), positions) for layer in layers)
+        values = (self._tensor(self.model.values(tokens, layer)) for layer in layers)
+        start = len(tokens) - observe
+        return Prefill(
+            tokens,
+            [x.to(self.cache_dtype) for x in keys],
+            [x.to(self.cache_dtype) for x in values],
+            self._queries(tokens[start:], start, [self.model.asked(tokens)]),
+            torch.empty(0, device=self.device),
+        )
+
+    def extend(self, cache: CompressedCache, tokens: np.ndarray) -> Extension:
+        """Queries that look for every topic. Keys and values of the fed tokens are 0: no metric looks at them."""
+        queries = self._queries(tokens, cache.position, list(range(TOPICS)))
+        fed = torch.zeros(
+            (cache.batch, self.shape.kv_heads, len(tokens), self.shape.dim), device=self.device, dtype=self.dtype
+        )
+        for layer in cache.layers:
+            layer.update(fed, fed)
+        cache.position += len(tokens)
+        return Extension(torch.empty(0, device=self.device), queries)
+
+    def project(self, layer: int, outputs: torch.Tensor) -> None:
+        """There is no W_O."""
+
+    def generate(self, cache: CompressedCache, token: int, count: int) -> list[int]:
+        raise NotImplementedError("a model without weights predicts no tokens")
