@@ -160,6 +160,6 @@ def prepare(cfg: DictConfig) -> Job:
     what["code"] = code_hash = code_fingerprint(settings.method.scorer, settings.storage, *settings.phases.values())
     what["budget"] = asdict(budget) if budget else None
     if statistics is not None:
-        what["statistics"] = hashlib.sha256(statistics.mu.tobytes() + statistics.modulus.tobytes()).hexdigest()
+        what["statistics"] = statistics.digest
     identity = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
     return Job(settings, checkpoint, budget, windows, lookups, statistics, resolved, identity, document_hash, code_hash)

@@ -5,6 +5,16 @@ import numpy as np
 from spectral_kv.xp import Array, like, namespace, softmax, wide
 
 
+def attention_logits(queries: Array, keys: Array, scaling: float) -> Array:
+    """Scaled products `[query_heads, positions, tokens]` of queries and keys as in `attention_weights`."""
+    xp = namespace(queries)
+    kv_heads, tokens, dim = keys.shape
+    heads, positions, _ = queries.shape
+    grouped = xp.reshape(wide(queries), (kv_heads, heads // kv_heads * positions, dim))
+    logits = xp.matmul(grouped, xp.permute_dims(wide(keys), (0, 2, 1))) * scaling
+    return xp.reshape(logits, (heads, positions, tokens))
+
+
 def attention_weights(queries: Array, keys: Array, scaling: float, causal: bool = False) -> Array:
     """Weights of every query over the keys.
 
@@ -24,12 +34,8 @@ def attention_weights(queries: Array, keys: Array, scaling: float, causal: bool 
     array, [query_heads, positions, tokens]
         In single precision, or double where the arguments are.
     """
-    xp = namespace(queries)
-    kv_heads, tokens, dim = keys.shape
-    heads, positions, _ = queries.shape
-    grouped = xp.reshape(wide(queries), (kv_heads, heads // kv_heads * positions, dim))
-    logits = xp.matmul(grouped, xp.permute_dims(wide(keys), (0, 2, 1))) * scaling
-    logits = xp.reshape(logits, (heads, positions, tokens))
+    tokens, positions = keys.shape[1], queries.shape[1]
+    logits = attention_logits(queries, keys, scaling)
     if causal:
         own = np.arange(tokens - positions, tokens)[:, None]
         logits = logits + like(np.where(np.arange(tokens) > own, -np.inf, 0.0).astype(np.float32), logits)
@@ -47,6 +53,17 @@ def attention_output(queries: Array, keys: Array, values: Array, scaling: float)
     heads, positions, _ = weights.shape
     grouped = xp.reshape(weights, (kv_heads, heads // kv_heads * positions, tokens))
     return xp.reshape(xp.matmul(grouped, wide(values)), (heads, positions, dim))
+
+
+def attention_log_mass(queries: Array, keys: Array, scaling: float) -> Array:
+    """Logarithm of the softmax's denominator over keys that every query sees, `[query_heads, positions]`.
+
+    Its difference between a subset of the keys and all of them is the logarithm of the weight of the subset.
+    """
+    xp = namespace(queries)
+    logits = attention_logits(queries, keys, scaling)
+    largest = xp.max(logits, axis=-1, keepdims=True)
+    return (xp.log(xp.sum(xp.exp(logits - largest), axis=-1, keepdims=True)) + largest)[..., 0]
 
 
 def attention_mass(weights: Array, kv_heads: int) -> Array:

@@ -4,8 +4,10 @@ Per layer, query head and RoPE band f, over calibration text: the mean of the un
 `mu_f = E[q_f]`, and the mean of its modulus, `m_f = E[|q_f|]`.
 """
 
+import hashlib
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,11 @@ class QueryStatistics:
     mu: np.ndarray
     modulus: np.ndarray
     metadata: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the numbers."""
+        return hashlib.sha256(self.mu.tobytes() + self.modulus.tobytes()).hexdigest()
 
     def layer(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """`(mu, modulus)` of one layer, `[query_heads, dim / 2]` each."""

@@ -8,10 +8,11 @@ import numpy as np
 from pipeline.phases.base import Context, Row
 from pipeline.stages.compress import foresees
 from spectral_kv.attention import attention_output
+from spectral_kv.backends.base import Contents, Extension
 from spectral_kv.metrics.perturbation import attention_output_perturbation
-from spectral_kv.metrics.prediction import negative_log_likelihood
+from spectral_kv.metrics.prediction import log_softmax, negative_log_likelihood
 from spectral_kv.storage.dense import Dense
-from spectral_kv.xp import like, to_numpy
+from spectral_kv.xp import Array, like, to_numpy
 
 POLICIES = ("recompress", "once")
 
@@ -56,37 +57,44 @@ class Drift:
         return self.turns * self.tokens
 
     def measure(self, context: Context) -> list[Row]:
-        backend, compressor = context.backend, context.compressor
-        fed = np.split(context.full.continuation[: self.needs], self.turns)
-        full = backend.compress(context.full.prefill, None, Dense())
-        before, seen = [], []  # the full cache before every turn, and what it made of the turn
-        for turn in fed:
-            before.append(backend.contents(full))
-            seen.append(backend.extend(full, turn))
+        backend, compressor, scorer = context.backend, context.compressor, context.compressor.scorer
+        full = context.full.once(self, lambda: self._on_the_full_cache(context))
         cache = context.compressed.cache.copy()
         rows: list[Row] = []
-        for number, turn in enumerate(fed):
-            held = backend.contents(cache)
-            ours, theirs = backend.extend(cache, turn), seen[number]
-            aop = []
-            for layer, queries in enumerate(theirs.queries):
-                queries = queries[:, : self.positions]
-                outputs = [
-                    attention_output(queries, c.keys[layer], c.values[layer], backend.scaling)
-                    for c in (held, before[number])
-                ]
-                aop.append(to_numpy(attention_output_perturbation(*outputs)))
-            targets = like(turn[1:], theirs.logits)
-            rise = negative_log_likelihood(ours.logits[:-1], targets) - negative_log_likelihood(
-                theirs.logits[:-1], targets
-            )
-            values = {"drift/aop": np.mean(aop), "drift/delta_nll": to_numpy(rise).mean()}
+        for number, (turn, (queries, outputs, loss)) in enumerate(zip(self._turns(context), full, strict=True)):
+            kept = self._outputs(context, queries, backend.contents(cache))
+            ours = backend.extend(cache, turn)
+            aop = [to_numpy(attention_output_perturbation(*pair)) for pair in zip(kept, outputs, strict=True)]
+            rise = to_numpy(self._loss(ours, turn) - loss)
+            values = {"drift/aop": np.mean(aop), "drift/delta_nll": rise.mean()}
             rows += [{"turn": number + 1, "metric": m, "value": float(v)} for m, v in values.items()]
             if self.policy == "recompress" and number + 1 < self.turns:
-                scorer = compressor.scorer
-                future = [q[:, : scorer.positions] for q in seen[number + 1].queries] if foresees(scorer) else None
+                future = [q[:, : scorer.positions] for q in full[number + 1][0]] if foresees(scorer) else None
                 cache = compressor.recompress(cache, context.document, ours.queries, future)
         return rows + self._course(rows)
+
+    def _turns(self, context: Context) -> list[np.ndarray]:
+        return np.split(context.full.continuation[: self.needs], self.turns)
+
+    def _on_the_full_cache(self, context: Context) -> list[tuple[list[Array], list[Array], Array]]:
+        """Of every turn the queries and the attention outputs over all that is before it, one a layer, and the loss."""
+        backend = context.backend
+        cache = backend.compress(context.full.prefill, None, Dense())
+        found = []
+        for turn in self._turns(context):
+            before = backend.contents(cache)
+            fed = backend.extend(cache, turn)
+            found.append((fed.queries, self._outputs(context, fed.queries, before), self._loss(fed, turn)))
+        return found
+
+    def _outputs(self, context: Context, queries: list[Array], held: Contents) -> list[Array]:
+        """What the queries of a turn's first tokens read from a cache, `[query_heads, positions, dim]` a layer."""
+        layers = zip(queries, held.keys, held.values, strict=True)
+        return [attention_output(q[:, : self.positions], k, v, context.backend.scaling) for q, k, v in layers]
+
+    def _loss(self, fed: Extension, turn: np.ndarray) -> Array:
+        """Nats of every token of a turn after its first, `[tokens - 1]`."""
+        return negative_log_likelihood(log_softmax(fed.logits[:-1]), like(turn[1:], fed.logits))
 
     def _course(self, rows: list[Row]) -> list[Row]:
         """First and last turn, and the slope of a least-squares line in units a turn."""

@@ -1,6 +1,7 @@
 """Memory: bytes of every tensor that must live to continue decoding, and tokens kept."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pipeline.phases.base import Context, Row
 
@@ -14,19 +15,17 @@ class Memory:
 
     generated: int = 64
 
+    needs: ClassVar[int] = 0
+
     def __post_init__(self):
         if self.generated < 1:
             raise ValueError(f"phase.memory.generated={self.generated} must be at least 1")
-
-    @property
-    def needs(self) -> int:
-        return self.generated
 
     def measure(self, context: Context) -> list[Row]:
         prefill, cache = context.full.prefill, context.compressed.cache
         full = sum(x.nbytes for x in (*prefill.keys, *prefill.values))
         after = cache.copy()
-        context.backend.extend(after, context.full.continuation[: self.generated])
+        context.backend.grow(after, self.generated)
         kept = len(prefill.tokens) if context.compressed.kept is None else context.compressed.kept[0].shape[-1]
         values = {
             "memory/bytes": cache.nbytes,

@@ -6,8 +6,8 @@ from typing import ClassVar
 import numpy as np
 
 from pipeline.phases.base import Context, Row
-from spectral_kv.metrics.prediction import kl_divergence, negative_log_likelihood, top1_agreement
-from spectral_kv.xp import like, to_numpy
+from spectral_kv.metrics.prediction import kl_divergence, log_softmax, negative_log_likelihood, top1_agreement
+from spectral_kv.xp import Array, like, to_numpy
 
 DETERMINISTIC = 1.5  # full-cache perplexity under which a document measures copying
 
@@ -45,14 +45,21 @@ class Perplexity:
         return self.tokens
 
     def measure(self, context: Context) -> list[Row]:
-        continuation = context.full.continuation[: self.tokens]
-        full = context.full.extended(self.tokens).logits[:-1]
-        compressed = context.backend.extend(context.compressed.cache.copy(), continuation).logits[:-1]
-        near = context.full.extended_near(self.tokens, self.sinks, self.recent).logits[:-1]
-        targets = like(continuation[1:], full)
-        nll_full, nll, nll_near = (
-            to_numpy(negative_log_likelihood(logits, targets)).astype(float) for logits in (full, compressed, near)
-        )
+        run = context.full
+        continuation = run.continuation[: self.tokens]
+
+        def loss(log_probabilities: Array) -> np.ndarray:
+            targets = like(continuation[1:], log_probabilities)
+            return to_numpy(negative_log_likelihood(log_probabilities, targets)).astype(float)
+
+        def loss_near() -> np.ndarray:
+            return loss(log_softmax(run.extended_near(self.tokens, self.sinks, self.recent).logits[:-1]))
+
+        full = run.once(("prediction", self.tokens), lambda: log_softmax(run.extended(self.tokens).logits[:-1]))
+        nll_near = run.once(("loss near", self.tokens, self.sinks, self.recent), loss_near)
+        fed = context.backend.extend(context.compressed.cache.copy(), continuation)
+        compressed = log_softmax(fed.logits[:-1])
+        nll_full, nll = loss(full), loss(compressed)
         rise = float(nll.mean()) - float(nll_full.mean())
         values = {
             "ppl/full": np.exp(nll_full.mean()),

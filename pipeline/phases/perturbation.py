@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.phases.base import Context, Row
-from spectral_kv.attention import attention_output, attention_weights
+from spectral_kv.attention import attention_log_mass, attention_output
 from spectral_kv.metrics.perturbation import attention_output_perturbation
 from spectral_kv.metrics.recovered_mass import recovered_mass
-from spectral_kv.xp import to_numpy
+from spectral_kv.xp import Array, to_numpy
+from spectral_kv.xp import rows as rows_of
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,14 @@ class Perturbation:
         rows: list[Row] = []
         perturbations, masses, projected = [], [], []
         held = backend.contents(context.compressed.cache)
-        for layer, queries in enumerate(full.extended(self.positions).queries):
-            keys, values = full.prefill.keys[layer], full.prefill.values[layer]
+        wholes = full.once(("attention", self.positions), lambda: self._on_the_full_cache(context))
+        for layer, (queries, whole, log_mass, whole_projected) in enumerate(wholes):
             kept = attention_output(queries, held.keys[layer], held.values[layer], backend.scaling)
-            whole = attention_output(queries, keys, values, backend.scaling)
             aop = to_numpy(attention_output_perturbation(kept, whole))  # [query_heads, positions]
             mass = np.ones_like(aop)
             if chosen is not None:
-                mass = to_numpy(recovered_mass(attention_weights(queries, keys, backend.scaling), chosen[layer]))
+                keys = rows_of(full.prefill.keys[layer], chosen[layer])
+                mass = to_numpy(recovered_mass(attention_log_mass(queries, keys, backend.scaling), log_mass))
             perturbations.append(aop)
             masses.append(mass)
             for head in range(len(aop)):
@@ -50,8 +51,9 @@ class Perturbation:
                     {"layer": layer, "head": head, "metric": "aop/max", "value": float(aop[head].max())},
                     {"layer": layer, "head": head, "metric": "mass/mean", "value": float(mass[head].mean())},
                 ]
-            if (after := backend.project(layer, kept)) is not None:
-                after = to_numpy(attention_output_perturbation(after, backend.project(layer, whole)))  # [positions]
+            if whole_projected is not None:
+                after = attention_output_perturbation(backend.project(layer, kept), whole_projected)
+                after = to_numpy(after)  # [positions]
                 projected.append(after)
                 rows.append({"layer": layer, "metric": "aop/projected_mean", "value": float(after.mean())})
         aop, mass = np.stack(perturbations), np.stack(masses)
@@ -68,3 +70,14 @@ class Perturbation:
         place = {"layer": layer, "head": head, "position": position}
         rows.append({**place, "metric": "aop/largest", "value": float(aop.max())})
         return rows + [{"metric": name, "value": float(value)} for name, value in values.items()]
+
+    def _on_the_full_cache(self, context: Context) -> list[tuple[Array, Array, Array, Array | None]]:
+        """Of every layer the queries, their attention output over the prompt, its log mass, the output after W_O."""
+        prefill, backend = context.full.prefill, context.backend
+        queries = context.full.extended(self.positions).queries
+        found = []
+        for layer, (q, keys, values) in enumerate(zip(queries, prefill.keys, prefill.values, strict=True)):
+            output = attention_output(q, keys, values, backend.scaling)
+            log_mass = attention_log_mass(q, keys, backend.scaling)
+            found.append((q, output, log_mass, backend.project(layer, output)))
+        return found

@@ -27,7 +27,7 @@ from pipeline.run import loaded
 from pipeline.summary import spread
 from spectral_kv.attention import attention_weights
 from spectral_kv.backends.base import Backend
-from spectral_kv.metrics.prediction import negative_log_likelihood
+from spectral_kv.metrics.prediction import log_softmax, negative_log_likelihood
 from spectral_kv.storage.dense import Dense
 from spectral_kv.xp import like, to_numpy
 
@@ -41,7 +41,7 @@ def nll_by_position(job: Job, backend: Backend) -> pd.DataFrame:
     for window in progress(job.windows, "nll"):
         empty = backend.compress(backend.prefill(window[:1], observe=1), None, Dense())
         logits = backend.extend(empty, window[1:]).logits
-        rows.append(to_numpy(negative_log_likelihood(logits[:-1], like(window[2:], logits))))
+        rows.append(to_numpy(negative_log_likelihood(log_softmax(logits[:-1]), like(window[2:], logits))))
     nll = np.stack(rows)  # [windows, position - 2]
     table = []
     for low, high in itertools.pairwise(EDGES):

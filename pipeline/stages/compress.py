@@ -56,10 +56,23 @@ class Compressor:
 
         `queries` (of the last tokens) and `future` (those to come) are `[query_heads, positions, dim]`, one a layer.
         """
+        if self._keeps_all(cached):
+            return self._all(cached)
+        return self._selected(self._scores(cached, document, queries, future))
+
+    def _keeps_all(self, cached: Prefill | Contents) -> bool:
+        """Whether there is nothing to choose, and perhaps nothing that may be evicted."""
+        return self.budget.tokens >= cached.keys[0].shape[-2]
+
+    def _all(self, cached: Prefill | Contents) -> list[Array]:
+        tokens = np.arange(cached.keys[0].shape[-2])
+        return [like(np.tile(tokens, (self.backend.shape.kv_heads, 1)), keys) for keys in cached.keys]
+
+    def _scores(
+        self, cached: Prefill | Contents, document: int, queries: list[Array] | None, future: list[Array] | None
+    ) -> list[Array]:
+        """The scorer's verdict on every row, `[kv_heads, tokens]`, one a layer."""
         tokens = cached.keys[0].shape[-2]
-        kv_heads = self.backend.shape.kv_heads
-        if self.budget.tokens >= tokens:  # nothing to choose, and perhaps nothing that may be evicted
-            return [like(np.tile(np.arange(tokens), (kv_heads, 1)), keys) for keys in cached.keys]
         scores = []
         for layer, content in enumerate(zip(cached.keys, cached.values, cached.positions, strict=True)):
             keys, values, positions = content
@@ -69,23 +82,44 @@ class Compressor:
                 self.statistics,
             )  # fmt: skip
             scores.append(self.scorer.score(view))
+        return scores
+
+    def _selected(self, scores: list[Array]) -> list[Array]:
         kept = select_layers(scores, self.budget)
-        expected = (kv_heads, self.budget.tokens)
+        expected = (self.backend.shape.kv_heads, self.budget.tokens)
         for layer, chosen in enumerate(kept):
             if tuple(chosen.shape) != expected:
                 raise RuntimeError(f"layer {layer} kept {tuple(chosen.shape)} tokens, the budget says {expected}")
         return kept
 
     def compress(self, full: FullRun, document: int) -> Compressed:
-        """Compress the prefill of a document."""
+        """Compress the prefill of a document.
+
+        Scores do not depend on how many tokens are kept: a method at several budgets scores a document once, and
+        the seconds that it took count at every budget.
+        """
+        scores, scoring = None, 0.0
+        if self.scorer is not None and not self._keeps_all(full.prefill):
+            calibration = self.statistics and self.statistics.digest
+            method = f"{type(self.scorer).__module__}.{self.scorer}"  # dataclasses print all their parameters
+            key = ("scores", method, self.budget.sinks, self.budget.recent, document, calibration)
+            scores, scoring = full.once(key, lambda: self._timed_scores(full, document))
+        self.backend.synchronize()
+        start = time.perf_counter()
+        kept = None if self.scorer is None else self._all(full.prefill) if scores is None else self._selected(scores)
+        cache = self.backend.compress(full.prefill, kept, self.storage)
+        self.backend.synchronize()
+        return Compressed(cache, kept, scoring + time.perf_counter() - start)
+
+    def _timed_scores(self, full: FullRun, document: int) -> tuple[list[Array], float]:
+        """Scores of a prefill, and the seconds that they took."""
         queries = full.queries(observed(self.scorer, len(full.prefill.tokens)))
         future = full.extended(self.scorer.positions).queries if foresees(self.scorer) else None
         self.backend.synchronize()
         start = time.perf_counter()
-        kept = None if self.scorer is None else self.choose(full.prefill, document, queries, future)
-        cache = self.backend.compress(full.prefill, kept, self.storage)
+        scores = self._scores(full.prefill, document, queries, future)
         self.backend.synchronize()
-        return Compressed(cache, kept, time.perf_counter() - start)
+        return scores, time.perf_counter() - start
 
     def recompress(self, cache: Cache, document: int, queries: list[Array], future: list[Array] | None = None) -> Cache:
         """Bring a cache that has grown back to the budget.

@@ -2,12 +2,27 @@
 
 import time
 from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 
 from spectral_kv.backends.base import Backend, Cache, Extension, Prefill
 from spectral_kv.storage.dense import Dense
 from spectral_kv.xp import Array, like
+
+T = TypeVar("T")
+
+
+def _arrays(x: Any) -> Iterator[Array]:
+    """Every array in a result of measuring."""
+    if hasattr(x, "nbytes"):
+        yield x
+    elif isinstance(x, Extension):
+        yield from (x.logits, *x.queries)
+    elif isinstance(x, list | tuple):
+        for part in x:
+            yield from _arrays(part)
 
 
 def answer(backend: Backend, cache: Cache, question: np.ndarray, count: int) -> list[int]:
@@ -37,8 +52,7 @@ class FullRun:
         self.prefill: Prefill = backend.prefill(document[:tokens], observe)
         backend.synchronize()
         self.seconds = time.perf_counter() - start
-        self._extensions: dict[int | tuple, Extension] = {}
-        self._answers: dict[tuple[bytes, int], list[int]] = {}
+        self._found: dict[Hashable, Any] = {}
 
     @property
     def continuation(self) -> np.ndarray:
@@ -52,36 +66,45 @@ class FullRun:
         """Rotated queries `[query_heads, count, dim]` of the last `count` prompt tokens, one a layer."""
         return [q[:, self.observed - count :] for q in self.prefill.queries] if count else None
 
+    def once(self, key: Hashable, measured: Callable[[], T]) -> T:
+        """What `measured` returns, computed for the first method that asks and kept for the others.
+
+        `key` names it and everything but the document that it depends on. Arrays in it, alone or in lists and tuples,
+        count towards `nbytes`.
+        """
+        if key not in self._found:
+            self._found[key] = measured()
+        return self._found[key]
+
     def extended(self, count: int) -> Extension:
         """Logits and queries of the first `count` continuation tokens, fed at once on top of the full cache."""
-        if count not in self._extensions:
+
+        def fed() -> Extension:
             cache = self.backend.compress(self.prefill, None, Dense())
-            self._extensions[count] = self.backend.extend(cache, self.continuation[:count])
-        return self._extensions[count]
+            return self.backend.extend(cache, self.continuation[:count])
+
+        return self.once(("extended", count), fed)
 
     def answer(self, question: np.ndarray, count: int) -> list[int]:
         """The full cache's `count` tokens after a question `[tokens]` that is fed after the prompt."""
-        key = (question.tobytes(), count)
-        if key not in self._answers:
+
+        def said() -> list[int]:
             cache = self.backend.compress(self.prefill, None, Dense())
-            self._answers[key] = answer(self.backend, cache, question, count)
-        return self._answers[key]
+            return answer(self.backend, cache, question, count)
+
+        return self.once(("answer", question.tobytes(), count), said)
 
     def extended_near(self, count: int, sinks: int, recent: int) -> Extension:
-        """The same on a cache of the first `sinks` and the last `recent` prompt tokens alone."""
-        key = (count, sinks, recent)
-        if key not in self._extensions:
-            tokens = len(self.prefill.tokens)
-            near = np.union1d(np.arange(min(sinks, tokens)), np.arange(max(tokens - recent, 0), tokens))
-            kept = [like(np.tile(near, (len(keys), 1)), keys) for keys in self.prefill.keys]
-            cache = self.backend.compress(self.prefill, kept, Dense())
-            self._extensions[key] = self.backend.extend(cache, self.continuation[:count])
-        return self._extensions[key]
+        """Like `extended`, on a cache of the first `sinks` and the last `recent` prompt tokens alone; not kept."""
+        tokens = len(self.prefill.tokens)
+        near = np.union1d(np.arange(min(sinks, tokens)), np.arange(max(tokens - recent, 0), tokens))
+        kept = [like(np.tile(near, (len(keys), 1)), keys) for keys in self.prefill.keys]
+        cache = self.backend.compress(self.prefill, kept, Dense())
+        return self.backend.extend(cache, self.continuation[:count])
 
     @property
     def nbytes(self) -> int:
-        extensions = (x for e in self._extensions.values() for x in (e.logits, *e.queries))
-        return self.prefill.nbytes + sum(x.nbytes for x in extensions)
+        return self.prefill.nbytes + sum(x.nbytes for x in _arrays(list(self._found.values())))
 
 
 class FullRuns:

@@ -117,6 +117,10 @@ class Backend(Protocol):
         """Feed tokens at the cache's logical position and append them to it."""
         ...
 
+    def grow(self, cache: Cache, tokens: int) -> None:
+        """Append tokens of zeros, for who only counts the bytes: what a token is does not change what it takes."""
+        ...
+
     def project(self, layer: int, outputs: Array) -> Array | None:
         """What W_O of a layer makes of attention outputs `[query_heads, positions, dim]`: `[positions, hidden]`.
 

@@ -53,12 +53,7 @@ class SyntheticBackend(TorchBackend):
     def extend(self, cache: CompressedCache, tokens: np.ndarray) -> Extension:
         """Queries that look for every topic. Keys and values of the fed tokens are 0: no metric looks at them."""
         queries = self._queries(tokens, cache.position, list(range(TOPICS)))
-        fed = torch.zeros(
-            (cache.batch, self.shape.kv_heads, len(tokens), self.shape.dim), device=self.device, dtype=self.dtype
-        )
-        for layer in cache.layers:
-            layer.update(fed, fed)
-        cache.position += len(tokens)
+        self.grow(cache, len(tokens))
         return Extension(torch.empty(0, device=self.device), queries)
 
     def project(self, layer: int, outputs: torch.Tensor) -> None:

@@ -296,6 +296,13 @@ class TorchBackend:
         cache.position += len(tokens)
         return Extension(logits, [observed[i] for i in range(self.shape.layers)])
 
+    def grow(self, cache: CompressedCache, tokens: int) -> None:
+        shape = (cache.batch, self.shape.kv_heads, tokens, self.shape.dim)
+        zeros = torch.zeros(shape, device=self.device, dtype=self.dtype)
+        for layer in cache.layers:
+            layer.update(zeros, zeros)
+        cache.position += tokens
+
     @torch.inference_mode()
     def project(self, layer: int, outputs: torch.Tensor) -> torch.Tensor | None:
         projection = getattr(self.model.base_model.layers[layer].self_attn, "o_proj", None)

@@ -1,29 +1,19 @@
 """How much of the full cache's attention falls on tokens that were kept."""
 
-import numpy as np
-
-from spectral_kv.xp import Array, like, namespace, to_numpy
+from spectral_kv.xp import Array, namespace
 
 
-def recovered_mass(weights: Array, kept: Array) -> Array:
-    """Sum of full-cache weights over the kept tokens.
+def recovered_mass(kept: Array, full: Array) -> Array:
+    """Share of the full cache's attention that falls on the kept tokens.
 
     Parameters
     ----------
-    weights : array, [query_heads, positions, tokens]
-        Of the full cache.
-    kept : array of int, [kv_heads, kept]
-        Kept tokens of every KV head.
+    kept, full : array, [query_heads, positions]
+        `attention_log_mass` over the kept keys as the full cache holds them, and over all of its keys.
 
     Returns
     -------
     array, [query_heads, positions]
         1 where everything that is looked at was kept.
     """
-    xp = namespace(weights)
-    heads, positions, tokens = weights.shape
-    chosen = to_numpy(kept)
-    mask = np.zeros((chosen.shape[0], tokens, 1), dtype=np.float32)
-    np.put_along_axis(mask, chosen[..., None], 1.0, axis=1)
-    grouped = xp.reshape(weights, (chosen.shape[0], -1, tokens))
-    return xp.reshape(xp.matmul(grouped, like(mask, weights)), (heads, positions))
+    return namespace(full).exp(kept - full)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from pipeline.config import PACKAGE
 from pipeline.documents.pydoc import Pydoc
 from spectral_kv.backends.torch import TorchBackend
-from spectral_kv.metrics.prediction import negative_log_likelihood
+from spectral_kv.metrics.prediction import log_softmax, negative_log_likelihood
 from spectral_kv.storage.dense import Dense
 from tests.conftest import REFERENCE
 
@@ -39,7 +39,7 @@ def test_size_and_shape(reference):
 def test_it_predicts_text_it_never_saw(reference, tokenizer):
     (window,) = Pydoc(tokens=900, continuation=100, count=1).windows(tokenizer, bos=0)
     extension = reference.extend(reference.compress(reference.prefill(window[:900], 1), None, Dense()), window[900:])
-    nll = negative_log_likelihood(extension.logits[:-1], torch.from_numpy(window[901:])).mean()
+    nll = negative_log_likelihood(log_softmax(extension.logits[:-1]), torch.from_numpy(window[901:])).mean()
     assert nll < 3.5  # uniform over the vocabulary would be 9.0
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from spectral_kv.attention import attention_output, attention_weights
+from spectral_kv.attention import attention_log_mass, attention_output
 from spectral_kv.metrics.perturbation import attention_output_perturbation
-from spectral_kv.metrics.prediction import kl_divergence, negative_log_likelihood, top1_agreement
+from spectral_kv.metrics.prediction import kl_divergence, log_softmax, negative_log_likelihood, top1_agreement
 from spectral_kv.metrics.recovered_mass import recovered_mass
 
 HEADS, KV_HEADS, POSITIONS, TOKENS, DIM, SCALING = 4, 2, 3, 11, 6, 0.4
@@ -53,7 +53,8 @@ def test_perturbation(make, attention):
 @makers
 def test_recovered_mass(make, attention):
     queries, keys, _, kept = attention
-    found = np.asarray(recovered_mass(attention_weights(make(queries), make(keys), SCALING), make(kept)))
+    ours = np.take_along_axis(keys, kept[..., None], axis=1)
+    found = np.asarray(recovered_mass(*(attention_log_mass(make(queries), make(k), SCALING) for k in (ours, keys))))
     for head in range(HEADS):
         group = head // (HEADS // KV_HEADS)
         for position in range(POSITIONS):
@@ -65,8 +66,9 @@ def test_recovered_mass(make, attention):
 def test_prediction(make, rng):
     full, other = 3 * rng.normal(size=(2, 20, 9))
     targets = rng.integers(0, 9, size=20)
-    nll = np.asarray(negative_log_likelihood(make(full), make(targets)))
-    kl = np.asarray(kl_divergence(make(full), make(other)))
+    ours, theirs = (log_softmax(make(x)) for x in (full, other))
+    nll = np.asarray(negative_log_likelihood(ours, make(targets)))
+    kl = np.asarray(kl_divergence(ours, theirs))
     top1 = np.asarray(top1_agreement(make(full), make(other)))
     for i in range(20):
         p, q = ([math.exp(x) / sum(math.exp(y) for y in row) for x in row] for row in (full[i], other[i]))

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from spectral_kv.attention import attention_mass, attention_output, attention_weights
+from spectral_kv.attention import attention_log_mass, attention_mass, attention_output, attention_weights
 from spectral_kv.calibration import QueryStatistics
 from spectral_kv.metrics.perturbation import attention_output_perturbation
-from spectral_kv.metrics.prediction import kl_divergence, negative_log_likelihood, top1_agreement
+from spectral_kv.metrics.prediction import kl_divergence, log_softmax, negative_log_likelihood, top1_agreement
 from spectral_kv.rope import Rope
 from spectral_kv.scorers.base import LayerView
 from spectral_kv.scorers.expected_attention import ExpectedAttention
@@ -155,6 +155,8 @@ def test_attention_and_its_metrics_agree(make):
         expected, found = (attention_weights(y.queries, y.keys, y.scaling, causal) for y in (layer, other))
         close(found, expected)
         close(attention_mass(found, KV_HEADS), attention_mass(expected, KV_HEADS))
+    log_masses = [attention_log_mass(y.queries, y.keys, y.scaling) for y in (layer, other)]
+    close(log_masses[1], log_masses[0])
     full = [attention_output(y.queries, y.keys, y.values, y.scaling) for y in (layer, other)]
     kept = [attention_output(y.queries, y.keys[:, 300:], y.values[:, 300:], y.scaling) for y in (layer, other)]
     close(full[1], full[0])
@@ -166,9 +168,10 @@ def test_prediction_metrics_agree(make):
     logits = (4 * rng.normal(size=(2, 30, 500))).astype(np.float32)
     logits[1, :10] = logits[0, :10] + 0.01
     targets = rng.integers(0, 500, size=30)
-    full, compressed = (make(x) for x in logits)
-    close(negative_log_likelihood(full, make(targets)), negative_log_likelihood(logits[0], targets))
-    close(kl_divergence(full, compressed), kl_divergence(*logits))
+    full, compressed = (log_softmax(make(x)) for x in logits)
+    exact = [log_softmax(x) for x in logits]
+    close(negative_log_likelihood(full, make(targets)), negative_log_likelihood(exact[0], targets))
+    close(kl_divergence(full, compressed), kl_divergence(*exact))
     agreement = top1_agreement(*logits)
     assert 0 < agreement.mean() < 1
     np.testing.assert_array_equal(np.asarray(top1_agreement(full, compressed)), agreement)
