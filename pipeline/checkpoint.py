@@ -5,7 +5,7 @@ import json
 import os
 import socket
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import ClassVar
 from urllib.parse import urlparse
@@ -25,6 +25,24 @@ FILES = [
     "*.safetensors",
     "*.safetensors.index.json",
 ]
+
+
+# The jobs of a sweep name the same files: each is read once, as long as it stays as it is.
+@lru_cache(maxsize=64)
+def _digest(path: Path, changed: int, size: int) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(path: Path, changed: int, size: int) -> Tokenizer:
+    return Tokenizer.from_file(str(path))
+
+
+def _unchanged(path: Path) -> tuple[Path, int, int]:
+    """A file with what tells that it was not written again: time in ns, and bytes."""
+    stat = path.stat()
+    return path, stat.st_mtime_ns, stat.st_size
 
 
 @dataclass(frozen=True)
@@ -57,7 +75,7 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        return _tokenizer(*_unchanged(self.folder / "tokenizer.json"))
 
     @cached_property
     def hash(self) -> str:
@@ -68,8 +86,7 @@ class Checkpoint:
             self.folder / "tokenizer.json",
             *sorted(self.folder.glob("*.safetensors")),
         ]:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(_digest(*_unchanged(path)))
         return digest.hexdigest()[:16]
 
     def bos(self) -> int:

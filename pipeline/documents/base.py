@@ -3,6 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
@@ -27,6 +28,12 @@ class Asked:
     question: np.ndarray
     answer: np.ndarray
     depth: float
+
+
+@lru_cache(maxsize=4)  # the jobs of a sweep cut the same texts
+def tokenized(tokenizer: Tokenizer, texts: tuple[str, ...]) -> list[np.ndarray]:
+    """Token ids `[tokens]` of every text, without special tokens."""
+    return [np.array(e.ids, dtype=np.int64) for e in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
 
 @dataclass(frozen=True)
@@ -77,8 +84,7 @@ class Documents(ABC):
             raise InputError(f"the model has no tokenizer and can't read {self.source}: choose document=synthetic")
         length = self.tokens + self.continuation - (bos is not None)
         windows, total = [], 0
-        for encoding in tokenizer.encode_batch(self.texts(), add_special_tokens=False):
-            ids = np.array(encoding.ids, dtype=np.int64)
+        for ids in tokenized(tokenizer, tuple(self.texts())):
             total += len(ids)
             windows += [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
         if len(windows) < self.count:

@@ -1,6 +1,7 @@
 """Text with planted facts, distracting needles or variable chains, and the questions that they answer."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
@@ -83,10 +84,10 @@ class Needles(Documents):
         return [topics_text()]
 
     def windows(self, tokenizer: Tokenizer, bos: int | None) -> list[np.ndarray]:
-        return [window for window, _ in self._planted(tokenizer, bos)]
+        return [window for window, _ in planted(self, tokenizer, bos)]
 
     def lookups(self, tokenizer: Tokenizer, bos: int | None) -> list[list[Asked]]:
-        return [asked for _, asked in self._planted(tokenizer, bos)]
+        return [asked for _, asked in planted(self, tokenizer, bos)]
 
     def _planted(self, tokenizer: Tokenizer, bos: int | None) -> list[tuple[np.ndarray, list[Asked]]]:
         rng = np.random.default_rng(self.seed)
@@ -139,3 +140,9 @@ class Needles(Documents):
             for (question, answer), i in zip(pairs, first[: self.questions], strict=True)
         ]
         return np.concatenate([window[:start], planted, ending, rest[: self.continuation]]), asked
+
+
+@lru_cache(maxsize=4)  # windows and lookups are asked for one after the other, by every job of a sweep
+def planted(documents: Needles, tokenizer: Tokenizer, bos: int | None) -> list[tuple[np.ndarray, list[Asked]]]:
+    """Every window with its planted sentences, and what is asked about it."""
+    return documents._planted(tokenizer, bos)
