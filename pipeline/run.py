@@ -23,7 +23,7 @@ from pipeline.stages.prefill import FullRuns
 from spectral_kv.backends.base import Backend
 from spectral_kv.scorers.base import Scorer
 
-ROW_COLUMNS = ["document", "layer", "head", "turn", "depth", "position", "metric", "value"]
+ROW_COLUMNS = ["document", "layer", "head", "turn", "depth", "position", "frequency", "metric", "value"]
 
 # Module state on purpose: the jobs of a sweep run in one process and share the model and the prefills.
 _full_runs = FullRuns()

@@ -1,0 +1,46 @@
+"""Kept: where in the prompt the kept tokens are."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from pipeline.phases.base import Context, Row
+from spectral_kv.xp import to_numpy
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Share of every stretch of `width` prompt tokens that is kept, by layer, over KV heads.
+
+    Of the first `documents` documents; `position` is the first token of a stretch. `kept/depth` is the mean place of
+    the kept tokens of any document, 0 at the prompt's beginning and 1 at its end.
+    """
+
+    width: int = 16
+    documents: int = 1
+
+    needs: ClassVar[int] = 0
+
+    def __post_init__(self):
+        if self.width < 1 or self.documents < 0:
+            raise ValueError(
+                f"phase.kept.width={self.width} must be at least 1 and phase.kept.documents={self.documents} at least 0"
+            )
+
+    def measure(self, context: Context) -> list[Row]:
+        tokens, chosen = len(context.full.prefill.tokens), context.compressed.kept
+        starts = np.arange(0, tokens, self.width)
+        lengths = np.diff([*starts, tokens])
+        rows: list[Row] = []
+        depths = []
+        for layer in range(context.backend.shape.layers):
+            kept = np.arange(tokens)[None] if chosen is None else to_numpy(chosen[layer])  # [kv_heads, kept]
+            depths.append(kept.mean() / (tokens - 1))
+            if context.document < self.documents:
+                counts = np.bincount(kept.ravel() // self.width, minlength=len(starts))
+                rows += [
+                    {"layer": layer, "position": int(start), "metric": "kept/share", "value": float(share)}
+                    for start, share in zip(starts, counts / lengths / len(kept), strict=True)
+                ]
+        return [*rows, {"metric": "kept/depth", "value": float(np.mean(depths))}]
