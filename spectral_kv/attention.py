@@ -37,8 +37,8 @@ def attention_weights(queries: Array, keys: Array, scaling: float, causal: bool 
     tokens, positions = keys.shape[1], queries.shape[1]
     logits = attention_logits(queries, keys, scaling)
     if causal:
-        own = np.arange(tokens - positions, tokens)[:, None]
-        logits = logits + like(np.where(np.arange(tokens) > own, -np.inf, 0.0).astype(np.float32), logits)
+        own = like(np.arange(tokens - positions, tokens), logits)[:, None]
+        logits = namespace(logits).where(like(np.arange(tokens), logits) > own, -np.inf, logits)
     return softmax(logits)
 
 

@@ -8,14 +8,19 @@ from functools import lru_cache
 
 import numpy as np
 
-from spectral_kv.xp import Array, like, namespace
+from spectral_kv.xp import Array, constant, namespace
 
 
-@lru_cache(maxsize=4)  # the layers of a model share frequencies and, until an eviction, positions
-def _waves(frequencies: bytes, positions: bytes, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine and sine `[*shape, bands]` of the phases of float64 positions and frequencies, in single precision."""
+@lru_cache(maxsize=8)  # the layers of a model share frequencies and, until an eviction, positions
+def _waves(
+    frequencies: bytes, positions: bytes, shape: tuple[int, ...], direction: float, scale: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and sine `[*shape, bands]` of the phases of float64 positions and frequencies, in single precision.
+
+    Both times `scale`, and the sine times `direction`.
+    """
     phases = np.frombuffer(positions).reshape(shape)[..., None] * np.frombuffer(frequencies)
-    return np.cos(phases).astype(np.float32), np.sin(phases).astype(np.float32)
+    return (scale * np.cos(phases)).astype(np.float32), (direction * scale * np.sin(phases)).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,9 @@ class Rope:
     def _turn(self, x: Array, positions: np.ndarray, direction: float, scale: float) -> Array:
         xp = namespace(x)
         positions = np.asarray(positions, dtype=np.float64)
-        cos, sin = _waves(np.asarray(self.inv_freq, dtype=np.float64).tobytes(), positions.tobytes(), positions.shape)
-        cos, sin = like(scale * cos, x), like(direction * scale * sin, x)
+        frequencies = np.asarray(self.inv_freq, dtype=np.float64)
+        waves = _waves(frequencies.tobytes(), positions.tobytes(), positions.shape, direction, scale)
+        cos, sin = (constant(wave, x) for wave in waves)
         half = x.shape[-1] // 2
         a, b = x[..., :half], x[..., half:]
         return xp.concat([a * cos - b * sin, b * cos + a * sin], axis=-1)

@@ -4,6 +4,7 @@ Everything outside `backends/` computes through the namespace that `namespace(x)
 on every kind of array. Index vectors and filters are built with NumPy and brought over by `like`.
 """
 
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from array_api_compat import array_namespace as namespace
 
 Array = Any  # a NumPy, torch or MLX array
 
-__all__ = ["Array", "float32", "like", "namespace", "rows", "softmax", "stable_order", "to_numpy", "wide"]
+__all__ = ["Array", "constant", "float32", "like", "namespace", "rows", "softmax", "stable_order", "to_numpy", "wide"]
 
 
 def like(values: np.ndarray, x: Array) -> Array:
@@ -19,6 +20,26 @@ def like(values: np.ndarray, x: Array) -> Array:
     xp = namespace(x)
     device = getattr(x, "device", None)
     return xp.asarray(values) if device is None else xp.asarray(values, device=device)
+
+
+CONSTANTS_MB = 256  # of constants that stay on devices
+
+_constants: OrderedDict[tuple, tuple[np.ndarray, Array]] = OrderedDict()
+
+
+def constant(values: np.ndarray, x: Array) -> Array:
+    """`like`, for an array that its maker keeps and nobody changes: it is brought to a device once.
+
+    Tables of indices, filters and rotations are the same for all layers, and bringing them over again for each would
+    take longer on a GPU than what is done with them.
+    """
+    key = (id(values), namespace(x).__name__, str(getattr(x, "device", None)))
+    if key not in _constants:
+        _constants[key] = values, like(values, x)  # with `values` alive, its id stays its own
+    _constants.move_to_end(key)
+    while len(_constants) > 1 and sum(kept.nbytes for kept, _ in _constants.values()) > CONSTANTS_MB * 1e6:
+        _constants.popitem(last=False)
+    return _constants[key][1]
 
 
 def to_numpy(x: Array) -> np.ndarray:

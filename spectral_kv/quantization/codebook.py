@@ -1,5 +1,7 @@
 """Lloyd-Max codebooks of N(0, 1), which rotated channels nearly follow."""
 
+from functools import cache
+
 import numpy as np
 
 # Positive half, solved to 1e-13
@@ -11,6 +13,7 @@ CENTROIDS = {
 }
 
 
+@cache
 def codebook(bits: int) -> tuple[np.ndarray, np.ndarray]:
     """Centroids `[2 ** bits]` for unit variance, ascending, and the thresholds between them."""
     positive = np.array(CENTROIDS[bits])

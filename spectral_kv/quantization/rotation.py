@@ -39,3 +39,9 @@ def hadamard(dim: int, seed: tuple[int, ...]) -> np.ndarray:
 
 
 ROTATIONS = {"haar": haar, "hadamard": hadamard}
+
+
+@cache
+def rounded(rotation: str, dim: int, seed: tuple[int, ...]) -> np.ndarray:
+    """The transposed matrix of a rotation in multiples of 2^-12, with which products can be exact in float32."""
+    return np.ascontiguousarray(np.round(ROTATIONS[rotation](dim, seed).T * 2**12) / 2**12)

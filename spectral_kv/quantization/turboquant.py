@@ -6,12 +6,10 @@ scalar kept beside the codes folds the norm and a correction of the shrinkage th
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from spectral_kv.quantization.codebook import CENTROIDS, codebook
 from spectral_kv.quantization.packing import pack, unpack
-from spectral_kv.quantization.rotation import ROTATIONS
-from spectral_kv.xp import Array, float32, like, namespace, rows
+from spectral_kv.quantization.rotation import ROTATIONS, rounded
+from spectral_kv.xp import Array, constant, float32, namespace, rows
 
 CORRECTIONS = ("plain", "renorm", "unbiased")
 
@@ -83,9 +81,6 @@ class TurboQuant:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)} is not known: choose {', '.join(map(str, known))}")
 
-    def _rotation(self, dim: int) -> np.ndarray:
-        return ROTATIONS[self.rotation](dim, self.seed)
-
     def _rotate(self, unit: Array) -> Array:
         """Unit vectors, rotated, to about three digits but without any rounding of the sums.
 
@@ -94,13 +89,13 @@ class TurboQuant:
         Rounding adds 3e-6 to the relative squared error.
         """
         xp = namespace(unit)
-        matrix = np.round(self._rotation(unit.shape[-1]).T * 2**12) / 2**12
-        return xp.matmul(xp.round(unit * 2**11) / 2**11, like(np.ascontiguousarray(matrix), unit))
+        matrix = constant(rounded(self.rotation, unit.shape[-1], self.seed), unit)
+        return xp.matmul(xp.round(unit * 2**11) / 2**11, matrix)
 
     def _centroids(self, codes: Array) -> Array:
         xp = namespace(codes)
         flat = xp.reshape(xp.astype(codes, xp.int64), (-1,))
-        return xp.reshape(xp.take(like(codebook(self.bits)[0], codes), flat, axis=0), codes.shape)
+        return xp.reshape(xp.take(constant(codebook(self.bits)[0], codes), flat, axis=0), codes.shape)
 
     def encode(self, x: Array, mean: Array | None = None) -> Packed:
         """Pack `[..., heads, tokens, dim]`; a zero vector comes back as the mean (zero without centring).
@@ -144,5 +139,5 @@ class TurboQuant:
         """The float32 vectors `[..., heads, tokens, dim]` that the codes stand for."""
         xp = namespace(packed.codes)
         y = self._centroids(unpack(packed.codes, self.bits)) * float32(packed.scale)[..., None]
-        x = xp.matmul(y, like(self._rotation(y.shape[-1]), y))
+        x = xp.matmul(y, constant(ROTATIONS[self.rotation](y.shape[-1], self.seed), y))
         return x if packed.mean is None else x + float32(packed.mean)

@@ -1,14 +1,14 @@
 """What a scorer gets and what it must say about itself."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import ClassVar, Protocol
 
 import numpy as np
 
 from spectral_kv.calibration import QueryStatistics
 from spectral_kv.rope import Rope
-from spectral_kv.xp import Array, float32, like, namespace
+from spectral_kv.xp import Array, constant, float32, namespace
 
 
 @dataclass
@@ -93,4 +93,9 @@ def unit(x: Array, evictable: slice) -> Array:
 
 def recency(layer: LayerView) -> Array:
     """0 for the first token to 1 for the last, `[1, tokens]`."""
-    return like(np.linspace(0.0, 1.0, layer.tokens, dtype=np.float32)[None], layer.keys)
+    return constant(_ramp(layer.tokens), layer.keys)
+
+
+@lru_cache(maxsize=4)
+def _ramp(tokens: int) -> np.ndarray:
+    return np.linspace(0.0, 1.0, tokens, dtype=np.float32)[None]

@@ -1,9 +1,11 @@
 """Low-pass filtering of token sequences in the frequency domain."""
 
+from functools import lru_cache
+
 import numpy as np
 from scipy.fft import next_fast_len
 
-from spectral_kv.xp import Array, like, namespace
+from spectral_kv.xp import Array, constant, namespace
 
 MARGIN = 64  # tokens
 
@@ -26,6 +28,7 @@ def lowpass_mask(bins: int, cutoff: float, taper: float) -> np.ndarray:
     return np.where(frequency <= start, 1.0, np.where(frequency > cutoff, 0.0, roll)).astype(np.float32)
 
 
+@lru_cache(maxsize=16)
 def continuation(tokens: int) -> np.ndarray:
     """Source index of one period of a sequence of `tokens` that goes on by reflection, `[period]`.
 
@@ -50,13 +53,19 @@ def highpass(x: Array, cutoff: float, taper: float) -> Array:
     return _filtered(x, cutoff, taper, stop=True)
 
 
+@lru_cache(maxsize=16)
+def _gain(bins: int, cutoff: float, taper: float, stop: bool) -> np.ndarray:
+    """Gain `[bins, 1]` of what passes, or of what is left over."""
+    gain = lowpass_mask(bins, cutoff, taper)[:, None]
+    return 1.0 - gain if stop else gain
+
+
 def _filtered(x: Array, cutoff: float, taper: float, stop: bool) -> Array:
     xp = namespace(x)
     tokens = x.shape[-2]
     if tokens < 3:  # nothing to reflect
         return x * float(not stop)
     index = continuation(tokens)
-    gain = lowpass_mask(len(index) // 2 + 1, cutoff, taper)
-    spectrum = xp.fft.rfft(xp.take(x, like(index, x), axis=-2), axis=-2)
-    spectrum = spectrum * like((1.0 - gain if stop else gain)[:, None], x)
+    spectrum = xp.fft.rfft(xp.take(x, constant(index, x), axis=-2), axis=-2)
+    spectrum = spectrum * constant(_gain(len(index) // 2 + 1, cutoff, taper, stop), x)
     return xp.fft.irfft(spectrum, n=len(index), axis=-2)[..., :tokens, :]

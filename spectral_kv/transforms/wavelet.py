@@ -10,7 +10,7 @@ import numpy as np
 import pywt
 from scipy import sparse
 
-from spectral_kv.xp import Array, like, namespace
+from spectral_kv.xp import Array, constant, namespace
 
 MODES = ("symmetric", "periodization")
 TRANSFORMS = ("decimated", "stationary")
@@ -50,6 +50,12 @@ def _extension(tokens: int, taps: tuple[float, ...], mode: str, step: int, dilat
     return np.where(folded < tokens, folded, 2 * tokens - 1 - folded), count
 
 
+@lru_cache(maxsize=16)
+def _taps(bank: tuple[tuple[float, ...], ...]) -> np.ndarray:
+    """Taps `[filters, taps]` in double precision."""
+    return np.asarray(bank, dtype=np.float64)
+
+
 def _filter(x: Array, bank: tuple[tuple[float, ...], ...], mode: str, step: int, dilation: int) -> list[Array]:
     """Filters of one level, of one extension: coefficients `[..., coefficients, dim]` of `x` `[..., tokens, dim]` each.
 
@@ -57,12 +63,12 @@ def _filter(x: Array, bank: tuple[tuple[float, ...], ...], mode: str, step: int,
     """
     xp = namespace(x)
     index, count = _extension(x.shape[-2], bank[0], mode, step, dilation)
-    extended = xp.take(x, like(index, x), axis=-2)
+    extended = xp.take(x, constant(index, x), axis=-2)
     taps = len(bank[0])
     starts = [dilation * (taps - 1 - j) for j in range(taps)]
     shifted = xp.stack([extended[..., s : s + step * (count - 1) + 1 : step, :] for s in starts])
-    filters = like(np.asarray(bank, dtype=np.float64), x)
-    products = xp.matmul(xp.astype(filters, x.dtype), xp.reshape(shifted, (taps, -1)))
+    filters = xp.astype(constant(_taps(bank), x), x.dtype)
+    products = xp.matmul(filters, xp.reshape(shifted, (taps, -1)))
     return [xp.reshape(product, shifted.shape[1:]) for product in products]
 
 
@@ -129,9 +135,10 @@ def back_projection(
 
     Returns
     -------
-    index, gain : [tokens, k]
-        Coefficients (in the order finest to coarsest level) that reach a token, and their gains; short rows are
-        filled with gain 0.
+    index : [tokens * k]
+        Coefficients, in the order finest to coarsest level, that reach a token, token after token.
+    gain : [tokens, k]
+        Their gains; what fills short rows has gain 0.
     """
     low, high = _filters(wavelet)
     approximation = sparse.identity(tokens, format="csr")
@@ -149,7 +156,7 @@ def back_projection(
     filled = np.arange(counts.max()) < counts[:, None]
     index[filled] = response.indices
     gain[filled] = response.data * root_weight[response.indices] / np.repeat(length, counts)
-    return index, gain
+    return index.ravel(), gain
 
 
 def to_tokens(
@@ -167,5 +174,5 @@ def to_tokens(
     xp = namespace(energies[0])
     index, gain = back_projection(tokens, wavelet, len(energies), mode, weights, transform)
     energy = xp.concat(energies, axis=-1)
-    gathered = xp.reshape(xp.take(energy, like(index.ravel(), energy), axis=-1), (energy.shape[0], *index.shape))
-    return xp.sum(gathered * like(gain, energy), axis=-1)
+    gathered = xp.take(energy, constant(index, energy), axis=-1)
+    return xp.sum(xp.reshape(gathered, (energy.shape[0], *gain.shape)) * constant(gain, energy), axis=-1)

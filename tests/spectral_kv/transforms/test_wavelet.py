@@ -100,5 +100,5 @@ def test_back_projection_is_the_weighted_squared_response(transform, mode):
     expected = squared / np.sqrt(fourth.sum(axis=1, keepdims=True))
     index, gain = back_projection(tokens, "db4", 2, mode, weights, transform)
     dense = np.zeros_like(expected)
-    np.add.at(dense, (np.repeat(np.arange(tokens), index.shape[1]), index.ravel()), gain.ravel())
+    np.add.at(dense, (np.repeat(np.arange(tokens), gain.shape[1]), index), gain.ravel())
     np.testing.assert_allclose(dense, expected, atol=1e-6)

@@ -1,0 +1,35 @@
+import numpy as np
+import pytest
+import torch
+
+from spectral_kv import xp
+from spectral_kv.xp import constant
+
+
+@pytest.fixture
+def none_kept(monkeypatch):
+    monkeypatch.setattr(xp, "_constants", xp.OrderedDict())
+
+
+def test_a_constant_is_brought_to_a_kind_of_array_once(none_kept):
+    values, x = np.arange(5), torch.zeros(1)
+    first = constant(values, x)
+    assert isinstance(first, torch.Tensor) and first.tolist() == [0, 1, 2, 3, 4]
+    assert constant(values, x) is first
+    assert isinstance(constant(values, np.zeros(1)), np.ndarray)
+
+
+def test_an_array_that_took_the_place_of_another_is_not_taken_for_it(none_kept):
+    x = torch.zeros(1)
+    for number in range(200):  # freed arrays leave their addresses to new ones
+        assert constant(np.full(3, number), x).tolist() == [number] * 3
+
+
+def test_the_constants_used_last_stay(none_kept, monkeypatch):
+    monkeypatch.setattr(xp, "CONSTANTS_MB", 0.002)
+    arrays, x = [np.full(100, i) for i in range(3)], torch.zeros(1)  # 800 bytes each: two fit
+    kept = [constant(a, x) for a in arrays[:2]]
+    assert constant(arrays[0], x) is kept[0]
+    constant(arrays[2], x)
+    assert constant(arrays[0], x) is kept[0]
+    assert len(xp._constants) == 2
