@@ -36,9 +36,9 @@ def constant(values: np.ndarray, x: Array) -> Array:
     key = (id(values), namespace(x).__name__, str(getattr(x, "device", None)))
     if key not in _constants:
         _constants[key] = values, like(values, x)  # with `values` alive, its id stays its own
+        while len(_constants) > 1 and sum(kept.nbytes for kept, _ in _constants.values()) > CONSTANTS_MB * 1e6:
+            _constants.popitem(last=False)
     _constants.move_to_end(key)
-    while len(_constants) > 1 and sum(kept.nbytes for kept, _ in _constants.values()) > CONSTANTS_MB * 1e6:
-        _constants.popitem(last=False)
     return _constants[key][1]
 
 
