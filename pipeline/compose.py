@@ -5,14 +5,33 @@ from itertools import product
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from pipeline.config import conf_dir, register_resolvers
+
+COSTLY = ("model", "backend", "document")  # a change of model loads one, a change of document prefills
 
 
 def spelled_out(overrides: list[str]) -> list[str]:
     """Overrides with `budget=256,512` written as `budget.tokens=256,512`: Hydra has no options named by numbers."""
     return [re.sub(r"^budget=(?=\d|range\(|choice\()", "budget.tokens=", o) for o in overrides]
+
+
+def outermost(overrides: list[str]) -> list[str]:
+    """Command-line arguments with the settings that cost most to change first: a sweep goes through the first slowest.
+
+    Options (`-m`, `--cfg job`) stay where they are, and so does the order of all other settings.
+    """
+    places = [i for i, word in enumerate(overrides) if "=" in word and not word.startswith("-")]
+
+    def rank(override: str) -> int:
+        group = re.split(r"[.=@]", override.lstrip("+~"), maxsplit=1)[0]
+        return COSTLY.index(group) if group in COSTLY else len(COSTLY)
+
+    ordered = list(overrides)
+    for place, override in zip(places, sorted((overrides[i] for i in places), key=rank), strict=True):
+        ordered[place] = override
+    return ordered
 
 
 def composed(overrides: list[str]) -> DictConfig:
@@ -23,18 +42,26 @@ def composed(overrides: list[str]) -> DictConfig:
 
 
 def sweep(experiment: str | None, overrides: list[str]) -> list[list[str]]:
-    """Override lists of a sweep `experiment=<name> <overrides>`: the product over commas, the first key outermost."""
+    """Override lists of a sweep `experiment=<name> <overrides>`: the product over commas.
+
+    The model is the outermost loop, whatever the order of the overrides, as in a sweep of `python -m pipeline`.
+    """
     register_resolvers()
     preset = [] if experiment is None else [f"experiment={experiment}"]
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         cfg = compose("config", overrides=preset, return_hydra_config=True)
-    params = {key: str(value) for key, value in (cfg.hydra.sweeper.params or {}).items()}
-    for override in spelled_out(overrides):
+    preset_params = cfg.hydra.sweeper.params
+    # The model's place among the settings is kept by a reference to the option chosen anyway, which need not be said.
+    params = {
+        key: None if OmegaConf.is_interpolation(preset_params, key) else str(preset_params[key])
+        for key in preset_params
+    }
+    for override in outermost(spelled_out(overrides)):
         key, _, value = override.partition("=")
         params[key] = value
     parser = OverridesParser.create()
     choices = []
-    for override in parser.parse_overrides([f"{key}={value}" for key, value in params.items()]):
+    for override in parser.parse_overrides([f"{key}={value}" for key, value in params.items() if value is not None]):
         name = override.get_key_element()
         values = (
             override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_element_as_str()]

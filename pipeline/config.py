@@ -152,6 +152,9 @@ class TrackingConfig:
 
     uri: str | None
     experiment: str
+    table: str | None = None
+    sweep: str | None = None
+    figures: bool = True
 
 
 @dataclass
@@ -162,6 +165,12 @@ class GeneralConfig:
     outputs: str
     force: bool
     prefill_memory_gb: float
+    prefill_cache_gb: float
+
+    def __post_init__(self):
+        for name in ("prefill_memory_gb", "prefill_cache_gb"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} must be a number of GB, 0 or more")
 
 
 @dataclass
@@ -181,6 +190,7 @@ class Settings:
     seed: int
     force: bool
     prefill_memory_gb: float
+    prefill_cache_gb: float
 
 
 def _sentence(error: Exception) -> str:
@@ -299,4 +309,5 @@ def check(cfg: DictConfig) -> Settings:
         seed=general.seed,
         force=general.force,
         prefill_memory_gb=general.prefill_memory_gb,
+        prefill_cache_gb=general.prefill_cache_gb,
     )

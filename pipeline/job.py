@@ -5,6 +5,7 @@ import inspect
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,7 +25,12 @@ from spectral_kv.storage.dense import Dense
 
 DECISIVE = ("torch", "transformers", "numpy", "PyWavelets")  # packages whose version may change a result
 # What decides where a result is written or how it is computed, not what it is; contents are hashed instead of paths.
-NOT_IDENTITY = {"outputs", "tracking", "force", "prefill_memory_gb"}
+NOT_IDENTITY = {"outputs", "tracking", "force", "prefill_memory_gb", "prefill_cache_gb", "grid"}
+# Sources that no number depends on: the tables, the recipe of the model, what is printed, logged or drawn.
+PRESENTATION = {
+    "paper", "reference_model", "cli.py", "compare.py", "doctor.py", "figures.py", "manual.py", "progress.py",
+    "record.py", "runs.py", "summary.py", "tracking.py",
+}  # fmt: skip
 WEIGHTLESS = "spectral_kv.backends.synthetic.SyntheticBackend"  # the backend of models without weights
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
@@ -33,19 +39,27 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 def code_fingerprint(*objects: object) -> str:
     """Hash of the sources that produce numbers.
 
-    The library, the pipeline without its tables and its recipe, and the files that the classes of `objects` are in: a
-    method may live in a project of its own.
+    The library, the pipeline without what only shows or keeps results, and the files that the classes of `objects` are
+    in: a method may live in a project of its own.
     """
     digest = hashlib.sha256()
     for path in sorted({inspect.getfile(type(x)) for x in objects if x is not None}):
         digest.update(Path(path).read_bytes())
     library = Path(spectral_kv.__file__).parent
     for root in (library, PACKAGE):
-        for path in sorted(root.rglob("*.py")):
-            relative = path.relative_to(root)
-            if relative.parts[0] not in ("paper", "reference_model"):
-                digest.update(f"{root.name}/{relative.as_posix()}".encode() + path.read_bytes())
+        digest.update(_sources(root))
     return digest.hexdigest()[:16]
+
+
+@cache
+def _sources(root: Path) -> bytes:
+    """Hash of the sources of a package, once a process: it runs what it has imported."""
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if relative.parts[0] not in PRESENTATION:
+            digest.update(f"{root.name}/{relative.as_posix()}".encode() + path.read_bytes())
+    return digest.digest()
 
 
 @dataclass(frozen=True)
@@ -62,6 +76,7 @@ class Job:
     identity: str
     document_hash: str
     code_hash: str
+    versions: dict[str, str]  # of the packages that may change a result
 
 
 def _agrees(settings: Settings, checkpoint: Checkpoint | Weightless) -> None:
@@ -156,10 +171,13 @@ def prepare(cfg: DictConfig) -> Job:
         [*windows, *(tokens for asked in lookups for one in asked for tokens in (one.question, one.answer))]
     )
     what["prompt"] = settings.documents.tokens
-    what["versions"] = {name: version(name) for name in DECISIVE}
+    what["versions"] = versions = {name: version(name) for name in DECISIVE}
     what["code"] = code_hash = code_fingerprint(settings.method.scorer, settings.storage, *settings.phases.values())
     what["budget"] = asdict(budget) if budget else None
     if statistics is not None:
         what["statistics"] = statistics.digest
     identity = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
-    return Job(settings, checkpoint, budget, windows, lookups, statistics, resolved, identity, document_hash, code_hash)
+    return Job(
+        settings, checkpoint, budget, windows, lookups, statistics, resolved, identity, document_hash, code_hash,
+        versions,
+    )  # fmt: skip

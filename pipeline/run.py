@@ -2,8 +2,12 @@
 
 import hashlib
 import importlib
+import inspect
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
@@ -14,14 +18,17 @@ from pipeline import tracking
 from pipeline.aggregate import Estimate, aggregate, per_turn
 from pipeline.checkpoint import Checkpoint, Weightless
 from pipeline.config import BackendConfig, Settings
-from pipeline.errors import InputError
+from pipeline.errors import InputError, exhausted
 from pipeline.job import NOT_IDENTITY, Job
 from pipeline.phases.base import Context
 from pipeline.progress import progress
+from pipeline.record import ROWS, tracked
 from pipeline.stages.compress import Compressor, foresees, observed
 from pipeline.stages.prefill import FullRuns
+from pipeline.stages.prefill_cache import PrefillCache
 from spectral_kv.backends.base import Backend
 from spectral_kv.scorers.base import Scorer
+from spectral_kv.xp import to_numpy
 
 ROW_COLUMNS = ["document", "layer", "head", "turn", "depth", "position", "frequency", "metric", "value"]
 
@@ -62,10 +69,14 @@ def _backend_class(config: BackendConfig) -> type[Backend]:
         raise InputError(f"backend._target_={config._target_} is not there: write the full path of a class") from None
 
 
+def _placed(config: BackendConfig) -> tuple[str, str]:
+    """The device and dtype that `auto` stands for on this machine."""
+    return _backend_class(config).place(config.device, config.dtype)
+
+
 def _identity(job: Job) -> str:
     """The job's identity on this machine: what `auto` stands for decides how results round."""
-    config = job.settings.backend
-    device, dtype = _backend_class(config).place(config.device, config.dtype)
+    device, dtype = _placed(job.settings.backend)
     kind = device.partition(":")[0]
     return hashlib.sha256(f"{job.identity} {kind} {dtype}".encode()).hexdigest()[:24]
 
@@ -105,77 +116,166 @@ def reads(scorer: Scorer | None) -> str:
 
 def _result(job: Job, run_id: str, metrics: dict[str, float], reused: bool) -> Result:
     settings = job.settings
-    documents = settings.documents
     return Result(
         run_id, metrics, settings.method.title,
         job.budget.tokens if job.budget else None,
-        settings.storage_name, settings.model.name,
-        f"{documents.count} x {documents.tokens} + {documents.continuation} tokens of {documents.source}",
+        settings.storage_name, settings.model.name, _documents(job),
         reads(settings.method.scorer), tracking.store_uri(settings.tracking, settings.outputs), reused,
     )  # fmt: skip
 
 
-def measure(job: Job) -> tuple[pd.DataFrame, dict[str, float]]:
-    """Prefill, compress and measure every document: tidy rows, and the metrics of the run itself."""
+def _documents(job: Job) -> str:
+    documents = job.settings.documents
+    return f"{documents.count} x {documents.tokens} + {documents.continuation} tokens of {documents.source}"
+
+
+def _disk(job: Job) -> PrefillCache | None:
+    """The prefills on disk that fit the model, the backend and where it computes."""
+    settings = job.settings
+    if settings.prefill_cache_gb == 0:
+        return None
+    config = settings.backend
+    device, dtype = _placed(config)
+    source = Path(inspect.getfile(_backend_class(config))).read_bytes()
+    what = {
+        "model": job.checkpoint.hash, "backend": config._target_, "device": device.partition(":")[0], "dtype": dtype,
+        "cache_dtype": config.cache_dtype, "versions": job.versions, "source": hashlib.sha256(source).hexdigest(),
+    }  # fmt: skip
+    return PrefillCache(settings.outputs / "cache" / "prefill", int(settings.prefill_cache_gb * 1e9), what)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a job found.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Tidy, with `ROW_COLUMNS`.
+    timing : dict of str to float
+        Metrics of the run itself.
+    kept : list of np.ndarray, [kv_heads, kept], one a layer
+        Tokens of the first document that were kept; empty if all were.
+    """
+
+    rows: pd.DataFrame
+    timing: dict[str, float]
+    kept: list[np.ndarray]
+
+
+def measure(job: Job) -> Measured:
+    """Prefill, compress and measure every document."""
     settings = job.settings
     key, backend = loaded(settings, job.checkpoint)
     limit = int(settings.prefill_memory_gb * 1e9)
-    rows, computed, prefill_seconds, compress_seconds = [], 0, [], []
+    rows, origins, prefill_seconds, compress_seconds, kept = [], Counter(), [], [], []
     label = f"{settings.method.title} {job.budget.tokens if job.budget else ''}".strip()
     compressor = Compressor(backend, settings.method.scorer, job.budget, settings.storage, job.statistics)
-    observe = observed(compressor.scorer, settings.documents.tokens)
+    observe, disk = observed(compressor.scorer, settings.documents.tokens), _disk(job)
     for index, window in enumerate(progress(job.windows, label)):
-        full, fresh = _full_runs.get(key, backend, window, settings.documents.tokens, observe, limit)
-        computed += fresh
+        full, origin = _full_runs.get(key, backend, window, settings.documents.tokens, observe, limit, disk)
+        origins[origin] += 1
         prefill_seconds.append(full.seconds)
         compressed = compressor.compress(full, index)
         compress_seconds.append(compressed.seconds)
+        if index == 0 and compressed.kept is not None:
+            kept = [to_numpy(x) for x in compressed.kept]
         context = Context(backend, full, compressed, compressor, index, job.lookups[index])
         for phase in settings.phases.values():
             rows += [{"document": index} | row for row in phase.measure(context)]
-    timing = {
-        "prefill/computed": float(computed),
-        "prefill/reused": float(len(job.windows) - computed),
+    timing = {f"prefill/{origin}": float(origins[origin]) for origin in ("computed", "loaded", "reused")} | {
         "time/prefill_s": float(np.median(prefill_seconds)),
         "time/compress_s": float(np.median(compress_seconds)),
     }
-    return pd.DataFrame(rows).reindex(columns=ROW_COLUMNS), timing
+    return Measured(pd.DataFrame(rows).reindex(columns=ROW_COLUMNS), timing, kept)
 
 
-def execute(job: Job) -> Result:
-    """Measure a job and record it; a finished run of the same identity is returned instead unless `force` is set."""
+def _metrics(measured: Measured) -> dict[str, float]:
+    metrics = dict(measured.timing)
+    for metric, value in aggregate(measured.rows).items():
+        metrics[metric] = value.mean
+        metrics |= {f"{metric}_{bound}": v for bound, v in asdict(value).items() if bound != "mean" and np.isfinite(v)}
+    if bad := sorted(name for name, value in metrics.items() if not np.isfinite(value)):
+        raise RuntimeError(f"{', '.join(bad)} came out as not a number; the run is not counted as finished")
+    return metrics
+
+
+def _write(job: Job, measured: Measured, folder: Path) -> None:
+    """The artifacts of a run: its rows, its resolved configuration, its figures."""
+    rows = measured.rows
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(job.resolved)))
+    rows.astype(object).where(rows.notna(), None).to_json(folder / ROWS, orient="split", index=False)
+    if not job.settings.tracking.figures:
+        return
+    from pipeline.figures import by_layer, kept_map
+
+    figures = {"aop_by_layer": by_layer(rows, "aop/mean")}
+    if measured.kept:
+        figures["kept_tokens"] = kept_map(measured.kept, job.settings.documents.tokens)
+    (folder / "figures").mkdir()
+    for name, figure in figures.items():
+        if figure is not None:
+            figure.savefig(folder / "figures" / f"{name}.png")
+
+
+def _tags(job: Job, identity: str) -> dict[str, str]:
     settings = job.settings
-    mlflow = tracking.connect(settings.tracking, settings.outputs)
-    identity = _identity(job)
-    if not settings.force and (run := tracking.find_finished(mlflow, settings.tracking.experiment, identity)):
-        return _result(job, run.info.run_id, dict(run.data.metrics), reused=True)
-
-    params = _flat({k: v for k, v in job.resolved.items() if k not in NOT_IDENTITY})
-    params["budget.resolved"] = job.budget.tokens if job.budget else "all"
-    params["method.reads"] = reads(settings.method.scorer)
-    tags = tracking.environment() | {
+    budget = "all tokens" if job.budget is None else f"{job.budget.tokens} of {settings.documents.tokens} tokens"
+    note = (
+        f"**{settings.method.title}**, {budget}, storage {settings.storage_name}, model {settings.model.name}.\n\n"
+        f"{_documents(job)}; the method reads {reads(settings.method.scorer)}.\n\n"
+        f"Rows by document, layer and head: `{ROWS}`; settings: `config.yaml`; pictures: `figures/`."
+    )
+    return {
+        **tracking.environment(),
+        **tracking.membership(settings.tracking),
         tracking.CONFIGURATION: identity,
         "hash.model": job.checkpoint.hash,
         "hash.document": job.document_hash,
         "hash.code": job.code_hash,
         "method": settings.method.name,
         "title": settings.method.title,
+        "mlflow.note.content": note,
     }
+
+
+def execute(job: Job) -> Result:
+    """Measure a job and record it; a finished run of the same identity is returned instead unless `force` is set.
+
+    Raises
+    ------
+    Exhausted
+        If the disk or the memory does not suffice.
+    """
+    settings = job.settings
+    try:
+        mlflow = tracking.connect(settings.tracking, settings.outputs)
+        identity = _identity(job)
+        with tracking.claim(settings.outputs, identity):
+            if not settings.force and (run := tracking.find_finished(mlflow, identity)):
+                tracking.join(mlflow, run, settings.tracking)
+                return _result(job, run.info.run_id, dict(run.data.metrics), reused=True)
+            return _recorded(job, mlflow, identity)
+    except Exception as error:
+        reason = exhausted(error, settings.outputs)
+        if reason is None:
+            raise
+        _full_runs.clear()  # the next job of a sweep may need less
+        raise reason from error
+
+
+def _recorded(job: Job, mlflow, identity: str) -> Result:
+    settings = job.settings
+    params = _flat({k: v for k, v in job.resolved.items() if k not in NOT_IDENTITY})
+    params["budget.resolved"] = job.budget.tokens if job.budget else "all"
+    params["method.reads"] = reads(settings.method.scorer)
     name = f"{settings.method.name}-{params['budget.resolved']}-{settings.storage_name}-{settings.model.name}"
-    with tracking.tracked(mlflow, name, params, tags) as run_id:
+    with tracked(mlflow, name, params, _tags(job, identity)) as record, TemporaryDirectory() as folder:
         start = time.perf_counter()
-        mlflow.log_text(OmegaConf.to_yaml(OmegaConf.create(job.resolved)), "config.yaml")
-        rows, metrics = measure(job)
-        for metric, value in aggregate(rows).items():
-            metrics[metric] = value.mean
-            metrics |= {
-                f"{metric}_{bound}": v for bound, v in asdict(value).items() if bound != "mean" and np.isfinite(v)
-            }
-        if bad := sorted(name for name, value in metrics.items() if not np.isfinite(value)):
-            raise RuntimeError(f"{', '.join(bad)} came out as not a number; the run is not counted as finished")
+        measured = measure(job)
+        metrics = _metrics(measured)
+        _write(job, measured, Path(folder))
         metrics["time/total_s"] = time.perf_counter() - start
-        mlflow.log_table(rows.astype(object).where(rows.notna(), None), "rows.json")
-        mlflow.log_metrics(metrics)
-        for turn, estimates in per_turn(rows).items():
-            mlflow.log_metrics({metric: value.mean for metric, value in estimates.items()}, step=turn)
-    return _result(job, run_id, metrics, reused=False)
+        turns = per_turn(measured.rows).items()
+        record.log(Path(folder), metrics, {turn: {m: v.mean for m, v in values.items()} for turn, values in turns})
+    return _result(job, record.run_id, metrics, reused=False)

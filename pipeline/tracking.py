@@ -3,16 +3,17 @@
 import logging
 import os
 import platform
-import signal
+import socket
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
 from filelock import FileLock
 
 from pipeline.checkpoint import reachable
@@ -21,6 +22,9 @@ from pipeline.errors import InputError
 
 PACKAGES = ("torch", "transformers", "numpy", "PyWavelets", "hydra-core", "mlflow")
 CONFIGURATION = "identity"  # tag that holds the hash of everything that determines a result
+
+_connected: tuple | None = None  # the store that mlflow points to: opening one takes most of a second
+_experiment_id: str = ""
 
 
 def writable(outputs: Path) -> None:
@@ -46,101 +50,148 @@ def store_uri(tracking: TrackingConfig, outputs: Path) -> str:
     return tracking.uri or f"sqlite:///{outputs / 'mlflow.db'}"
 
 
+def database(tracking: TrackingConfig, outputs: Path) -> Path | None:
+    """The sqlite file of the store, if it is one."""
+    uri = store_uri(tracking, outputs)
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
 def connect(tracking: TrackingConfig, outputs: Path):
-    """The mlflow module, pointed at the store; a local store is created once, under a lock, in WAL mode."""
+    """The mlflow module, pointed at the store; a database is prepared once, under a lock, a sqlite file in WAL mode.
+
+    Raises
+    ------
+    InputError
+        If the store can't be used.
+    """
+    global _connected, _experiment_id
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     import mlflow
 
+    uri, file = store_uri(tracking, outputs), database(tracking, outputs)
+    key = (os.getpid(), uri, tracking.experiment, outputs, file.stat().st_ino if file and file.is_file() else None)
+    if key == _connected and mlflow.get_tracking_uri() == uri:
+        return mlflow
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-    if tracking.uri is not None:
-        if tracking.uri.startswith(("http://", "https://")) and not reachable(tracking.uri):
-            raise InputError(
-                f"tracking.uri={tracking.uri} can't be reached: start the server, or set tracking.uri=null"
-            )
-        try:
-            mlflow.set_tracking_uri(tracking.uri)
-            mlflow.set_experiment(tracking.experiment)
-        except mlflow.exceptions.MlflowException as error:
-            reason = str(error).split("\n")[0]
-            raise InputError(
-                f"tracking.uri={tracking.uri} can't be used ({reason}): write an MLflow URI or null"
-            ) from None
-        return mlflow
-    mlflow.set_tracking_uri(store_uri(tracking, outputs))
-    import sqlite3
-
-    with FileLock(outputs / "mlflow.lock"):
-        with sqlite3.connect(outputs / "mlflow.db") as store:
-            store.execute("PRAGMA journal_mode=WAL")
-        store.close()
-        if mlflow.get_experiment_by_name(tracking.experiment) is None:
-            mlflow.create_experiment(tracking.experiment, artifact_location=(outputs / "artifacts").as_uri())
-        mlflow.set_experiment(tracking.experiment)
+    if uri.startswith(("http://", "https://")) and not reachable(uri):
+        raise InputError(f"tracking.uri={uri} can't be reached: start the server, or set tracking.uri=null")
+    try:
+        mlflow.set_tracking_uri(uri)
+        if uri.startswith(("http://", "https://")):  # the server decides where artifacts go
+            _experiment_id = mlflow.set_experiment(tracking.experiment).experiment_id
+        else:
+            with FileLock(outputs / "mlflow.lock"):
+                _experiment_id = _prepared(mlflow, tracking.experiment, outputs, file)
+    except Exception as error:  # of MLflow, its database library, or the database's driver
+        raise _unusable(error, tracking, outputs) from error
+    _connected = (*key[:-1], file.stat().st_ino if file else None)
     return mlflow
 
 
-def find_finished(mlflow, experiment: str, identity: str):
-    """The newest FINISHED run of a configuration, or None."""
-    found = mlflow.search_runs(
-        experiment_names=[experiment],
+def _prepared(mlflow, experiment: str, outputs: Path, file: Path | None) -> str:
+    """The id of the experiment in a database that has all its tables."""
+    if file is not None:
+        import sqlite3
+
+        with sqlite3.connect(file) as store:
+            store.execute("PRAGMA journal_mode=WAL")
+        store.close()
+    if mlflow.get_experiment_by_name(experiment) is None:
+        mlflow.create_experiment(experiment, artifact_location=(outputs / "artifacts").as_uri())
+    return mlflow.set_experiment(experiment).experiment_id
+
+
+def _unusable(error: Exception, tracking: TrackingConfig, outputs: Path) -> InputError:
+    reason = " ".join(str(error).split("\n")[0].split())
+    if tracking.uri is not None:
+        return InputError(f"tracking.uri={tracking.uri} can't be used ({reason}): write an MLflow URI or null")
+    return InputError(
+        f"{outputs / 'mlflow.db'} can't be used as an MLflow store ({reason}): "
+        "bring back a copy of it, or set outputs=<another folder> to begin anew"
+    )
+
+
+def experiment_id() -> str:
+    """The experiment of the store that `connect` opened last."""
+    return _experiment_id
+
+
+def find_finished(mlflow, identity: str):
+    """The newest FINISHED run of a configuration, or None; a run that is still open is never taken for done."""
+    found = mlflow.MlflowClient().search_runs(
+        [experiment_id()],
         filter_string=f"tags.{CONFIGURATION} = '{identity}' and attributes.status = 'FINISHED'",
         max_results=1,
-        output_format="list",
     )
     return found[0] if found else None
 
 
+@contextmanager
+def claim(outputs: Path, identity: str) -> Iterator[None]:
+    """One process of this machine at a time measures a configuration; the next one then finds it finished."""
+    path = outputs / "locks" / f"{identity}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path):
+        yield
+        path.unlink(missing_ok=True)  # after a failure it stays: others may be waiting on it to try themselves
+
+
+@cache
+def _revision() -> dict[str, str]:
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        head, changed = (
+            subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout.strip()
+            for command in (("rev-parse", "HEAD"), ("status", "--porcelain"))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return {"git.revision": "unknown (not a git checkout)"}
+    return {"git.revision": head, "git.changed": str(bool(changed)).lower()}
+
+
+@cache
+def _process(pid: int) -> dict[str, str]:
+    slurm = {"process.slurm": job} if (job := os.environ.get("SLURM_JOB_ID")) else {}
+    return {
+        "process.host": socket.gethostname(),
+        "process.pid": str(pid),
+        "process.started": f"{psutil.Process(pid).create_time():.2f}",  # seconds since 1970: pids come round again
+        **slurm,
+    }
+
+
+def membership(tracking: TrackingConfig) -> dict[str, str]:
+    """Tags that say to which table and which sweep a run belongs, by the settings or by Hydra."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    table, sweep = tracking.table, tracking.sweep
+    if HydraConfig.initialized():
+        hydra = HydraConfig.get()
+        table = table or hydra.runtime.choices.get("experiment")
+        if hydra.mode == RunMode.MULTIRUN:
+            sweep = sweep or "/".join(Path(hydra.sweep.dir).parts[-2:])
+    return {name: value for name, value in (("table", table), ("sweep", sweep)) if value}
+
+
+def join(mlflow, run, tracking: TrackingConfig) -> None:
+    """Tag a run that was found finished with the table that asked for it; the sweep that measured it stays."""
+    table = membership(tracking).get("table")
+    if table is not None and run.data.tags.get("table") != table:
+        mlflow.MlflowClient().set_tag(run.info.run_id, "table", table)
+
+
 def environment() -> dict[str, str]:
-    """Versions and code revision, for the tags of a run."""
+    """Versions, code revision and the process, for the tags of a run."""
     tags = {f"version.{name}": version(name) for name in PACKAGES}
-    tags |= {
+    return {
+        **tags,
         "version.python": platform.python_version(),
         "platform": platform.platform(),
         "command": " ".join(sys.argv[1:])[:4000],
+        **_revision(),
+        **_process(os.getpid()),
     }
-    here = Path(__file__).resolve().parent
-    git = ["git", "-C", str(here)]
-    try:
-        tags["git.revision"] = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        tags["git.changed"] = str(bool(changed)).lower()
-    except (OSError, subprocess.CalledProcessError):
-        tags["git.revision"] = "unknown (not a git checkout)"
-    return tags
-
-
-def _interrupt(signum, frame):
-    raise KeyboardInterrupt
-
-
-@contextmanager
-def tracked(mlflow, name: str, params: dict, tags: dict) -> Iterator[str]:
-    """An MLflow run that ends FINISHED only if its body does.
-
-    FAILED with the traceback after an exception, KILLED after Ctrl-C or SIGTERM.
-    """
-    previous = signal.signal(signal.SIGTERM, _interrupt)
-    status = "FAILED"
-    try:
-        run = mlflow.start_run(run_name=name, tags=tags)
-        mlflow.log_params(params)
-        yield run.info.run_id
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    except Exception:
-        mlflow.log_text(traceback.format_exc(), "traceback.txt")
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # nothing may come between here and the status
-        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        mlflow.end_run(status)
-        signal.signal(signal.SIGINT, interrupt)
-        signal.signal(signal.SIGTERM, previous)

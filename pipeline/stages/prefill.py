@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from pipeline.stages.prefill_cache import PrefillCache
 from spectral_kv.backends.base import Backend, Cache, Extension, Prefill
 from spectral_kv.storage.dense import Dense
 from spectral_kv.xp import Array, like
@@ -43,16 +44,28 @@ class FullRun:
         Length of the prompt.
     observe : int
         How many of the last queries of the prompt are remembered.
+    kept : tuple of Prefill and float, optional
+        The prefill, and the seconds that it took, if it need not be computed.
     """
 
-    def __init__(self, backend: Backend, document: np.ndarray, tokens: int, observe: int):
+    def __init__(
+        self,
+        backend: Backend,
+        document: np.ndarray,
+        tokens: int,
+        observe: int,
+        kept: tuple[Prefill, float] | None = None,
+    ):
         self.backend, self.document = backend, document
-        backend.synchronize()
-        start = time.perf_counter()
-        self.prefill: Prefill = backend.prefill(document[:tokens], observe)
-        backend.synchronize()
-        self.seconds = time.perf_counter() - start
+        self.prefill, self.seconds = kept or self._computed(document[:tokens], observe)
         self._found: dict[Hashable, Any] = {}
+
+    def _computed(self, prompt: np.ndarray, observe: int) -> tuple[Prefill, float]:
+        self.backend.synchronize()
+        start = time.perf_counter()
+        prefill = self.backend.prefill(prompt, observe)
+        self.backend.synchronize()
+        return prefill, time.perf_counter() - start
 
     @property
     def continuation(self) -> np.ndarray:
@@ -114,22 +127,34 @@ class FullRuns:
         self._runs: OrderedDict[tuple, FullRun] = OrderedDict()
 
     def get(
-        self, key: tuple, backend: Backend, document: np.ndarray, tokens: int, observe: int, limit: int
-    ) -> tuple[FullRun, bool]:
-        """The full run of a document of which the first `tokens` are the prompt, and whether it had to be computed.
+        self,
+        key: tuple,
+        backend: Backend,
+        document: np.ndarray,
+        tokens: int,
+        observe: int,
+        limit: int,
+        disk: PrefillCache | None = None,
+    ) -> tuple[FullRun, str]:
+        """The full run of a document of which the first `tokens` are the prompt.
+
+        Also whether it was `computed`, `loaded` from disk or `reused`.
 
         `key` identifies the backend, `observe` is the least number of remembered queries, `limit` is the bound in
         bytes.
         """
         key = (key, tokens, document.tobytes())
-        run = self._runs.get(key)
-        fresh = run is None or run.observed < observe
-        if fresh:
-            self._runs[key] = run = FullRun(backend, document, tokens, observe)
+        run, origin = self._runs.get(key), "reused"
+        if run is None or run.observed < observe:
+            kept = disk and disk.get(document[:tokens], observe, getattr(backend, "device", "cpu"))
+            origin = "loaded" if kept else "computed"
+            self._runs[key] = run = FullRun(backend, document, tokens, observe, kept)
+            if disk and not kept:
+                disk.put(run.prefill, run.seconds)
         self._runs.move_to_end(key)
         while len(self._runs) > 1 and sum(r.nbytes for r in self._runs.values()) > limit:
             self._runs.popitem(last=False)
-        return run, fresh
+        return run, origin
 
     def clear(self) -> None:
         self._runs.clear()

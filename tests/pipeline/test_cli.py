@@ -96,3 +96,18 @@ def test_tracebacks_on_request(tmp_path):
     result = pipeline(f"outputs={tmp_path}", "budget=0", HYDRA_FULL_ERROR="1")
     assert result.returncode == 1
     assert "Traceback" in result.stderr and "InputError" in result.stderr
+
+
+@pytest.mark.parametrize("preset", [[], ["experiment=paper"]])
+def test_the_model_is_the_outermost_loop_whatever_the_order(monkeypatch, capsys, tmp_path, preset):
+    """Every job is refused, by a sentence that names its model: their order is that of the jobs."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    swept = ["method=random,streaming", "document.tokens=9000,10000", "model=qwen2_5_0_5b,reference", "-m"]
+    monkeypatch.setattr(sys, "argv", ["pipeline", f"outputs={tmp_path}", *preset, *swept])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pipeline: ")]
+    assert end.value.code == 2 and len(lines) == 8
+    assert all("Qwen" in line for line in lines[:4]) and all("model=reference" in line for line in lines[4:])
+    if not preset:  # a preset has its own order for the rest
+        assert ["9000" in line for line in lines[4:]] == [True, True, False, False]

@@ -81,8 +81,8 @@ def test_answers_of_the_full_cache_are_shared_by_the_jobs_of_a_process(backend, 
     window, runs = rng.integers(2, 8000, size=60), FullRuns()
     first, _ = runs.get(("x",), backend, window, 50, 1, limit=10**9)
     said = first.answer(window[:3], 2)
-    again, fresh = runs.get(("x",), backend, window, 50, 1, limit=10**9)
-    assert not fresh and again.answer(window[:3], 2) is said
+    again, origin = runs.get(("x",), backend, window, 50, 1, limit=10**9)
+    assert origin == "reused" and again.answer(window[:3], 2) is said
 
 
 def test_a_question_is_asked_of_a_copy(backend, rng):
@@ -113,7 +113,7 @@ def test_a_model_that_finds_nothing_is_warned_of(small, capsys):
 def found(tmp_path_factory):
     """Rows of a configuration on the reference model."""
     folder = tmp_path_factory.mktemp("outputs")
-    return lambda *overrides: measure(prepare(composed([*REFERENCE, f"outputs={folder}", *overrides])))[0]
+    return lambda *overrides: measure(prepare(composed([*REFERENCE, f"outputs={folder}", *overrides]))).rows
 
 
 def recall(rows: pd.DataFrame, metric: str = "retrieval/recall") -> pd.Series:

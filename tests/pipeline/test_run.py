@@ -11,6 +11,7 @@ from pipeline.compose import composed
 from pipeline.config import TrackingConfig
 from pipeline.errors import InputError
 from pipeline.job import prepare
+from pipeline.record import tracked
 
 
 def store(result):
@@ -136,8 +137,8 @@ def test_the_second_job_of_a_process_does_not_prefill_again(run):
 
 
 def test_a_bound_on_memory_prefills_again(run):
-    run("method=fourier", "prefill_memory_gb=0")
-    assert run("method=wavelet", "prefill_memory_gb=0").metrics["prefill/computed"] == 3
+    run("method=fourier", "prefill_memory_gb=0", "prefill_cache_gb=0")
+    assert run("method=wavelet", "prefill_memory_gb=0", "prefill_cache_gb=0").metrics["prefill/computed"] == 3
 
 
 def test_a_finished_configuration_is_returned_and_measured_again_on_request(run):
@@ -246,7 +247,7 @@ def test_an_interrupted_run_is_killed_not_finished(tmp_path):
     mlflow = tracking.connect(TrackingConfig(None, "x"), tmp_path)
     ids = []
     for action in (lambda: os.kill(os.getpid(), signal.SIGTERM), lambda: (_ for _ in ()).throw(KeyboardInterrupt)):
-        with pytest.raises(KeyboardInterrupt), tracking.tracked(mlflow, "r", {}, {}) as run_id:
-            ids.append(run_id)
+        with pytest.raises(KeyboardInterrupt), tracked(mlflow, "r", {}, {}) as record:
+            ids.append(record.run_id)
             action()
     assert {mlflow.get_run(i).info.status for i in ids} == {"KILLED"}
