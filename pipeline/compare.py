@@ -8,6 +8,11 @@ The first settings are swept as by `python -m pipeline ... -m`; each run is comp
 first). What is missing is measured. Differences are means over documents of (run - reference), with a 95 % bootstrap
 interval over documents; they are added to each run in MLflow as `<metric>_vs_<reference>`. `--gap` also reports the
 share of the gap between random tokens and the oracle (`method=oracle_value`) that a run closes, as `<metric>_gap`.
+
+    python -m pipeline.compare --runs method=tri,snapkv budget=512
+    python -m pipeline.compare --runs table=paper --metrics aop/mean memory/mb
+
+With `--runs` nothing is measured: finished runs of the store whose settings fit are printed side by side.
 """
 
 import argparse
@@ -19,6 +24,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from pipeline import runs
 from pipeline.aggregate import Estimate, difference, gap_closed, per_document
 from pipeline.cli import reporting
 from pipeline.compose import composed, spelled_out, sweep
@@ -27,7 +33,18 @@ from pipeline.job import prepare
 from pipeline.run import Result, execute
 from pipeline.summary import LABELS, spread
 
-SHARED = ("hydra", "model", "document", "phase", "backend", "outputs", "tracking", "prefill_memory_gb", "seed")
+SHARED = (
+    "hydra",
+    "model",
+    "document",
+    "phase",
+    "backend",
+    "outputs",
+    "tracking",
+    "prefill_memory_gb",
+    "prefill_cache_gb",
+    "seed",
+)
 COMPARED = ("aop/mean", "mass/mean", "ppl/nd", "ppl/delta_nll_context", "ppl/kl", "ppl/top1")
 GAPS = ("aop/mean", "ppl/delta_nll", "ppl/kl")
 
@@ -112,10 +129,17 @@ def compare(overrides: list[str], against: list[str], gap: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="settings as for python -m pipeline, swept over commas")
-    parser.add_argument("--against", nargs="+", required=True, metavar="SETTING", help="the reference configuration")
+    parser.add_argument("--against", nargs="+", metavar="SETTING", help="the reference configuration")
+    parser.add_argument("--runs", action="store_true", help="print finished runs that fit the settings")
+    parser.add_argument("--metrics", nargs="+", default=[], help="metrics that --runs prints")
     parser.add_argument("--gap", action="store_true", help="also the share of the gap from random to oracle")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
+    if arguments.runs == bool(arguments.against):
+        parser.error("give either --against <the reference configuration> or --runs")
     with reporting(sys.argv[1:]):
+        if arguments.runs:
+            runs.show(arguments.overrides, arguments.metrics)
+            return
         compare(arguments.overrides, arguments.against, arguments.gap)
 
 

@@ -1,9 +1,11 @@
 """How overrides are written, and composing configurations without `python -m pipeline`."""
 
 import re
+from contextlib import AbstractContextManager, nullcontext
 from itertools import product
 
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
@@ -34,10 +36,17 @@ def outermost(overrides: list[str]) -> list[str]:
     return ordered
 
 
+def _configuration() -> AbstractContextManager:
+    """Where options are found: by the search path of the application that runs, or else in the project's own folder."""
+    if GlobalHydra.instance().is_initialized():
+        return nullcontext()
+    return initialize_config_dir(conf_dir(), version_base="1.3")
+
+
 def composed(overrides: list[str]) -> DictConfig:
     """The configuration that `python -m pipeline <overrides>` would run."""
     register_resolvers()
-    with initialize_config_dir(conf_dir(), version_base="1.3"):
+    with _configuration():
         return compose("config", overrides=spelled_out(overrides))
 
 
@@ -48,7 +57,7 @@ def sweep(experiment: str | None, overrides: list[str]) -> list[list[str]]:
     """
     register_resolvers()
     preset = [] if experiment is None else [f"experiment={experiment}"]
-    with initialize_config_dir(conf_dir(), version_base="1.3"):
+    with _configuration():
         cfg = compose("config", overrides=preset, return_hydra_config=True)
     preset_params = cfg.hydra.sweeper.params
     # The model's place among the settings is kept by a reference to the option chosen anyway, which need not be said.

@@ -5,8 +5,8 @@
     python -m pipeline.doctor --look          report and change nothing
 
 A run that is RUNNING although its process is gone from this machine is closed as KILLED. A FINISHED run that lacks its
-metrics or its rows becomes FAILED, so that it is measured again. Damaged files of the prefill cache are removed. Runs of
-other machines are only named: call the doctor there, or close them with `--all-hosts` if those machines are gone.
+metrics or its rows becomes FAILED, so that it is measured again. Damaged files of the prefill cache are removed. Runs
+of other machines are only named: call the doctor there, or close them with `--all-hosts` if those machines are gone.
 
 Exit status 0: nothing was wrong. 1: something was, and is put right unless `--look` is given. 2: the store can't be
 opened.
@@ -150,8 +150,8 @@ def main() -> None:
         if not arguments.look:
             repair(findings)
         for finding in findings:
-            done = finding.status and f"set to {finding.status}" or finding.path and "removed"
-            print(f"{finding.what}" + (f": {done}" if done and not arguments.look else ""))
+            done = f": set to {finding.status}" if finding.status else ": removed" if finding.path else ""
+            print(finding.what + ("" if arguments.look else done))
         print(f"{len(findings)} findings in {tracking.store_uri(settings, outputs)}")
         sys.exit(1 if findings else 0)
 

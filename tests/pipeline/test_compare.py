@@ -4,6 +4,7 @@ import pytest
 from pipeline.aggregate import difference, gap_closed
 from pipeline.compare import compare, documents, main
 from pipeline.errors import InputError
+from pipeline.runs import chosen
 
 
 def test_the_paired_interval_is_that_of_the_differences(rng):
@@ -45,7 +46,37 @@ def test_refuses_other_documents(small):
 
 
 def test_the_reference_must_be_given(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["pipeline.compare", "method=tri"])
-    with pytest.raises(SystemExit):
-        main()
-    assert "--against" in capsys.readouterr().err
+    for arguments in (["method=tri"], ["--runs", "--against", "method=tri"]):
+        monkeypatch.setattr("sys.argv", ["pipeline.compare", *arguments])
+        with pytest.raises(SystemExit):
+            main()
+        assert "--against" in capsys.readouterr().err
+
+
+def test_finished_runs_side_by_side_without_measuring(small, run, capsys, monkeypatch):
+    outputs = next(o for o in small if o.startswith("outputs="))
+    first, wide, other = run("method=random"), run("method=random", "budget=100"), run("method=streaming")
+    again = run("method=random", "force=true")
+
+    def ids(*overrides: str) -> list[str]:
+        return [found.info.run_id for found in chosen([outputs, *overrides])]
+
+    assert ids("method=random", "budget=60") == [again.run_id]  # the newest of a configuration
+    assert ids("budget.tokens=60,100") == [wide.run_id, other.run_id, again.run_id]
+    assert ids("method=random,streaming", "document.count=3", "phase.memory.generated=8.0") == ids()
+    assert ids("method=tri") == []
+    monkeypatch.setattr("sys.argv", ["pipeline.compare", "--runs", outputs, "budget=60", "--metrics", "memory/ratio"])
+    main()
+    printed = capsys.readouterr().out
+    assert printed.count("3.33x") == 2 and "Random" in printed and other.run_id[:8] in printed
+    assert first.run_id[:8] not in printed
+    for arguments, words in (
+        (["methd=random"], "no run has logged methd"),
+        (["method=tri"], "no finished run fits"),
+        (["method=random", "--metrics", "aop/men"], "no chosen run has the metric aop/men"),
+        (["method"], "write setting=value"),
+    ):
+        monkeypatch.setattr("sys.argv", ["pipeline.compare", "--runs", outputs, *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 2 and words in capsys.readouterr().err

@@ -51,7 +51,9 @@ def test_damage_is_found_reported_and_rebuilt(backend, cache, caplog, damage):
     content = bytearray(path.read_bytes())
     if damage == "a bit flipped":
         content[-100] ^= 1
-    path.write_bytes({"truncated": content[:-1], "empty": b"", "another file's": b"PK\x03\x04" * 50}.get(damage, content))
+    path.write_bytes(
+        {"truncated": content[:-1], "empty": b"", "another file's": b"PK\x03\x04" * 50}.get(damage, content)
+    )
     assert cache.get(prefill.tokens, 4, "cpu") is None
     assert f"{path} is damaged" in caplog.text and "run again" in caplog.text
     cache.put(prefill, 1.0)

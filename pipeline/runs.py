@@ -1,0 +1,103 @@
+"""Finished runs of the store, chosen by their settings; nothing is measured."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import tracking
+from pipeline.aggregate import Estimate
+from pipeline.compose import composed, spelled_out
+from pipeline.config import TrackingConfig, typed
+from pipeline.errors import InputError
+from pipeline.summary import LABELS, spread
+
+STORE = ("outputs", "tracking")  # settings that say where to look, not for what
+TAGS = ("table", "sweep")
+SHOWN = ("memory/ratio", "aop/mean", "mass/mean", "ppl/nd", "ppl/kl", "ppl/top1", "drift/aop_slope", "retrieval/recall")
+
+
+def _fits(value: str | None, wanted: list[str]) -> bool:
+    """Whether a logged value is one of those wanted; 0.1 and 1e-1 are the same."""
+    if value in wanted:
+        return True
+    try:
+        return float(value) in {float(x) for x in wanted}
+    except (TypeError, ValueError):
+        return False
+
+
+def _logged(run, key: str) -> str | None:
+    """What a run logged for a setting; a group stands for its option, `budget.tokens` for what was really kept."""
+    if key in TAGS:
+        return run.data.tags.get(key)
+    if key == "budget.tokens":
+        return run.data.params.get("budget.resolved")
+    return run.data.params.get(key, run.data.params.get(f"{key}.name"))
+
+
+def chosen(overrides: list[str]) -> list:
+    """The newest finished run of every configuration that fits all of `setting=value,value`.
+
+    Raises
+    ------
+    InputError
+        If there is no store or a setting is one that no run has logged.
+    """
+    pairs = [override.split("=", 1) for override in spelled_out(overrides)]
+    if bad := [pair[0] for pair in pairs if len(pair) < 2]:
+        raise InputError(f"{bad[0]} can't be read: write setting=value or setting=value,value")
+    cfg = composed([f"{k}={v}" for k, v in pairs if k.partition(".")[0] in STORE])
+    settings, outputs = (
+        typed(TrackingConfig, cfg.tracking, "tracking"),
+        Path(OmegaConf.select(cfg, "outputs")).resolve(),
+    )
+    file = tracking.database(settings, outputs)
+    if file is not None and not file.is_file():
+        raise InputError(f"there is no store at {file}: set outputs=<the folder of your runs>")
+    client = tracking.connect(settings, outputs).MlflowClient()
+    runs, token = [], None
+    while token != "":
+        page = client.search_runs(
+            [tracking.experiment_id()], "attributes.status = 'FINISHED'", max_results=1000, page_token=token
+        )
+        runs, token = [*runs, *page], page.token or ""
+    newest = {run.data.tags.get(tracking.CONFIGURATION, run.info.run_id): run for run in reversed(runs)}
+    found = sorted(newest.values(), key=lambda run: run.info.start_time)
+    for key, value in pairs:
+        if key.partition(".")[0] in STORE:
+            continue
+        if found and all(_logged(run, key) is None for run in found):
+            raise InputError(f"no run has logged {key}: choose among the settings of --cfg job, or table, sweep")
+        found = [run for run in found if _fits(_logged(run, key), value.split(","))]
+    return found
+
+
+def show(overrides: list[str], metrics: list[str]) -> None:
+    """Print one row a run and one column a metric, with 95 % intervals."""
+    runs = chosen(overrides)
+    if not runs:
+        raise InputError("no finished run fits: give fewer settings, or measure with python -m pipeline")
+    shown = [m for m in metrics or SHOWN if any(m in run.data.metrics for run in runs)]
+    if missing := [m for m in metrics if m not in shown]:
+        known = sorted({m for run in runs for m in run.data.metrics if not m.endswith(("_low", "_high"))})
+        raise InputError(f"no chosen run has the metric {missing[0]}: choose among {', '.join(known)}")
+    table = Table(title="mean over documents [95 % interval]", title_justify="left", title_style="bold")
+    names = ("method", "tokens", "storage", "model", "documents", "run")
+    for name in (*names[:-1], *shown, names[-1]):
+        table.add_column(name, justify="right" if name in (*shown, "tokens") else "left")
+    for run in runs:
+        params, found = run.data.params, run.data.metrics
+        cells = []
+        for m in shown:
+            bounds = (found.get(f"{m}_{bound}", np.nan) for bound in ("low", "high"))
+            cells.append(spread(Estimate(found[m], *bounds), LABELS.get(m, ("", "{:.3f}"))[1]) if m in found else "-")
+        documents = f"{params.get('document.count')} x {params.get('document.name')}"
+        table.add_row(
+            run.data.tags.get("title"), params.get("budget.resolved"), params.get("storage.name"),
+            params.get("model.name"), documents, *cells, run.info.run_id[:8],
+        )  # fmt: skip
+    Console(highlight=False, width=220 if not sys.stdout.isatty() else None).print(table)
