@@ -81,11 +81,28 @@ def _identity(job: Job) -> str:
     return hashlib.sha256(f"{job.identity} {kind} {dtype}".encode()).hexdigest()[:24]
 
 
+def _refuse_code(name: str, checkpoint: Checkpoint | Weightless) -> None:
+    """Refuse a checkpoint that can only be read by code of its own.
+
+    Asked here and not by transformers, which would ask the person at the keyboard whether to run it.
+    """
+    if isinstance(checkpoint, Weightless) or not {"auto_map", "model_file"} & set(checkpoint.config):
+        return
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    if checkpoint.config.get("model_type") not in CONFIG_MAPPING_NAMES:
+        raise InputError(
+            f"model={name} is of type {checkpoint.config.get('model_type')}, which only code in {checkpoint.folder} "
+            "could load, and no code of a checkpoint runs here: choose a model that transformers knows"
+        )
+
+
 def loaded(settings: Settings, checkpoint: Checkpoint | Weightless) -> tuple[tuple, Backend]:
     """The loaded model and what identifies it; one at a time is kept."""
     config = settings.backend
     key = (checkpoint.hash, config._target_, config.device, config.dtype, config.cache_dtype)
     if key not in _loaded:
+        _refuse_code(settings.model.name, checkpoint)
         _loaded.clear()
         _full_runs.clear()
         backend = _backend_class(config)

@@ -1,0 +1,168 @@
+"""What malformed configurations, documents, model folders, stores and statistics print: docs/malformed_inputs.md.
+
+Each is one sentence and exit status 2, and leaves no finished run. When a sentence changes on purpose, the failing test
+says where the new table lies.
+"""
+
+import json
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import calibrate, cli, tracking
+from spectral_kv.calibration import QueryStatistics
+
+TABLE = Path(__file__).parents[2] / "docs" / "malformed_inputs.md"
+HEAD = """# Malformed inputs
+
+What `python -m pipeline` prints, with exit status 2 and no finished run. `<folder>` stands for a path, `...` for the
+words of another library. `tests/pipeline/test_malformed_inputs.py` makes each of these and checks this table.
+
+| input | what it prints |
+|---|---|
+"""
+
+
+@dataclass
+class Inputs:
+    """Makes inputs in a folder from a whole checkpoint."""
+
+    folder: Path
+    checkpoint: Path
+
+    def model(self, **changed: bytes | None) -> str:
+        """A copy of the checkpoint in which files have another content (None: are not there)."""
+        copy = self.folder / "model"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(self.checkpoint, copy)
+        for name, content in changed.items():
+            path = copy / name.replace("__", ".")
+            if content is None:
+                path.unlink()
+            else:
+                path.write_bytes(content)
+        return f"model.path={copy}"
+
+    def config(self, **changed: object) -> str:
+        config = json.loads((self.checkpoint / "config.json").read_text()) | changed
+        return self.model(config__json=json.dumps({k: v for k, v in config.items() if v is not None}).encode())
+
+    def text(self, content: bytes) -> str:
+        path = self.folder / "text.txt"
+        path.write_bytes(content)
+        return f"document.path={path}"
+
+    def file(self, name: str, content: bytes) -> Path:
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        return path
+
+    def statistics(self, bands: int) -> str:
+        path = self.folder / "statistics.safetensors"
+        QueryStatistics(np.ones((2, 4, bands), complex), np.ones((2, 4, bands))).save(path)
+        return f"model.calibration={path}"
+
+    def truncated_statistics(self) -> str:
+        self.statistics(8)
+        path = self.folder / "statistics.safetensors"
+        path.write_bytes(path.read_bytes()[:-20])
+        return f"model.calibration={path}"
+
+    def pickled(self) -> str:
+        """A .pt file that would run code if it were unpickled."""
+        import torch
+
+        path = self.folder / "statistics.pt"
+        torch.save({"metadata": {}, "stats": re.compile("x")}, path)
+        return str(path)
+
+
+MALFORMED = {
+    # configurations
+    "a budget of no tokens": lambda i: ["budget=0"],
+    "a budget that is a word": lambda i: ["budget.tokens=many"],
+    "a share above one": lambda i: ["budget.ratio=1.5"],
+    "a misspelt setting": lambda i: ["method=wavelet", "method.levles=3"],
+    "an option that does not exist": lambda i: ["method=wavlet"],
+    "an override that can't be parsed": lambda i: ["method=["],
+    "fewer tokens after the prompt than a phase needs": lambda i: ["document.continuation=30"],
+    "a device that does not exist": lambda i: ["backend.device=tpu"],
+    "a cache of less than nothing": lambda i: ["prefill_cache_gb=-1"],
+    "a request to run code of checkpoints": lambda i: ["+backend.trust_remote_code=true"],
+    "a launcher that does not exist": lambda i: ["hydra/launcher=sulrm"],
+    # documents
+    "a text file that is not there": lambda i: ["document=file", f"document.path={i.folder / 'nothing.txt'}"],
+    "a text file that is no text": lambda i: ["document=file", i.text(b"\xff\xfe\x00\x80" * 5000)],
+    "a text that is too short": lambda i: ["document=file", i.text(b"Too short.")],
+    "more windows than there are": lambda i: ["document.count=100000"],
+    # model folders
+    "a model folder that is not there": lambda i: [f"model.path={i.folder / 'nowhere'}"],
+    "weights in a pickle alone": lambda i: [i.model(model__safetensors=None, pytorch_model__bin=b"\x80\x02")],
+    "a configuration that is not JSON": lambda i: [i.model(config__json=b"{")],
+    "a configuration without layers": lambda i: [i.config(num_hidden_layers=None)],
+    "a tokenizer that is damaged": lambda i: [i.model(tokenizer__json=b"{}")],
+    "weights that are cut off": lambda i: [
+        i.model(model__safetensors=(i.checkpoint / "model.safetensors").read_bytes()[:5000])
+    ],
+    "a model that needs code of its own": lambda i: [
+        i.config(model_type="mine", auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"})
+    ],
+    # stores
+    "a store that is no database": lambda i: [f"outputs={i.file('damaged/mlflow.db', b'no database' * 999).parent}"],
+    "a server that does not answer": lambda i: ["tracking.uri=http://localhost:9"],
+    "a store of unknown kind": lambda i: ["tracking.uri=nonsense://x"],
+    "outputs that are a file": lambda i: [f"outputs={i.file('file', b'')}"],
+    # statistics files
+    "no statistics for a method that needs them": lambda i: ["method=tri", "model.calibration=null"],
+    "statistics of another model": lambda i: ["method=tri", i.statistics(bands=5)],
+    "statistics that are cut off": lambda i: ["method=tri", i.truncated_statistics()],
+    "statistics in a pickle with code": lambda i: ["--from-pt", i.pickled(), "--out", str(i.folder / "o.safetensors")],
+}
+FOREIGN = (  # words of other libraries, which change with their versions
+    (r"(can't be (?:used|loaded|read)[^()]*)\(.*\)(: )", r"\1(...)\2"),
+    (r"(can't be loaded: ).*", r"\1..."),
+    (r"(as UTF-8 text )\(.*\)", r"\1(...)"),
+    (r"(does not hold query statistics )\(.*\)", r"\1(...)"),
+    (r"(can't be used: ).*", r"\1..."),
+    (r"\(\d+ tokens, \d+ windows\)", "(...)"),  # of a text that differs between versions of Python
+    (r"(plain tensors )\(\w+\)", r"\1(...)"),
+)
+
+
+def printed(monkeypatch, capsys, settings: list[str], arguments: list[str]) -> str:
+    """The sentence that a call with these arguments ends with."""
+    program = calibrate.main if "--from-pt" in arguments else cli.main
+    monkeypatch.setattr(sys, "argv", ["pipeline", *([] if "--from-pt" in arguments else settings), *arguments])
+    with pytest.raises(SystemExit) as end:
+        program()
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert (end.value.code, len(lines)) == (2, 1), lines
+    return lines[0]
+
+
+def test_thirty_malformed_inputs_print_what_the_table_says(small, checkpoint, monkeypatch, capsys, tmp_path):
+    made = tmp_path / "made"
+    made.mkdir()
+    inputs, rows = Inputs(made, checkpoint), []
+    for name, make in MALFORMED.items():
+        arguments = make(inputs)
+        sentence = printed(monkeypatch, capsys, [*small, "method=random"], arguments)
+        for pattern, words in FOREIGN:
+            sentence = re.sub(pattern, words, sentence)
+        folders = re.compile(rf"({re.escape(str(made))}|{re.escape(str(tmp_path))}|{re.escape(str(checkpoint))})")
+        sentence = folders.sub("<folder>", sentence).replace("|", "\\|").replace("`", "'")
+        rows.append(f"| {name} | `{sentence}` |")
+    outputs = Path(next(o for o in small if o.startswith("outputs=")).removeprefix("outputs="))
+    mlflow = tracking.connect(tracking.TrackingConfig(None, "spectral-kv"), outputs)
+    runs = mlflow.MlflowClient().search_runs([tracking.experiment_id()])
+    assert {run.info.status for run in runs} <= {"FAILED"}
+    table = tmp_path / TABLE.name
+    table.write_text(HEAD + "\n".join(rows) + "\n")
+    assert table.read_text() == TABLE.read_text(), f"if the new sentences are right: cp {table} {TABLE}"
+    assert len(rows) == 30
