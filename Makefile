@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup paper test test-slow lint clean
+.PHONY: help setup paper test test-slow test-faults lint clean
 
 help:           ## List the targets.
 	@grep -E '^[a-z-]+: .*##' Makefile | sed 's/: .*##/\t/'
@@ -23,6 +23,9 @@ test: setup     ## Run the fast tests.
 
 test-slow: setup  ## Run the slow tests.
 	$(BIN)/python -m pytest -m slow
+
+test-faults: setup  ## Kill, interrupt and starve sweeps; several processes; an MLflow server on PostgreSQL.
+	$(BIN)/python -m pytest -m faults
 
 lint: setup     ## Check style and formatting.
 	$(BIN)/ruff check .

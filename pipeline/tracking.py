@@ -76,6 +76,7 @@ def connect(tracking: TrackingConfig, outputs: Path):
         return mlflow
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints what it then raises
     if uri.startswith(("http://", "https://")) and not reachable(uri):
         raise InputError(f"tracking.uri={uri} can't be reached: start the server, or set tracking.uri=null")
     try:
