@@ -55,7 +55,7 @@ def database():
     while subprocess.run(ready, capture_output=True).returncode != 0:
         assert time.monotonic() < deadline and server.poll() is None
         time.sleep(0.2)
-    yield f"postgresql://postgres@127.0.0.1:{port}/postgres"
+    yield f"postgresql+psycopg2://postgres@127.0.0.1:{port}/postgres"
     subprocess.run(
         [*user, programs() / "pg_ctl", "stop", "-D", data, "-m", "immediate"], check=True, capture_output=True
     )
