@@ -64,6 +64,19 @@ def test_a_finished_run_without_its_rows_is_measured_again(run, tmp_path):
     assert not run("method=random").reused and run("method=streaming").run_id == other.run_id
 
 
+def test_a_run_that_was_left_open_is_never_taken_for_done(run, small):
+    from pipeline.run import _identity
+
+    identity = _identity(prepare(composed([*small, "method=random"])))
+    outputs = Path(next(o for o in small if o.startswith("outputs=")).removeprefix("outputs="))
+    client = tracking.connect(LOCAL, outputs).MlflowClient()
+    left = opened(client, identity=identity)
+    first = run("method=random")
+    assert not first.reused and first.run_id != left
+    client.set_terminated(left, "KILLED")
+    assert run("method=random").run_id == first.run_id
+
+
 def test_damaged_cache_files_and_drafts_are_removed(run, tmp_path):
     run("method=random", "document.tokens=210")  # a length that no other test has left in memory
     outputs = tmp_path / "outputs"
