@@ -16,6 +16,7 @@ from pipeline.errors import InputError
 from pipeline.summary import LABELS, spread
 
 STORE = ("outputs", "tracking")  # settings that say where to look, not for what
+ALWAYS = ("method", "tokens", "storage")  # columns that are there even if all runs agree
 TAGS = ("table", "sweep")
 SHOWN = ("memory/ratio", "aop/mean", "mass/mean", "ppl/nd", "ppl/kl", "ppl/top1", "drift/aop_slope", "retrieval/recall")
 
@@ -76,6 +77,19 @@ def chosen(overrides: list[str]) -> list:
     return found
 
 
+def _described(run) -> dict[str, str]:
+    """What tells a run from another."""
+    params = run.data.params
+    return {
+        "method": run.data.tags.get("title", "-"),
+        "tokens": params.get("budget.resolved", "-"),
+        "storage": params.get("storage.name", "-"),
+        "model": params.get("model.name", "-"),
+        "documents": f"{params.get('document.count')} x {params.get('document.tokens')} {params.get('document.name')}",
+        "seed": params.get("seed", "-"),
+    }
+
+
 def show(overrides: list[str], metrics: list[str]) -> None:
     """Print one row a run and one column a metric, with 95 % intervals."""
     runs = chosen(overrides)
@@ -85,19 +99,18 @@ def show(overrides: list[str], metrics: list[str]) -> None:
     if missing := [m for m in metrics if m not in shown]:
         known = sorted({m for run in runs for m in run.data.metrics if not m.endswith(("_low", "_high"))})
         raise InputError(f"no chosen run has the metric {missing[0]}: choose among {', '.join(known)}")
-    table = Table(title="mean over documents [95 % interval]", title_justify="left", title_style="bold")
-    names = ("method", "tokens", "storage", "model", "documents", "run")
-    for name in (*names[:-1], *shown, names[-1]):
+    described = [_described(run) for run in runs]
+    columns = [name for name in described[0] if name in ALWAYS or len({d[name] for d in described}) > 1]
+    same = [f"{name} {value}" for name, value in described[0].items() if name not in columns]
+    title = "; ".join(["mean over documents [95 % interval]", *same])
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name in (*columns, *shown, "run"):
         table.add_column(name, justify="right" if name in (*shown, "tokens") else "left")
-    for run in runs:
-        params, found = run.data.params, run.data.metrics
+    for run, description in zip(runs, described, strict=True):
+        found = run.data.metrics
         cells = []
         for m in shown:
             bounds = (found.get(f"{m}_{bound}", np.nan) for bound in ("low", "high"))
             cells.append(spread(Estimate(found[m], *bounds), LABELS.get(m, ("", "{:.3f}"))[1]) if m in found else "-")
-        documents = f"{params.get('document.count')} x {params.get('document.name')}"
-        table.add_row(
-            run.data.tags.get("title"), params.get("budget.resolved"), params.get("storage.name"),
-            params.get("model.name"), documents, *cells, run.info.run_id[:8],
-        )  # fmt: skip
+        table.add_row(*(description[name] for name in columns), *cells, run.info.run_id[:8])
     Console(highlight=False, width=220 if not sys.stdout.isatty() else None).print(table)
