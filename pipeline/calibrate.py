@@ -22,7 +22,7 @@ from pipeline.errors import InputError
 from pipeline.job import prepare
 from pipeline.progress import progress
 from spectral_kv.backends.base import Backend
-from spectral_kv.calibration import Accumulator, QueryStatistics
+from spectral_kv.calibration import Accumulator
 from spectral_kv.xp import float32, to_numpy
 
 
@@ -54,8 +54,10 @@ def calibrate(overrides: list[str], out: Path | None) -> Path:
 
 def convert(source: Path, out: Path) -> Path:
     """Write what a file of the authors' code holds to `out` and return it."""
+    from spectral_kv.backends.torch_statistics import read_pt
+
     try:
-        statistics = QueryStatistics.from_pt(source)
+        statistics = read_pt(source)
     except (OSError, ValueError) as error:
         raise InputError(f"--from-pt: {error}") from None
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -47,6 +47,8 @@ def to_numpy(x: Array) -> np.ndarray:
     if hasattr(x, "detach"):  # torch: off the graph and the accelerator, bfloat16 widened
         x = x.detach().cpu()
         return (x.float() if x.dtype.is_floating_point and x.element_size() == 2 else x).numpy()
+    if hasattr(xp := namespace(x), "bfloat16") and x.dtype == xp.bfloat16:  # MLX
+        x = xp.astype(x, xp.float32)
     return np.asarray(x)
 
 

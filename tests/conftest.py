@@ -12,9 +12,14 @@ import numpy as np
 import pytest
 
 from pipeline.config import PACKAGE
+from spectral_kv.backends.fast_blas import fast_blas
 from spectral_kv.rope import Rope
 
 REFERENCE = PACKAGE / "reference_model" / "checkpoint"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    fast_blas()  # before a test imports MLX
 
 
 @pytest.fixture(scope="session")

@@ -118,7 +118,7 @@ class Compressor:
         self.backend.synchronize()
         start = time.perf_counter()
         scores = self._scores(full.prefill, document, queries, future)
-        self.backend.synchronize()
+        self.backend.synchronize(scores)
         return scores, time.perf_counter() - start
 
     def recompress(self, cache: Cache, document: int, queries: list[Array], future: list[Array] | None = None) -> Cache:

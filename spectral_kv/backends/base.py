@@ -10,7 +10,26 @@ from spectral_kv.rope import Rope
 from spectral_kv.storage.base import Storage
 from spectral_kv.xp import Array
 
-Cache = Any  # the backend's own cache object
+
+class Cache(Protocol):
+    """What attention reads, in a backend's own form; extending it changes it.
+
+    It has rows, which may be fewer than its `position`, the logical position of the next token. `batch` is its number
+    of equal sequences, `nbytes` what must live to continue decoding, `allocated` the same with room to grow.
+    """
+
+    position: int
+    batch: int
+    nbytes: int
+    allocated: int
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many tokens more at once, where tokens take room of their own."""
+        ...
+
+    def copy(self) -> "Cache":
+        """A cache that can be extended without touching this one."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -101,7 +120,8 @@ class Backend(Protocol):
     def compress(self, prefill: Prefill, kept: list[Array] | None, storage: Storage, batch: int = 1) -> Cache:
         """A cache with the kept tokens `[kv_heads, kept]` of every layer (all tokens if None).
 
-        It shares nothing with the prefill. `batch` is a number of equal sequences, for timing.
+        Nothing done to it changes the prefill, and it does not keep what was evicted alive. `batch` is a number of
+        equal sequences, for timing.
         """
         ...
 
@@ -140,6 +160,6 @@ class Backend(Protocol):
         """Most bytes allocated on the device since the last call, or None where nobody counts them."""
         ...
 
-    def synchronize(self) -> None:
-        """Wait until queued work is done, so that a clock can be read."""
+    def synchronize(self, *results: Any) -> None:
+        """Wait until queued work is done, and `results`, arrays in lists, are computed, so that a clock can be read."""
         ...

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils.logging import disable_progress_bar
 
 from spectral_kv.backends.base import Contents, Extension, ModelShape, Prefill
+from spectral_kv.backends.suitable import attends_to_all, can_be_unrotated, depends_on_length
 from spectral_kv.rope import Rope
 from spectral_kv.storage.base import Storage, Stored
 from spectral_kv.storage.dense import DenseTokens
@@ -21,7 +23,6 @@ from spectral_kv.xp import rows, to_numpy
 
 ATTENTION = "spectral_kv"
 ROOM = 256  # tokens
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 _observed: ContextVar[dict[int, torch.Tensor] | None] = ContextVar("observed", default=None)
 
@@ -177,19 +178,11 @@ class TorchBackend:
         model.set_attn_implementation(ATTENTION)
         self.model = model.to(self.device).eval()
         config = model.config
-        sliding = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-        if sliding or (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)):
-            raise ValueError(
-                f"{folder} has layers that do not attend to all tokens; such models can't be compressed here"
-            )
+        attends_to_all(config, folder)
         rotary = getattr(model.base_model, "rotary_emb", None)
         if rotary is None:
             raise ValueError(f"{folder} is of type {config.model_type}, which has no rotary position embedding")
-        if rotary.rope_type in LENGTH_DEPENDENT_ROPE:
-            raise ValueError(
-                f"{folder} uses RoPE type {rotary.rope_type}, whose frequencies change with the prompt; "
-                "cached keys can't be un-rotated"
-            )
+        depends_on_length(rotary.rope_type, folder)
         self.rope = Rope(rotary.inv_freq.cpu().double().numpy(), float(rotary.attention_scaling))
         attention = model.base_model.layers[0].self_attn
         self.scaling = float(attention.scaling)
@@ -200,8 +193,7 @@ class TorchBackend:
             attention.head_dim,
             config.vocab_size,
         )
-
-        self._check_rotation(folder)
+        can_be_unrotated(self, folder)
 
     @staticmethod
     def place(device: str, dtype: str) -> tuple[str, str]:
@@ -218,19 +210,6 @@ class TorchBackend:
             raise ValueError(f"backend.device={device} needs a CUDA build of torch and a GPU: set backend.device=cpu")
         self.device = torch.device(device)
         self.dtype, self.cache_dtype = getattr(torch, dtype), getattr(torch, cache_dtype)
-
-    def _check_rotation(self, folder: str) -> None:
-        """Refuse rotations that `Rope` does not describe (interleaved, partial).
-
-        In the first layer equal tokens have equal keys before rotation, so un-rotated keys must not depend on position.
-        """
-        keys = self.prefill(np.full(8, 5), observe=1).keys[0].float()
-        if 2 * len(self.rope.inv_freq) == self.shape.dim:
-            unrotated = self.rope.unrotate(keys, np.arange(8))
-            spread = (unrotated - unrotated[:, :1]).norm() / unrotated.norm()
-            if spread < 0.03:
-                return
-        raise ValueError(f"{folder} rotates keys in another way than Llama and Qwen do; they can't be un-rotated")
 
     def _ids(self, tokens: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(np.asarray(tokens, dtype=np.int64), device=self.device)[None]
@@ -330,6 +309,6 @@ class TorchBackend:
         torch.cuda.reset_peak_memory_stats(self.device)
         return peak
 
-    def synchronize(self) -> None:
+    def synchronize(self, *results: Any) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ClassVar
 
 from array_api_compat import is_torch_array
 
@@ -134,6 +134,8 @@ class QuantizedCacheStorage:
     sinks: int = 4
     recent: int = 128
     flush: int = 64
+
+    torch_only: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.library not in MODULES:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3Config,
 from pipeline.calibrate import observed
 from pipeline.config import PACKAGE
 from spectral_kv.backends.torch import TorchBackend
+from spectral_kv.backends.torch_statistics import read_pt
 from spectral_kv.calibration import Accumulator, QueryStatistics
 
 SIZES = dict(
@@ -142,7 +143,7 @@ def test_refuses_statistics_that_no_queries_have(wrong, found, tmp_path):
     with pytest.raises(ValueError, match=where):
         QueryStatistics.load(tmp_path / "s.safetensors", (2, 3, 4))
     with pytest.raises(ValueError, match=where):
-        QueryStatistics.from_pt(tmp_path / "s.pt")
+        read_pt(tmp_path / "s.pt")
 
 
 def test_equal_queries_are_possible_whatever_rounding_does(tmp_path, statistics):
@@ -161,7 +162,7 @@ def test_reads_the_files_of_the_authors_in_any_order_of_heads(tmp_path, statisti
     content = authors_format(statistics)
     content["stats"] = dict(reversed(content["stats"].items()))
     torch.save(content, tmp_path / "s.pt")
-    loaded = QueryStatistics.from_pt(tmp_path / "s.pt")
+    loaded = read_pt(tmp_path / "s.pt")
     assert loaded.mu.shape == (2, 3, 4)
     np.testing.assert_allclose(loaded.mu, statistics.mu, rtol=1e-6)
     np.testing.assert_allclose(loaded.modulus, statistics.modulus, rtol=1e-6)
@@ -179,7 +180,7 @@ def test_reads_16_bit_tensors_and_metadata_that_name_neither_rotation_nor_size(t
     for head in content["stats"].values():
         head.update({part: tensor.bfloat16() for part, tensor in head.items()})
     torch.save(content, tmp_path / "s.pt")
-    np.testing.assert_allclose(QueryStatistics.from_pt(tmp_path / "s.pt").modulus, statistics.modulus, rtol=1e-2)
+    np.testing.assert_allclose(read_pt(tmp_path / "s.pt").modulus, statistics.modulus, rtol=1e-2)
 
 
 class Hostile:
@@ -203,7 +204,7 @@ class Hostile:
 def test_executes_nothing_of_a_file(save, trusting_load, tmp_path, statistics):
     save(authors_format(statistics) | {"more": Hostile(tmp_path / "made")}, tmp_path / "s.pt")
     with pytest.raises(ValueError, match="not a file of plain tensors"):
-        QueryStatistics.from_pt(tmp_path / "s.pt")
+        read_pt(tmp_path / "s.pt")
     assert not (tmp_path / "made").exists()
     trusting_load(tmp_path / "s.pt")
     assert (tmp_path / "made").exists()  # the object does what it says where a file is trusted
@@ -270,7 +271,7 @@ def test_refuses_files_of_the_authors_that_would_give_wrong_scores(spoil, why, t
     spoil(content)
     torch.save(content, tmp_path / "s.pt")
     with pytest.raises(ValueError, match=why) as refusal:
-        QueryStatistics.from_pt(tmp_path / "s.pt")
+        read_pt(tmp_path / "s.pt")
     assert str(tmp_path / "s.pt") in str(refusal.value) and "python -m pipeline.calibrate" in str(refusal.value)
 
 
@@ -279,7 +280,7 @@ def test_refuses_files_of_the_authors_that_would_give_wrong_scores(spoil, why, t
 def test_refuses_tensors_that_are_no_statistics(content, tmp_path):
     torch.save(content, tmp_path / "s.pt")
     with pytest.raises(ValueError, match="does not hold `metadata`"):
-        QueryStatistics.from_pt(tmp_path / "s.pt")
+        read_pt(tmp_path / "s.pt")
 
 
 @pytest.mark.parametrize("written", [b"", b"not tensors", pickle.dumps([1, 2]), b"PK\x03\x04broken"], ids=str)
@@ -287,9 +288,9 @@ def test_refuses_tensors_that_are_no_statistics(content, tmp_path):
 def test_refuses_damaged_files_of_the_authors(written, tmp_path):
     (tmp_path / "s.pt").write_bytes(written)
     with pytest.raises(ValueError, match="not a file of plain tensors"):
-        QueryStatistics.from_pt(tmp_path / "s.pt")
+        read_pt(tmp_path / "s.pt")
 
 
 def test_says_when_there_is_no_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pt"):
-        QueryStatistics.from_pt(tmp_path / "nowhere.pt")
+        read_pt(tmp_path / "nowhere.pt")
