@@ -87,21 +87,32 @@ def show(title: str, results: list[Result], estimates: list[dict[str, Estimate]]
     metrics = [m for m in LABELS if any(m in e for e in estimates)]
     metrics += sorted({m for e in estimates for m in e} - set(metrics))
     table = Table(title=title, title_justify="left", title_style="bold")
-    for name in ("method", "tokens", "storage", *metrics):
-        table.add_column(name, justify="left" if name in ("method", "storage") else "right")
+    names = ["method", "tokens", "storage"] + ["backend"] * (len({r.backend for r in results}) > 1)
+    for name in (*names, *metrics):
+        table.add_column(name, justify="left" if name in ("method", "storage", "backend") else "right")
     for result, row in zip(results, estimates, strict=True):
         cells = [spread(row[m], "{:+.3f}") if m in row else "-" for m in metrics]
-        table.add_row(result.title, str(result.budget or "all"), result.storage, *cells)
+        about = [result.title, str(result.budget or "all"), result.storage, result.backend]
+        table.add_row(*about[: len(names)], *cells)
     Console(highlight=False, width=200 if not sys.stdout.isatty() else None).print(table)
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
 
 
 def compare(overrides: list[str], against: list[str], gap: bool) -> None:
     """Measure what is missing, print the differences and add them to the runs."""
     overrides = spelled_out(overrides)
-    shared = [o for o in overrides if o.lstrip("+~").partition("=")[0].partition(".")[0] in SHARED]
+    own = {_key(o) for o in against}
+    shared = [
+        o for o in overrides if (group := _key(o).partition(".")[0]) in SHARED and own.isdisjoint((group, _key(o)))
+    ]
     jobs = [prepare(composed(job)) for job in sweep(None, overrides)]
     if len({job.document_hash for job in jobs}) > 1:
         raise InputError("only runs on the same documents can be compared: give one value for document settings")
+    if swept := [o for o in shared if len(sweep(None, [o])) > 1]:
+        raise InputError(f"{swept[0]} has several values: say after --against which one to compare with")
     reference = prepare(composed([*shared, *against]))
     if reference.document_hash != jobs[0].document_hash:
         raise InputError("--against names other documents: only runs on the same documents can be compared")
@@ -111,7 +122,8 @@ def compare(overrides: list[str], against: list[str], gap: bool) -> None:
     values = documents(base)
     name = f"{reference.settings.method.name}-{base.budget or 'all'}-{base.storage}"
     differences = compared(tables, COMPARED, lambda table, m: paired(table[m], values[m]))
-    show(f"difference to {name}: mean over documents [95 % interval, paired]", results, differences)
+    place = f" on {base.backend}" if any(result.backend != base.backend for result in results) else ""
+    show(f"difference to {name}{place}: mean over documents [95 % interval, paired]", results, differences)
     for result, estimates in zip(results, differences, strict=True):
         log(result, estimates, f"vs_{name}")
     if gap:

@@ -27,6 +27,7 @@ from spectral_kv.storage.base import Storage
 from spectral_kv.synthetic import SyntheticModel
 
 DTYPES = ("float32", "bfloat16", "float16")
+MLX = "spectral_kv.backends.mlx.MLXBackend"
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -136,14 +137,26 @@ class BackendConfig:
     dtype: str
     cache_dtype: str
 
+    devices: ClassVar[tuple[str, str]] = (r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:<number>")
+
     def __post_init__(self):
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise ValueError(f"backend.device={self.device} is not known: choose auto, cpu, cuda or cuda:<number>")
+        pattern, choices = self.devices
+        if not re.fullmatch(pattern, self.device):
+            raise ValueError(f"backend.device={self.device} is not known to backend={self.name}: choose {choices}")
         for name, choices in (("dtype", ("auto", *DTYPES)), ("cache_dtype", DTYPES)):
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"backend.{name}={getattr(self, name)} is not known: choose one of {', '.join(choices)}"
                 )
+
+
+@dataclass
+class MLXConfig(BackendConfig):
+    """`backend` for MLX, which numbers no GPUs and can be given another BLAS."""
+
+    fast_blas: bool
+
+    devices: ClassVar[tuple[str, str]] = (r"auto|cpu|gpu", "auto, cpu or gpu")
 
 
 @dataclass
@@ -291,7 +304,7 @@ def check(cfg: DictConfig) -> Settings:
                 f"phase.{name} needs {phase.needs} tokens after the prompt "
                 f"but document.continuation={documents.continuation}: raise the latter"
             )
-    backend = typed(BackendConfig, cfg.backend, "backend")
+    backend = typed(MLXConfig if cfg.backend._target_ == MLX else BackendConfig, cfg.backend, "backend")
     if importlib.util.find_spec(backend._target_.partition(".")[0] or "-") is None:
         raise InputError(f"backend._target_={backend._target_} can't be found: write the full path of a class")
     general = typed(GeneralConfig, OmegaConf.create({f.name: cfg.get(f.name) for f in fields(GeneralConfig)}), "")

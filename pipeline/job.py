@@ -3,10 +3,11 @@
 import hashlib
 import inspect
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import spectral_kv
 from pipeline.checkpoint import Checkpoint, Weightless, locate
-from pipeline.config import PACKAGE, Settings, check
+from pipeline.config import MLX, PACKAGE, BackendConfig, Settings, check
 from pipeline.documents.base import Asked, content_hash
 from pipeline.errors import InputError
 from pipeline.tracking import writable
@@ -24,6 +25,7 @@ from spectral_kv.storage.base import Storage
 from spectral_kv.storage.dense import Dense
 
 DECISIVE = ("torch", "transformers", "numpy", "PyWavelets")  # packages whose version may change a result
+DECISIVE_FOR = {MLX: ("mlx", "mlx-lm")}  # and those of one backend
 # What decides where a result is written or how it is computed, not what it is; contents are hashed instead of paths.
 NOT_IDENTITY = {"outputs", "tracking", "force", "prefill_memory_gb", "prefill_cache_gb", "grid"}
 # Sources that no number depends on: the tables, the recipe of the model, what is printed, logged or drawn.
@@ -79,6 +81,26 @@ class Job:
     versions: dict[str, str]  # of the packages that may change a result
 
 
+def not_installed(backend: BackendConfig, reason: object) -> InputError:
+    """What to do about a backend whose packages are missing."""
+    remedy = "pip install 'spectral-kv[mlx]'" if backend._target_ == MLX else "install its packages"
+    return InputError(f"backend={backend.name} can't be imported ({reason}): {remedy}, or choose backend=torch")
+
+
+def _versions(backend: BackendConfig) -> dict[str, str]:
+    try:
+        return {name: version(name) for name in (*DECISIVE, *DECISIVE_FOR.get(backend._target_, ()))}
+    except PackageNotFoundError as error:
+        raise not_installed(backend, f"no package {error.name}") from None
+
+
+def timing_note(backend: BackendConfig) -> str | None:
+    """What has to be said beside the times that a backend takes on this machine."""
+    if backend._target_ == MLX and sys.platform != "darwin":
+        return f"times of MLX on {sys.platform} are not representative of Apple silicon"
+    return None
+
+
 def _agrees(settings: Settings, checkpoint: Checkpoint | Weightless) -> None:
     """Refuse a backend or a phase that is for another sort of model."""
     model, backend, weightless = settings.model.name, settings.backend, isinstance(checkpoint, Weightless)
@@ -91,6 +113,11 @@ def _agrees(settings: Settings, checkpoint: Checkpoint | Weightless) -> None:
         raise InputError(
             f"backend={backend.name} makes keys and values up and can't load model={model}: "
             "choose model=synthetic, or backend=torch"
+        )
+    if backend._target_ == MLX and getattr(settings.storage, "torch_only", False):
+        raise InputError(
+            f"storage={settings.storage_name} holds torch tensors alone: choose storage=turboquant_4bit with "
+            f"backend={backend.name}, or backend=torch"
         )
     for name, phase in settings.phases.items():
         if weightless and getattr(phase, "predicts", False):
@@ -171,7 +198,7 @@ def prepare(cfg: DictConfig) -> Job:
         [*windows, *(tokens for asked in lookups for one in asked for tokens in (one.question, one.answer))]
     )
     what["prompt"] = settings.documents.tokens
-    what["versions"] = versions = {name: version(name) for name in DECISIVE}
+    what["versions"] = versions = _versions(settings.backend)
     what["code"] = code_hash = code_fingerprint(settings.method.scorer, settings.storage, *settings.phases.values())
     what["budget"] = asdict(budget) if budget else None
     if statistics is not None:

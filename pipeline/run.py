@@ -20,7 +20,7 @@ from pipeline.aggregate import Estimate, aggregate, per_turn
 from pipeline.checkpoint import Checkpoint, Weightless
 from pipeline.config import BackendConfig, Settings
 from pipeline.errors import InputError, exhausted
-from pipeline.job import NOT_IDENTITY, Job
+from pipeline.job import NOT_IDENTITY, Job, not_installed, timing_note
 from pipeline.phases.base import Context
 from pipeline.progress import progress
 from pipeline.record import ROWS, tracked
@@ -28,6 +28,7 @@ from pipeline.stages.compress import Compressor, foresees, observed
 from pipeline.stages.prefill import FullRuns
 from pipeline.stages.prefill_cache import PrefillCache
 from spectral_kv.backends.base import Backend
+from spectral_kv.backends.fast_blas import fast_blas
 from spectral_kv.scorers.base import Scorer
 from spectral_kv.xp import to_numpy
 
@@ -47,11 +48,13 @@ class Result:
     title: str
     budget: int | None
     storage: str
+    backend: str
     model: str
     documents: str
     reads: str
     store: str
     reused: bool
+    timing_note: str | None = None
 
     def estimate(self, metric: str) -> Estimate | None:
         """A metric with its interval, or None if the run did not measure it."""
@@ -64,8 +67,12 @@ class Result:
 
 def _backend_class(config: BackendConfig) -> type[Backend]:
     module, _, name = config._target_.rpartition(".")
+    if getattr(config, "fast_blas", False):
+        fast_blas()
     try:
         return getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise not_installed(config, error) from None
     except AttributeError:
         raise InputError(f"backend._target_={config._target_} is not there: write the full path of a class") from None
 
@@ -137,8 +144,9 @@ def _result(job: Job, run_id: str, metrics: dict[str, float], reused: bool) -> R
     return Result(
         run_id, metrics, settings.method.title,
         job.budget.tokens if job.budget else None,
-        settings.storage_name, settings.model.name, _documents(job),
+        settings.storage_name, settings.backend.name, settings.model.name, _documents(job),
         reads(settings.method.scorer), tracking.store_uri(settings.tracking, settings.outputs), reused,
+        timing_note(settings.backend),
     )  # fmt: skip
 
 
@@ -248,12 +256,14 @@ def _tags(job: Job, identity: str) -> dict[str, str]:
     return {
         **tracking.environment(),
         **tracking.membership(settings.tracking),
+        **{f"version.{name}": number for name, number in job.versions.items()},
         tracking.CONFIGURATION: identity,
         "hash.model": job.checkpoint.hash,
         "hash.document": job.document_hash,
         "hash.code": job.code_hash,
         "method": settings.method.name,
         "title": settings.method.title,
+        "timings": timing_note(settings.backend) or "of this machine",
         "mlflow.note.content": note,
     }
 
@@ -268,8 +278,8 @@ def execute(job: Job) -> Result:
     """
     settings = job.settings
     try:
-        mlflow = tracking.connect(settings.tracking, settings.outputs)
         identity = _identity(job)
+        mlflow = tracking.connect(settings.tracking, settings.outputs)
         with tracking.claim(settings.outputs, identity):
             if not settings.force and (run := tracking.find_finished(mlflow, identity)):
                 tracking.join(mlflow, run, settings.tracking)

@@ -56,7 +56,7 @@ def show(result: Result) -> None:
     console = Console(highlight=False)
     budget = "all tokens" if result.budget is None else f"{result.budget} tokens"
     table = Table(
-        title=f"{result.title}, {budget}, {result.storage}, model {result.model}",
+        title=f"{result.title}, {budget}, {result.storage}, model {result.model} on {result.backend}",
         title_justify="left",
         title_style="bold",
     )
@@ -87,4 +87,6 @@ def show(result: Result) -> None:
             f"{metrics['prefill/computed']:.0f} prefills computed, {metrics['prefill/reused']:.0f} reused",
             soft_wrap=True,
         )
+    if result.timing_note:
+        console.print(f"Note: {result.timing_note}.")
     console.print(f"MLflow run {result.run_id}   mlflow ui --backend-store-uri {result.store}", soft_wrap=True)
