@@ -84,6 +84,7 @@ def _described(run) -> dict[str, str]:
         "method": run.data.tags.get("title", "-"),
         "tokens": params.get("budget.resolved", "-"),
         "storage": params.get("storage.name", "-"),
+        "backend": params.get("backend.name", "-"),
         "model": params.get("model.name", "-"),
         "documents": f"{params.get('document.count')} x {params.get('document.tokens')} {params.get('document.name')}",
         "seed": params.get("seed", "-"),

@@ -20,6 +20,7 @@ from pipeline.config import conf_dir
 from pipeline.errors import InputError
 from pipeline.job import prepare
 from pipeline.run import Result, execute, loaded
+from pipeline.runs import show as side_by_side
 from pipeline.stages.compress import Compressor, foresees, observed
 from pipeline.stages.prefill import FullRun
 from pipeline.summary import show
@@ -151,6 +152,9 @@ def test_comparing_backends_prints_which_is_which(small, capsys):
     assert "streaming-60-dense on torch" in printed
     header = next(line for line in printed.splitlines() if "storage" in line)
     assert "backend" in header and {"mlx", "torch"} <= set(printed.split())
+    side_by_side([next(o for o in own if o.startswith("outputs=")), "method=knorm"], ["aop/mean"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "Knorm" in line]
+    assert sorted(name for row in rows for name in row if name in ("mlx", "torch")) == ["mlx", "torch"]
     with pytest.raises(InputError, match=r"backend=torch,mlx has several values: say after --against"):
         compare(settings, reference, gap=False)
 
