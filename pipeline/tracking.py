@@ -22,7 +22,6 @@ from pipeline.config import TrackingConfig
 from pipeline.errors import InputError
 
 PACKAGES = ("torch", "transformers", "numpy", "PyWavelets", "hydra-core", "mlflow")
-KIND = "mlflow.experimentKind"  # tag of an experiment
 CONFIGURATION = "identity"  # tag that holds the hash of everything that determines a result
 
 _connected: tuple | None = None  # the store that mlflow points to: opening one takes most of a second
@@ -84,7 +83,7 @@ def connect(tracking: TrackingConfig, outputs: Path):
     try:
         mlflow.set_tracking_uri(uri)
         if uri.startswith(("http://", "https://")):  # the server decides where artifacts go
-            _experiment_id = _opened(mlflow, tracking.experiment)
+            _experiment_id = mlflow.set_experiment(tracking.experiment).experiment_id
         else:
             with FileLock(outputs / "mlflow.lock"):
                 _experiment_id = _prepared(mlflow, tracking.experiment, outputs, file)
@@ -104,15 +103,7 @@ def _prepared(mlflow, experiment: str, outputs: Path, file: Path | None) -> str:
         store.close()
     if mlflow.get_experiment_by_name(experiment) is None:
         mlflow.create_experiment(experiment, artifact_location=(outputs / "artifacts").as_uri())
-    return _opened(mlflow, experiment)
-
-
-def _opened(mlflow, experiment: str) -> str:
-    """The id of the experiment, which is marked so that the UI's table of runs has columns for metrics."""
-    found = mlflow.set_experiment(experiment)
-    if KIND not in found.tags:
-        mlflow.MlflowClient().set_experiment_tag(found.experiment_id, KIND, "custom_model_development")
-    return found.experiment_id
+    return mlflow.set_experiment(experiment).experiment_id
 
 
 def _unusable(error: Exception, tracking: TrackingConfig, outputs: Path) -> InputError:
