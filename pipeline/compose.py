@@ -44,10 +44,17 @@ def _configuration() -> AbstractContextManager:
 
 
 def composed(overrides: list[str]) -> DictConfig:
-    """The configuration that `python -m pipeline <overrides>` would run."""
+    """The configuration that `python -m pipeline <overrides>` would run.
+
+    A preset names the table that the run is for, as Hydra's own record of choices does there.
+    """
     register_resolvers()
     with _configuration():
-        return compose("config", overrides=spelled_out(overrides))
+        cfg = compose("config", overrides=spelled_out(overrides))
+    for override in overrides:
+        if override.startswith("experiment=") and cfg.tracking.table is None:
+            cfg.tracking.table = override.removeprefix("experiment=")
+    return cfg
 
 
 def sweep(experiment: str | None, overrides: list[str]) -> list[list[str]]:

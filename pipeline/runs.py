@@ -21,9 +21,9 @@ TAGS = ("table", "sweep")
 SHOWN = ("memory/ratio", "aop/mean", "mass/mean", "ppl/nd", "ppl/kl", "ppl/top1", "drift/aop_slope", "retrieval/recall")
 
 
-def _fits(value: str | None, wanted: list[str]) -> bool:
-    """Whether a logged value is one of those wanted; 0.1 and 1e-1 are the same."""
-    if value in wanted:
+def _fits(key: str, value: str | None, wanted: list[str]) -> bool:
+    """Whether a logged value is one of those wanted; 0.1 and 1e-1 are the same, and a run may be in several tables."""
+    if value in wanted or (key == "table" and set(wanted) & set((value or "").split(","))):
         return True
     try:
         return float(value) in {float(x) for x in wanted}
@@ -73,7 +73,7 @@ def chosen(overrides: list[str]) -> list:
             continue
         if found and all(_logged(run, key) is None for run in found):
             raise InputError(f"no run has logged {key}: choose among the settings of --cfg job, or table, sweep")
-        found = [run for run in found if _fits(_logged(run, key), value.split(","))]
+        found = [run for run in found if _fits(key, _logged(run, key), value.split(","))]
     return found
 
 

@@ -180,10 +180,11 @@ def membership(tracking: TrackingConfig) -> dict[str, str]:
 
 
 def join(mlflow, run, tracking: TrackingConfig) -> None:
-    """Tag a run that was found finished with the table that asked for it; the sweep that measured it stays."""
+    """Add the table that asked for a finished run to those in its tag; the sweep that measured it stays."""
+    tables = {name for name in run.data.tags.get("table", "").split(",") if name}
     table = membership(tracking).get("table")
-    if table is not None and run.data.tags.get("table") != table:
-        mlflow.MlflowClient().set_tag(run.info.run_id, "table", table)
+    if table is not None and table not in tables:
+        mlflow.MlflowClient().set_tag(run.info.run_id, "table", ",".join(sorted({*tables, table})))
 
 
 def environment() -> dict[str, str]:

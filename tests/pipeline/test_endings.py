@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pipeline import cli, record, tracking
+from pipeline.compose import composed
 from pipeline.errors import DiskFull, Exhausted, exhausted
 from pipeline.phases.memory import Memory
 from pipeline.runs import chosen
@@ -123,7 +124,8 @@ def test_reasons_are_found_behind_other_errors():
 
 def test_runs_carry_what_people_and_the_doctor_look_for(run):
     result = run("method=random", "tracking.table=first", "tracking.sweep=mine")
-    (found,) = chosen([f"outputs={result.store.removeprefix('sqlite:///').removesuffix('/mlflow.db')}", "table=first"])
+    outputs = f"outputs={result.store.removeprefix('sqlite:///').removesuffix('/mlflow.db')}"
+    (found,) = chosen([outputs, "table=first"])
     tags = found.data.tags
     assert tags["sweep"] == "mine" and {"process.host", "process.pid", "process.started"} <= set(tags)
     assert "Random" in tags["mlflow.note.content"] and "60 of 200 tokens" in tags["mlflow.note.content"]
@@ -135,7 +137,9 @@ def test_runs_carry_what_people_and_the_doctor_look_for(run):
     assert figures == {"figures/kept_tokens.png", "figures/aop_by_layer.png"}
     assert {file.path for file in client.list_artifacts(found.info.run_id)} == {"config.yaml", "figures", "rows.json"}
     assert run("method=random", "tracking.table=second").run_id == result.run_id
-    assert client.get_run(result.run_id).data.tags["table"] == "second"  # found for another table
+    assert client.get_run(result.run_id).data.tags["table"] == "first,second"  # found for another table
+    assert [r.info.run_id for r in chosen([outputs, "table=second"])] == [result.run_id]
+    assert composed(["experiment=paper"]).tracking.table == "paper" and composed([]).tracking.table is None
 
 
 def test_turns_are_curves(run):

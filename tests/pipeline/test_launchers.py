@@ -144,16 +144,19 @@ def test_slurm_runs_one_task_a_model_with_the_grid_inside(small, checkpoint, tmp
 
 
 @pytest.mark.faults
-def test_eight_processes_on_a_fresh_store_all_leave_their_runs(small, tmp_path):
+def test_eight_processes_on_a_fresh_store_all_leave_their_runs_and_nothing_elsewhere(small, tmp_path):
     settings = [o for o in small if not o.startswith(("outputs=", "budget.tokens="))]
-    outputs = tmp_path / "fresh"
+    outputs, here = tmp_path / "fresh", tmp_path / "here"
+    here.mkdir()
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "pipeline", *settings, f"outputs={outputs}", "method=random", f"budget={budget}"],
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            cwd=here,
         )
         for budget in range(60, 68)
     ]  # fmt: skip
     errors = [process.communicate(timeout=600)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * 8, errors
     assert {budget for _, budget in numbers(outputs)} == {str(budget) for budget in range(60, 68)}
+    assert list(here.iterdir()) == []  # everything a run writes is in the outputs folder
