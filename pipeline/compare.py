@@ -43,6 +43,7 @@ SHARED = (
     "tracking",
     "prefill_memory_gb",
     "prefill_cache_gb",
+    "prefill_cache_least_s",
     "seed",
 )
 COMPARED = ("aop/mean", "mass/mean", "ppl/nd", "ppl/delta_nll_context", "ppl/kl", "ppl/top1")

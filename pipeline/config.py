@@ -179,6 +179,7 @@ class GeneralConfig:
     force: bool
     prefill_memory_gb: float
     prefill_cache_gb: float
+    prefill_cache_least_s: float
 
     def __post_init__(self):
         for name in ("prefill_memory_gb", "prefill_cache_gb"):
@@ -204,6 +205,7 @@ class Settings:
     force: bool
     prefill_memory_gb: float
     prefill_cache_gb: float
+    prefill_cache_least_s: float
 
 
 def _sentence(error: Exception) -> str:
@@ -323,4 +325,5 @@ def check(cfg: DictConfig) -> Settings:
         force=general.force,
         prefill_memory_gb=general.prefill_memory_gb,
         prefill_cache_gb=general.prefill_cache_gb,
+        prefill_cache_least_s=general.prefill_cache_least_s,
     )

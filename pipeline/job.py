@@ -27,7 +27,15 @@ from spectral_kv.storage.dense import Dense
 DECISIVE = ("torch", "transformers", "numpy", "PyWavelets")  # packages whose version may change a result
 DECISIVE_FOR = {MLX: ("mlx", "mlx-lm")}  # and those of one backend
 # What decides where a result is written or how it is computed, not what it is; contents are hashed instead of paths.
-NOT_IDENTITY = {"outputs", "tracking", "force", "prefill_memory_gb", "prefill_cache_gb", "grid"}
+NOT_IDENTITY = {
+    "outputs",
+    "tracking",
+    "force",
+    "prefill_memory_gb",
+    "prefill_cache_gb",
+    "prefill_cache_least_s",
+    "grid",
+}
 # Sources that no number depends on: the tables, the recipe of the model, what is printed, logged or drawn.
 PRESENTATION = {
     "paper", "reference_model", "cli.py", "compare.py", "doctor.py", "figures.py", "manual.py", "progress.py",

@@ -167,7 +167,8 @@ def _disk(job: Job) -> PrefillCache | None:
         "model": job.checkpoint.hash, "backend": config._target_, "device": device.partition(":")[0], "dtype": dtype,
         "cache_dtype": config.cache_dtype, "versions": job.versions, "source": hashlib.sha256(source).hexdigest(),
     }  # fmt: skip
-    return PrefillCache(settings.outputs / "cache" / "prefill", int(settings.prefill_cache_gb * 1e9), what)
+    folder, limit = settings.outputs / "cache" / "prefill", int(settings.prefill_cache_gb * 1e9)
+    return PrefillCache(folder, limit, settings.prefill_cache_least_s, what)
 
 
 @dataclass(frozen=True)

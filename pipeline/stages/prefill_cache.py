@@ -71,12 +71,15 @@ class PrefillCache:
     folder : Path
     limit : int
         Bytes.
+    least : float
+        Seconds: prefills that took less are not worth a file.
     what : dict
         Everything but the prompt that determines a prefill: hash of the model, backend, device, dtypes, versions.
     """
 
     folder: Path
     limit: int
+    least: float = 0.0
     what: dict = field(default_factory=dict)
 
     def path(self, prompt: np.ndarray) -> Path:
@@ -120,7 +123,7 @@ class PrefillCache:
     def put(self, prefill: Prefill, seconds: float) -> None:
         """Write a prefill, whole or not at all; a full disk is no reason to stop."""
         path = self.path(prefill.tokens)
-        if not is_torch_array(prefill.logits) or prefill.nbytes > self.limit:
+        if seconds < self.least or prefill.nbytes > self.limit or not is_torch_array(prefill.logits):
             return
         from safetensors.torch import save_file
 

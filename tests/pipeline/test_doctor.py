@@ -78,7 +78,9 @@ def test_a_run_that_was_left_open_is_never_taken_for_done(run, small):
 
 
 def test_damaged_cache_files_and_drafts_are_removed(run, tmp_path):
-    run("method=random", "document.tokens=210")  # a length that no other test has left in memory
+    run(
+        "method=random", "document.tokens=210", "prefill_cache_least_s=0"
+    )  # a length that no other test has left in memory
     outputs = tmp_path / "outputs"
     files = sorted((outputs / "cache" / "prefill").iterdir())
     assert len(files) == 3

@@ -28,7 +28,7 @@ PATIENCE = 300  # seconds that anything may take
 def start(outputs: Path, small: list[str], *overrides: str) -> subprocess.Popen:
     settings = [o for o in small if not o.startswith(("outputs=", "budget.tokens="))]
     return subprocess.Popen(
-        [sys.executable, "-m", "pipeline", *settings, f"outputs={outputs}", *overrides],
+        [sys.executable, "-m", "pipeline", *settings, f"outputs={outputs}", "prefill_cache_least_s=0", *overrides],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -120,7 +119,7 @@ def test_a_job_that_fails_in_a_worker_stops_no_other(small, tmp_path):
 
 
 @pytest.mark.faults
-def test_slurm_runs_one_task_a_model_with_the_grid_inside(small, checkpoint, tmp_path):
+def test_slurm_runs_tasks_with_a_grid_inside(small, checkpoint, tmp_path):
     """Against commands that stand in for a cluster's: what is submitted, and what the tasks leave in the store."""
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     commands = tmp_path / "bin"
@@ -129,7 +128,6 @@ def test_slurm_runs_one_task_a_model_with_the_grid_inside(small, checkpoint, tmp
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
     outputs, grid = tmp_path / "o", 'grid="method=random,snapkv budget=60,100"'
-    started = time.time()
     result = sweep(
         outputs, small, "seed=1,2", grid, "hydra/launcher=slurm", "hydra.launcher.partition=gpu",
         PATH=f"{commands}:{os.environ['PATH']}",
@@ -137,7 +135,7 @@ def test_slurm_runs_one_task_a_model_with_the_grid_inside(small, checkpoint, tmp
     assert result.returncode == 0, result.stderr
     runs = chosen([f"outputs={outputs}"])
     assert len(runs) == 8 and {run.data.tags["process.slurm"] for run in runs} == {"77"}
-    assert len({run.data.tags["process.pid"] for run in runs}) == 2 and time.time() - started < 500
+    assert len({run.data.tags["process.pid"] for run in runs}) == 2
     script = next(outputs.rglob("*submission.sh")).read_text()
     for line in ("--array=0-1%8", "--partition=gpu", "--gpus-per-node=1", "--time=240"):
         assert line in script

@@ -13,7 +13,7 @@ WHAT = {"model": "a", "dtype": "float32"}
 
 @pytest.fixture
 def cache(tmp_path) -> PrefillCache:
-    return PrefillCache(tmp_path / "prefill", 10**9, WHAT)
+    return PrefillCache(tmp_path / "prefill", 10**9, 0.5, WHAT)
 
 
 def prefilled(backend, seed: int = 0, observe: int = 4):
@@ -40,7 +40,7 @@ def test_everything_that_determines_a_prefill_is_in_its_name(backend, cache):
     prefill = prefilled(backend)
     cache.put(prefill, 1.0)
     for change in ({"model": "b"}, {"dtype": "bfloat16"}, {"device": "cuda"}):
-        assert PrefillCache(cache.folder, cache.limit, WHAT | change).get(prefill.tokens, 4, "cpu") is None
+        assert PrefillCache(cache.folder, cache.limit, 0.5, WHAT | change).get(prefill.tokens, 4, "cpu") is None
 
 
 @pytest.mark.parametrize("damage", ["truncated", "a bit flipped", "empty", "another file's"])
@@ -67,11 +67,11 @@ def test_the_least_recently_used_go_first(backend, cache):
         os.utime(cache.path(prefill.tokens), (1000 + age, 1000 + age))
     assert cache.get(prefills[0].tokens, 4, "cpu") is not None  # used now
     size = cache.path(prefills[0].tokens).stat().st_size
-    bounded = PrefillCache(cache.folder, 3 * size, WHAT)
+    bounded = PrefillCache(cache.folder, 3 * size, 0.5, WHAT)
     bounded.put(prefills[3], 1.0)
     there = [bounded.path(p.tokens).is_file() for p in prefills]
     assert there == [True, False, True, True]
-    assert PrefillCache(cache.folder, 10, WHAT).put(prefilled(backend, 9), 1.0) is None  # larger than the bound
+    assert PrefillCache(cache.folder, 10, 0.5, WHAT).put(prefilled(backend, 9), 1.0) is None  # larger than the bound
     assert len(bounded.files()) == 3
 
 
@@ -84,8 +84,13 @@ def test_a_folder_that_takes_nothing_stops_no_run(backend, cache, caplog, monkey
     assert "can't be kept" in caplog.text and list(cache.folder.iterdir()) == []
 
 
+def test_what_was_quick_is_not_written(backend, cache):
+    cache.put(prefilled(backend), 0.4)
+    assert not cache.folder.exists()
+
+
 def test_a_run_from_disk_has_the_same_numbers(run):
-    options = ["document.tokens=220", "method=snapkv"]
+    options = ["document.tokens=220", "method=snapkv", "prefill_cache_least_s=0"]
     fresh = run(*options)
     assert fresh.metrics["prefill/computed"] == 3
     application._full_runs.clear()  # as in another process
@@ -97,9 +102,10 @@ def test_a_run_from_disk_has_the_same_numbers(run):
 
 
 def test_a_method_that_wants_more_queries_replaces_the_file(run, tmp_path):
-    run("document.tokens=230", "method=random")
+    options = ["document.tokens=230", "prefill_cache_least_s=0"]
+    run(*options, "method=random")
     application._full_runs.clear()
-    assert run("document.tokens=230", "method=h2o").metrics["prefill/computed"] == 3
+    assert run(*options, "method=h2o").metrics["prefill/computed"] == 3
     application._full_runs.clear()
-    assert run("document.tokens=230", "method=tova").metrics["prefill/loaded"] == 3
+    assert run(*options, "method=tova").metrics["prefill/loaded"] == 3
     assert len(list((tmp_path / "outputs" / "cache" / "prefill").iterdir())) == 3
