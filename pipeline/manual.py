@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-ORDER = ("method", "model", "budget", "storage", "backend", "document", "phase", "tracking", "experiment")
+ORDER = ("method", "variant", "model", "budget", "storage", "backend", "document", "phase", "tracking", "experiment")
 
 
 def _described(path: Path) -> tuple[str, str]:
