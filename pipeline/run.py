@@ -77,14 +77,14 @@ def _backend_class(config: BackendConfig) -> type[Backend]:
         raise InputError(f"backend._target_={config._target_} is not there: write the full path of a class") from None
 
 
-def _placed(config: BackendConfig) -> tuple[str, str]:
+def placed(config: BackendConfig) -> tuple[str, str]:
     """The device and dtype that `auto` stands for on this machine."""
     return _backend_class(config).place(config.device, config.dtype)
 
 
-def _identity(job: Job) -> str:
-    """The job's identity on this machine: what `auto` stands for decides how results round."""
-    device, dtype = _placed(job.settings.backend)
+def identity(job: Job, place: tuple[str, str] | None = None) -> str:
+    """The job's identity on this machine, or at another place: what `auto` stands for decides how results round."""
+    device, dtype = place or placed(job.settings.backend)
     kind = device.partition(":")[0]
     return hashlib.sha256(f"{job.identity} {kind} {dtype}".encode()).hexdigest()[:24]
 
@@ -161,7 +161,7 @@ def _disk(job: Job) -> PrefillCache | None:
     if settings.prefill_cache_gb == 0:
         return None
     config = settings.backend
-    device, dtype = _placed(config)
+    device, dtype = placed(config)
     source = Path(inspect.getfile(_backend_class(config))).read_bytes()
     what = {
         "model": job.checkpoint.hash, "backend": config._target_, "device": device.partition(":")[0], "dtype": dtype,
@@ -279,13 +279,13 @@ def execute(job: Job) -> Result:
     """
     settings = job.settings
     try:
-        identity = _identity(job)
+        hashed = identity(job)
         mlflow = tracking.connect(settings.tracking, settings.outputs)
-        with tracking.claim(settings.outputs, identity):
-            if not settings.force and (run := tracking.find_finished(mlflow, identity)):
+        with tracking.claim(settings.outputs, hashed):
+            if not settings.force and (run := tracking.find_finished(mlflow, hashed)):
                 tracking.join(mlflow, run, settings.tracking)
                 return _result(job, run.info.run_id, dict(run.data.metrics), reused=True)
-            return _recorded(job, mlflow, identity)
+            return _recorded(job, mlflow, hashed)
     except Exception as error:
         reason = exhausted(error, settings.outputs)
         if reason is None:

@@ -65,9 +65,9 @@ def test_a_finished_run_without_its_rows_is_measured_again(run, tmp_path):
 
 
 def test_a_run_that_was_left_open_is_never_taken_for_done(run, small):
-    from pipeline.run import _identity
+    from pipeline import run as runs
 
-    identity = _identity(prepare(composed([*small, "method=random"])))
+    identity = runs.identity(prepare(composed([*small, "method=random"])))
     outputs = Path(next(o for o in small if o.startswith("outputs=")).removeprefix("outputs="))
     client = tracking.connect(LOCAL, outputs).MlflowClient()
     left = opened(client, identity=identity)
