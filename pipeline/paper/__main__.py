@@ -1,10 +1,14 @@
-"""Run what is missing of the published comparison, and write its tables.
+"""Run what is missing of every experiment, and write the document: tables, figures, and a verdict on every claim.
 
-    python -m pipeline.paper
-    python -m pipeline.paper document.count=16 model=qwen2_5_0_5b model.path=/checkpoint
+    python -m pipeline.paper                                     everything, on the embedded model
+    python -m pipeline.paper --sections paper,budgets            some sections
+    python -m pipeline.paper model=qwen2_5_0_5b model.path=/checkpoint model.calibration=/statistics.safetensors
+    python -m pipeline.paper --refresh                           measure again what is there already
 
-Further arguments are settings as for `python -m pipeline`. Results go to <outputs>/paper: tables.md and a CSV file a
-table. A configuration that MLflow already holds, measured with the same code, model and documents, is not run again.
+Further arguments are settings as for `python -m pipeline`; they apply to every section whose experiment doesn't choose
+another option of the same group. Results go to <outputs>/paper: paper.md, results.json, tables/ (CSV and LaTeX) and
+figures/ (PNG and SVG). A configuration that MLflow already holds, measured with the same code, model and documents,
+is not run again: after an interruption the command goes on.
 """
 
 import argparse
@@ -12,89 +16,66 @@ import sys
 from pathlib import Path
 
 from pipeline.cli import reporting
-from pipeline.compose import composed, spelled_out, sweep
-from pipeline.errors import InputError
-from pipeline.job import Job, prepare
-
-EXPERIMENT = "paper"
+from pipeline.compose import composed
+from pipeline.paper.readme import refresh
+from pipeline.paper.sections import plan, titles
 
 
-def measured(jobs: list[Job]) -> tuple[dict[str, str], int]:
-    """Run ids by method, and how many of them had to be measured."""
-    from pipeline.run import execute
+def regenerate(experiments: list[str], overrides: list[str], readme: Path | None = None) -> None:
+    """Measure what is missing, write the document, and print the verdicts.
 
-    ids, fresh = {}, 0
-    for number, job in enumerate(jobs, 1):
-        result = execute(job)
-        ids[job.settings.method.name] = result.run_id
-        fresh += not result.reused
-        took = "measured before" if result.reused else f"{result.metrics['time/total_s']:.1f} s"
-        print(f"{number}/{len(jobs)} {result.title}: {took}", flush=True)
-    return ids, fresh
-
-
-def write(jobs: list[Job], ids: dict[str, str]) -> tuple[str, Path]:
-    """Build the tables from MLflow, write them, and return them as Markdown with the folder they are in."""
+    Parameters
+    ----------
+    readme : Path, optional
+        A Markdown file that receives a copy of the results between its markers.
+    """
+    general = [o for o in overrides if o.partition("=")[0] in ("outputs", "tracking.uri", "tracking.experiment")]
+    outputs = Path(composed(general).outputs).resolve()
+    folder = outputs / "paper"
+    sections = plan(experiments, overrides, folder / "compositions.json")
     from pipeline import tracking
-    from pipeline.paper.tables import TABLES, build, published, render
+    from pipeline.paper.document import Origin, tally, write
+    from pipeline.paper.measured import measure
+    from pipeline.paper.placement import Placements
 
-    settings = jobs[0].settings
-    mlflow = tracking.connect(settings.tracking, settings.outputs)
-    runs = mlflow.search_runs(
-        experiment_names=[settings.tracking.experiment],
-        filter_string="attributes.status = 'FINISHED'",
-        max_results=50_000,
+    placements = Placements(folder / "placements.json")
+    measured, fresh = measure(sections, placements, lambda line: print(line, flush=True))
+    first = next((s for s in sections if s.experiment == "paper"), sections[0]).jobs[0].settings
+    documents = first.documents
+    origin = Origin(
+        first.model.name,
+        f"windows of {documents.tokens} + {documents.continuation} tokens of {documents.source}",
+        tracking.store_uri(first.tracking, first.outputs),
+        " ".join(["python -m pipeline.paper", *sys.argv[1:]]),
     )
-    runs = runs[runs["run_id"].isin(ids.values())].set_index("tags.method").loc[list(ids)]
-
-    folder = settings.outputs / "paper"
-    folder.mkdir(parents=True, exist_ok=True)
-    documents = settings.documents
-    budget = next(job.budget for job in jobs if job.budget)
-    head = (
-        "# Published tables, measured again\n\n"
-        f"Model {settings.model.name}, {documents.count} documents of {documents.tokens} tokens from "
-        f"{documents.source}, {settings.phases['perplexity'].tokens - 1} tokens scored after each, "
-        f"budget {budget.tokens} tokens (sinks {budget.sinks} and recent {budget.recent} "
-        "included). Means over documents with 95 % bootstrap intervals. "
-        "Published: Qwen2.5-0.5B, one document, no intervals.\n"
-    )
-    sections = [head]
-    flagged = runs["metrics.ppl/flagged"].max()
-    if flagged > 0:
-        sections.append(
-            f"**{flagged:.0%} of the documents have a full-cache perplexity under 1.5: they measure copying, not "
-            "language modelling.**\n"
-        )
-    numbers = published()
-    for spec in TABLES:
-        table = build(spec, runs, numbers[spec.name])
-        table.to_csv(folder / f"{spec.name}.csv", index_label="option")
-        sections.append(render(spec, table))
-    first = runs.iloc[0]
-    trace = "\n".join(f"- {row['tags.title']}: {row['run_id']}" for _, row in runs.iterrows())
-    sections.append(
-        "## Where these numbers come from\n\n"
-        f"MLflow store {tracking.store_uri(settings.tracking, settings.outputs)}; "
-        f"code {first['tags.git.revision']} ({first['tags.hash.code']}), model {first['tags.hash.model']}, "
-        f"documents {first['tags.hash.document']}. Runs:\n\n{trace}\n"
-    )
-    text = "\n".join(sections)
-    (folder / "tables.md").write_text(text)
-    return text, folder
+    document = write(measured, origin, folder)
+    verdicts = document.verdicts
+    if readme is not None:
+        refresh(readme, document.excerpt(), folder / "figures")
+    total = len({run.run_id for section in measured for run in section.runs})
+    if verdicts:
+        print(f"\n{tally(verdicts)}")
+        for verdict in verdicts:
+            print(f"  {verdict.verdict:<14} {verdict.source}: {verdict.statement}\n{'':>17}{verdict.deciding}")
+    for section in measured:
+        if section.withheld:
+            print(f"{section.title}: {section.withheld}")
+    print(f"\n{fresh} configurations measured, {total - fresh} were there already. The document: {folder / 'paper.md'}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="settings as for python -m pipeline")
-    overrides = parser.parse_intermixed_args().overrides
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", metavar="SETTING", help="settings as for python -m pipeline")
+    parser.add_argument("--sections", metavar="NAME,...", help=f"some of {', '.join(titles())}; all are the default")
+    parser.add_argument("--readme", metavar="FILE", type=Path, help="a Markdown file that gets a copy of the results")
+    parser.add_argument("--refresh", action="store_true", help="measure again what is there already")
+    arguments = parser.parse_intermixed_args()
+    experiments = arguments.sections.split(",") if arguments.sections else list(titles())
+    overrides = [*arguments.overrides, *(["force=true"] if arguments.refresh else [])]
     with reporting(sys.argv[1:]):
-        jobs = [prepare(composed(job)) for job in sweep(EXPERIMENT, spelled_out(overrides))]
-        if len({job.settings.method.name for job in jobs}) < len(jobs):
-            raise InputError("the paper has one run a method: give one value for every other setting")
-        ids, fresh = measured(jobs)
-        text, folder = write(jobs, ids)
-        print(f"\n{text}\n{fresh} configurations measured, {len(jobs) - fresh} were there already. Tables: {folder}")
+        regenerate(experiments, overrides, arguments.readme)
 
 
 if __name__ == "__main__":

@@ -1,134 +1,209 @@
-"""Tables that put our number, the published number and both ranks side by side."""
+"""The tables of every section."""
 
-from dataclasses import dataclass
-from importlib.resources import files
+from collections.abc import Callable
 
-import numpy as np
 import pandas as pd
-import yaml
-from scipy.stats import kendalltau
+
+from pipeline.aggregate import estimate, gap_closed
+from pipeline.paper.beside import PUBLISHED, beside
+from pipeline.paper.measured import Measured
+from pipeline.paper.runs import Run
+from pipeline.paper.table import Column, Table, cell, flat, grid, listing, number
 
 
-@dataclass(frozen=True)
-class TableSpec:
-    """One published table: the metric that ranks it, and the metric printed beside it.
-
-    Parameters
-    ----------
-    name : str
-        Section of `published.yaml`, and the stem of the CSV file.
-    metric, published : str
-        Our metric and the published column that it reproduces.
-    extra : dict of str to str
-        Further published columns and the metrics that go with them.
-    best : str
-        `low` or `high`.
-    """
-
-    name: str
-    title: str
-    metric: str
-    published: str
-    label: str
-    best: str
-    digits: int
-    extra: dict[str, tuple[str, str]]
-    note: str
+def by_method(runs: list[Run]) -> dict[str, Run]:
+    """Runs by their method."""
+    return {run.method: run for run in runs}
 
 
-TABLES = (
-    TableSpec(
-        "memory", "Cache compression (full cache / cache; higher is better)",
-        "memory/ratio", "ratio", "ratio", "high", 2,
-        {"mb": ("memory/mb", "MB")},
-        "Ours counts every byte that must live to continue decoding, the full cache in 16 bits. "
-        "The published 7.1 MB are 576 tokens (512 and 64 generated); its TurboQuant was simulated and saved nothing. "
-        "MB depend on the model and are not comparable.",
-    ),
-    TableSpec(
-        "perturbation", "Attention output perturbation (AOP; lower is better)",
-        "aop/mean", "mean", "AOP mean", "low", 3,
-        {"max": ("aop/max", "AOP max")},
-        "Relative L2 error of attention over the prefix, per layer, query head and continuation position; "
-        "0 is the full cache, 1 a zero vector. "
-        "The published normalisation is not defined. The largest value is averaged over documents.",
-    ),
-    TableSpec(
-        "perplexity", "Perplexity (ND-PPL = (PPL - PPL_full) / PPL_full; lower is better)",
-        "ppl/nd", "nd", "ND-PPL", "low", 3,
-        {"comp": ("ppl/comp", "PPL")},
-        "The published rows imply a full-cache perplexity of 1.006: a looped text, which measures copying.",
-    ),
-)  # fmt: skip
+METHOD = {"method": lambda run: run.title}
 
 
-def published() -> dict[str, dict[str, dict[str, float]]]:
-    """The published numbers by table, method and column."""
-    return yaml.safe_load(files("pipeline.paper").joinpath("published.yaml").read_text())
+def _tokens(run: Run) -> str:
+    return number(run.metrics.get("memory/tokens"), "{:.0f}")
 
 
-def build(spec: TableSpec, runs: pd.DataFrame, numbers: dict) -> pd.DataFrame:
-    """One row a method, best first among the published six, then the runs without a published counterpart.
+def paper(section: Measured) -> list[Table]:
+    runs = by_method(section.runs)
+    further = [
+        Column("mass/mean", "recovered mass"),
+        Column("aop/projected_mean", "AOP after W_O"),
+        Column("ppl/kl", "KL, nats"),
+        Column("ppl/top1", "top-1"),
+        Column("ppl/delta_nll_context", "loss, context", "{:+.3f}"),
+    ]
+    rebuilt = [
+        Column("fidelity/key_error", "key error"),
+        Column("fidelity/value_error", "value error"),
+        Column("fidelity/key_spectrum", "spectrum"),
+        Column("kept/depth", "mean place"),
+        Column("memory/mb_after_generation", "MB after 64"),
+        Column("match/prefix", "prefix", "{:.0f}"),
+    ]
+    return [
+        *(beside(spec, runs) for spec in PUBLISHED),
+        listing(
+            "prediction", "What the published tables leave out: prediction", section.runs, METHOD, further,
+            "Recovered mass is the share of the full run's attention that falls on kept tokens. KL(full || compressed) "
+            "and top-1 agreement are over 255 tokens; the loss on context-dependent tokens counts those that 4 sinks "
+            "and 64 recent tokens predict worse than the full cache by more than 0.5 nat.",
+        ),
+        listing(
+            "reconstruction", "What the published tables leave out: reconstruction", section.runs, METHOD, rebuilt,
+            "Relative errors of keys (before RoPE) and values rebuilt from the cache, distance of the keys' power "
+            "spectra (0 to 1), mean place of kept tokens (0 the prompt's first, 1 its last), MB after 64 generated "
+            "tokens, and tokens decoded before the first that differs from the full cache's (one document).",
+        ),
+    ]  # fmt: skip
 
-    Parameters
-    ----------
-    runs : pd.DataFrame
-        One row a finished run, as `mlflow.search_runs` gives it, indexed by method.
-    numbers : dict
-        This table's section of `published.yaml`.
-    """
-    metric = f"metrics.{spec.metric}"
-    table = pd.DataFrame({"method": runs["tags.title"]})
-    table["ours"] = runs.get(metric, np.nan)
-    for bound in ("low", "high"):
-        table[bound] = runs.get(f"{metric}_{bound}", np.nan)
-    table["published"] = pd.Series({m: row[spec.published] for m, row in numbers.items()}, dtype=float)
-    ascending = spec.best == "low"
-    shared = table["published"].notna() & table["ours"].notna()
-    for column in ("ours", "published"):
-        table[f"rank_{column}"] = table.loc[shared, column].rank(ascending=ascending, method="min")
-    for column, (extra, _) in spec.extra.items():
-        table[column] = runs.get(f"metrics.{extra}", np.nan)
-        table[f"{column}_published"] = pd.Series({m: row.get(column) for m, row in numbers.items()}, dtype=float)
-    table["run_id"] = runs["run_id"]
-    return (
-        table.assign(unpublished=~shared)
-        .sort_values(["unpublished", "ours"], ascending=[True, ascending])
-        .drop(columns="unpublished")
+
+def baselines(section: Measured) -> list[Table]:
+    runs = by_method(section.runs)
+    methods = [run for run in section.runs if not run.method.startswith("oracle")]
+    ranked = sorted(methods, key=lambda run: run.metrics["ppl/kl"])
+    ordered = [*ranked, *(run for run in section.runs if run.method.startswith("oracle"))]
+    columns = [
+        Column("aop/mean", "AOP"),
+        Column("mass/mean", "recovered mass"),
+        Column("ppl/nd", "ND-PPL"),
+        Column("ppl/kl", "KL, nats"),
+        Column("ppl/kl", "KL - random's", "{:+.3f}", difference=True),
+        Column("ppl/top1", "top-1"),
+    ]
+    note = "Lowest KL first; the oracles look at the continuation, and are bounds, not methods. Differences are paired."
+    table = listing(
+        "baselines", "Methods, controls and oracles", ordered, METHOD, columns, note, lambda run: runs["random"]
     )
+    return [table, gaps(ordered, runs)]
 
 
-def agreement(table: pd.DataFrame) -> float:
-    """Kendall's tau-b between our and the published order of the methods both have; NaN with fewer than two."""
-    both = table.dropna(subset=["rank_ours", "rank_published"])
-    return float(kendalltau(both["rank_ours"], both["rank_published"]).statistic) if len(both) > 1 else float("nan")
+def gaps(ordered: list[Run], runs: dict[str, Run]) -> Table:
+    """Share of the way from random tokens to the oracle that a method goes."""
+    metrics = {"aop/mean": "AOP", "ppl/delta_nll": "loss", "ppl/kl": "KL"}
+    numbers, cells = [], []
+    for run in ordered:
+        line: dict[str, object] = {"method": run.title}
+        printed = dict(line)
+        for metric, label in metrics.items():
+            ends = (runs[m].documents[metric].to_numpy() for m in ("random", "oracle_value"))
+            value = gap_closed(run.documents[metric].to_numpy(), *ends)
+            line |= flat(f"{metric}_gap", value)
+            printed[label] = cell(value, "{:.2f}")
+        numbers.append(line | {"run_id": run.run_id})
+        cells.append(printed)
+    note = "(random - method) / (random - oracle): 0 is as good as random tokens, 1 as the oracle of mass and value."
+    title = "Share of the gap between random tokens and the oracle that is closed"
+    return Table("gap_closed", title, pd.DataFrame(numbers), pd.DataFrame(cells), note)
 
 
-def render(spec: TableSpec, table: pd.DataFrame) -> str:
-    """The table as Markdown, `-` where a number is missing."""
-
-    def number(value: float, digits: int) -> str:
-        return "-" if pd.isna(value) else f"{value:.{digits}f}"
-
-    def interval(row: pd.Series) -> str:
-        mean = number(row["ours"], spec.digits)
-        return (
-            f"{mean} [{number(row['low'], spec.digits)}, {number(row['high'], spec.digits)}]"
-            if row["low"] < row["high"]
-            else mean
-        )
-
-    columns = {
-        "method": table["method"],
-        spec.label: table.apply(interval, axis=1),
-        "published": table["published"].map(lambda v: number(v, spec.digits)),
-        "rank": table["rank_ours"].map(lambda v: number(v, 0)),
-        "published rank": table["rank_published"].map(lambda v: number(v, 0)),
+def budgets(section: Measured) -> list[Table]:
+    metrics = {
+        "aop/mean": ("AOP", "{:.3f}"),
+        "ppl/kl": ("KL(full || compressed) in nats", "{:.3f}"),
+        "ppl/nd": ("ND-PPL", "{:+.3f}"),
     }
-    for column, (_, label) in spec.extra.items():
-        columns[label] = table[column].map(lambda v: number(v, 2))
-        columns[f"{label} published"] = table[f"{column}_published"].map(lambda v: number(v, 2))
-    tau = agreement(table)
-    verdict = f"Kendall's tau with the published order of these methods: {'-' if np.isnan(tau) else f'{tau:+.2f}'}."
-    body = pd.DataFrame(columns).to_markdown(index=False, disable_numparse=True)
-    return f"## {spec.title}\n\n{body}\n\n{verdict} {spec.note}\n"
+    return [
+        grid(
+            f"budgets_{metric.replace('/', '_')}", f"{label} over budgets", section.runs, "budget.tokens", metric,
+            pattern, "Columns are kept tokens of the prompt, in every layer and KV head.",
+        )
+        for metric, (label, pattern) in metrics.items()
+    ]  # fmt: skip
+
+
+def equal_bytes(section: Measured) -> list[Table]:
+    dense = {run.method: run for run in section.runs if run.choice["storage"] == "dense"}
+    heads = {**METHOD, "storage": lambda run: run.choice["storage"], "tokens": _tokens}
+    columns = [
+        Column("memory/mb", "MB", "{:.2f}"),
+        Column("aop/mean", "AOP"),
+        Column("ppl/nd", "ND-PPL", "{:+.3f}"),
+        Column("ppl/kl", "KL, nats"),
+        Column("ppl/kl", "KL - dense's", "{:+.3f}", difference=True),
+        Column("ppl/top1", "top-1"),
+    ]
+    note = (
+        "All rows but those of the full cache have the bytes of an eighth of it. Differences are to the same method in "
+        "16 bits, paired."
+    )
+    runs = sorted(section.runs, key=lambda run: (run.method == "full", run.metrics["ppl/kl"]))
+    title = "Selection and storage at the same bytes"
+    return [listing("equal_bytes", title, runs, heads, columns, note, lambda run: dense[run.method])]
+
+
+def ablation(section: Measured) -> list[Table]:
+    default = {run.method: run for run in section.runs if run.choice["variant"].endswith("_default")}
+    columns = [
+        Column("aop/mean", "AOP"),
+        Column("aop/mean", "AOP - default's", "{:+.3f}", difference=True),
+        Column("ppl/kl", "KL, nats"),
+        Column("ppl/kl", "KL - default's", "{:+.3f}", difference=True),
+    ]
+    tables = []
+    for method, own in default.items():
+        runs = [run for run in section.runs if run.method == method]
+        heads = {"variant": lambda run, m=method: run.choice["variant"].removeprefix(f"{m}_").replace("_", " ")}
+        title = f"{own.title}, one switch changed"
+        note = "Differences to the default on the same documents, paired: below 0, the change helps."
+        tables.append(listing(f"ablation_{method}", title, runs, heads, columns, note, lambda run, o=own: o))
+    return tables
+
+
+def multiturn(section: Measured) -> list[Table]:
+    heads = {**METHOD, "policy": lambda run: run.choice["phase.drift.policy"]}
+    columns = [
+        Column("drift/aop_first", "AOP, turn 1"),
+        Column("drift/aop_last", "AOP, turn 5"),
+        Column("drift/aop_slope", "AOP a turn", "{:+.4f}"),
+        Column("drift/delta_nll_last", "loss, turn 5", "{:+.3f}"),
+        Column("drift/delta_nll_slope", "loss a turn", "{:+.4f}"),
+    ]
+    note = (
+        "recompress: back to the budget after every turn; once: the cache grows. Slopes are least-squares lines "
+        "through five turns, the loss is the rise in nats over the full cache's."
+    )
+    return [listing("multiturn", "Drift over five turns", section.runs, heads, columns, note)]
+
+
+def retrieval(section: Measured) -> list[Table]:
+    full = cell(section.runs[0].estimate("retrieval/full_recall"), "{:.2f}")
+    note = (
+        "Share of planted facts that are answered, the question hidden at compression; columns are kept tokens. The "
+        f"full cache: {full}. TurboQuant and the full cache keep every token at any budget."
+    )
+    title = "Needle recall over budgets"
+    return [grid("retrieval", title, section.runs, "budget.tokens", "retrieval/recall", "{:.2f}", note)]
+
+
+BACKGROUNDS = (
+    "tone",
+    "chirp",
+    "bursts",
+    "drift",
+)  # of layers 0, 1, 2, 3, and so on from the tone: conf/model/synthetic
+
+
+def synthetic(section: Measured) -> list[Table]:
+    numbers, cells = [], []
+    for run in section.runs:
+        rows = run.rows[(run.rows["metric"] == "planted/recall") & run.rows["layer"].notna()]
+        line: dict[str, object] = {"method": run.title}
+        printed = dict(line)
+        for index, background in enumerate(BACKGROUNDS):
+            own = rows[rows["layer"] % len(BACKGROUNDS) == index].groupby("document")["value"].mean()
+            value = estimate(own.to_numpy()) if len(own) else None
+            line |= flat(background, value)
+            printed[background] = cell(value, "{:.2f}")
+        for metric, label, pattern in (("planted/recall", "all", "{:.2f}"), ("aop/mean", "AOP", "{:.3f}")):
+            line |= flat(metric, run.estimate(metric))
+            printed[label] = cell(run.estimate(metric), pattern)
+        numbers.append(line | {"run_id": run.run_id})
+        cells.append(printed)
+    note = "Share of planted tokens that are kept, by the background that they stand out from; keys without a model."
+    return [Table("synthetic", "Planted tokens that are kept", pd.DataFrame(numbers), pd.DataFrame(cells), note)]
+
+
+TABLES: dict[str, Callable[[Measured], list[Table]]] = {
+    "paper": paper, "baselines": baselines, "budgets": budgets, "equal_bytes": equal_bytes, "ablation": ablation,
+    "multiturn": multiturn, "retrieval": retrieval, "synthetic": synthetic,
+}  # fmt: skip

@@ -51,11 +51,17 @@ def outputs_in(empty_store) -> Callable[[Path], Path]:
     return make
 
 
-@pytest.fixture
-def small(checkpoint, statistics, outputs_in, tmp_path) -> list[str]:
-    """Overrides that make any run quick and write to a temporary folder."""
+@pytest.fixture(scope="session")
+def small_in(checkpoint, statistics, outputs_in) -> Callable[[Path], list[str]]:
+    """Makes overrides that make any run quick and write to a folder."""
     model = ["model=qwen2_5_0_5b", f"model.path={checkpoint}", "model.bos=true", f"model.calibration={statistics}"]
-    return [*model, f"outputs={outputs_in(tmp_path)}", *SMALL, *PHASES]
+    return lambda folder: [*model, f"outputs={outputs_in(folder)}", *SMALL, *PHASES]
+
+
+@pytest.fixture
+def small(small_in, tmp_path) -> list[str]:
+    """Overrides that make any run quick and write to a temporary folder."""
+    return small_in(tmp_path)
 
 
 @pytest.fixture

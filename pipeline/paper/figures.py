@@ -1,0 +1,285 @@
+"""Figures of the document; a method looks the same in all of them."""
+
+from collections.abc import Callable
+from functools import cache
+from importlib.resources import files
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import yaml
+
+from pipeline.aggregate import Estimate, estimate
+from pipeline.paper.measured import Measured
+from pipeline.paper.runs import Run
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+STYLE = {
+    "figure.dpi": 100,
+    "savefig.dpi": 160,
+    "figure.constrained_layout.use": True,
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "svg.hashsalt": "spectral-kv",  # the same numbers give the same file
+    "svg.fonttype": "none",
+}
+MAPPED = ("fourier", "wavelet", "wavelet_fourier", "wavelet_tri", "tri", "streaming")  # of the maps: methods that prune
+
+
+@cache
+def palette() -> dict[str, dict[str, str]]:
+    """Colour and marker of every method."""
+    return yaml.safe_load(files("pipeline.paper").joinpath("palette.yaml").read_text(encoding="utf-8"))
+
+
+def look(method: str) -> dict[str, str]:
+    """How a method is drawn; one that the palette lacks is grey."""
+    return palette().get(method, {"color": "#999999", "marker": "."})
+
+
+def _line(axes: Axes, run: Run, x: list[float], values: list[Estimate], **options) -> None:
+    """A curve with its 95 % band."""
+    style = look(run.method)
+    axes.plot(x, [v.mean for v in values], **{"label": run.title, "lw": 1.4, "ms": 5, **style, **options})
+    low, high = ([getattr(v, bound) for v in values] for bound in ("low", "high"))
+    axes.fill_between(x, low, high, color=style["color"], alpha=0.12, lw=0)
+
+
+def _outside(figure: Figure, axes: Axes) -> None:
+    """The legend of one axes beside all of them."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
+
+
+STORAGES = {
+    "dense": "16 bits",
+    "turboquant_4bit": "4-bit codes",
+    "turboquant_3bit": "3-bit codes",
+    "turboquant_2bit": "2-bit codes",
+}
+QUALITY = "KL(full || compressed), nats (log scale)"
+
+
+def frontier(sections: dict[str, Measured]) -> Figure | None:
+    """Prediction against bytes: over budgets in 16 bits, with the whole prompt in codes, and over storages."""
+    if "budgets" not in sections:
+        return None
+    runs = sections["budgets"].runs
+    others = sections["equal_bytes"].runs if "equal_bytes" in sections else []
+    figure, grid = plt.subplots(1, 2 if others else 1, figsize=(9.0, 4.0), sharey=True, squeeze=False)
+    left = grid[0, 0]
+    for method in dict.fromkeys(run.method for run in runs):
+        own = sorted((run for run in runs if run.method == method), key=lambda run: run.metrics["memory/mb"])
+        _line(left, own[0], [run.metrics["memory/mb"] for run in own], [run.estimate("ppl/kl") for run in own])
+    for run in others:
+        if run.method == "full" and (storage := run.choice["storage"]) != "dense":
+            place = (run.metrics["memory/mb"], run.metrics["ppl/kl"])
+            left.plot(*place, ls="", ms=7, label="whole prompt in codes", **look("turboquant"))
+            left.annotate(STORAGES[storage].split()[0], place, xytext=(6, 0), textcoords="offset points", va="center")
+    ticks = sorted({run.metrics["memory/mb"] for run in runs})
+    left.set(xscale="log", yscale="log", xlabel="cache, MB (decimal, log scale)", ylabel=QUALITY, title="over budgets")
+    left.set_xticks(ticks, [f"{t:.2g}" for t in ticks])
+    left.xaxis.minorticks_off()
+    if others:
+        _over_storages(grid[0, 1], [run for run in others if run.method != "full"])
+    named = {label: h for axes in grid.ravel() for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside right center")
+    return figure
+
+
+def _over_storages(axes: Axes, runs: list[Run]) -> None:
+    for method in dict.fromkeys(run.method for run in runs):
+        own = {run.choice["storage"]: run for run in runs if run.method == method}
+        there = [i for i, storage in enumerate(STORAGES) if storage in own]
+        values = [own[storage].estimate("ppl/kl") for storage in STORAGES if storage in own]
+        _line(axes, next(iter(own.values())), there, values)
+    megabytes = runs[0].metrics["memory/mb"]
+    axes.set(title=f"the same {megabytes:.2g} MB, in other storage", xlabel="how kept tokens are stored")
+    axes.set_xticks(range(len(STORAGES)), STORAGES.values())
+
+
+def _maps(runs: list[Run], draw: Callable[[Axes, Run], object], width: float, height: float) -> tuple[Figure, object]:
+    """Small multiples, one a run, with the mappable that was drawn last."""
+    columns = 3
+    lines = -(-len(runs) // columns)
+    figure, grid = plt.subplots(
+        lines, columns, figsize=(width * columns, height * lines), squeeze=False, sharex=True, sharey=True
+    )  # fmt: skip
+    drawn = None
+    for axes, run in zip(grid.ravel(), runs, strict=False):
+        drawn = draw(axes, run)
+        axes.set_title(run.title, color=look(run.method)["color"], fontweight="bold")
+        axes.spines[["top", "right"]].set_visible(True)
+    for axes in grid.ravel()[len(runs) :]:
+        axes.set_axis_off()
+    return figure, drawn
+
+
+def layers_and_heads(sections: dict[str, Measured]) -> Figure | None:
+    """Where attention is perturbed: mean AOP of every layer and query head."""
+    if "paper" not in sections:
+        return None
+    runs = [run for run in sections["paper"].runs if run.method in (*MAPPED, "turboquant", "random")]
+
+    def by_head(run: Run) -> pd.DataFrame:
+        rows = run.rows[(run.rows["metric"] == "aop/mean") & run.rows["head"].notna()]
+        return rows.groupby(["layer", "head"])["value"].mean().unstack()
+
+    grids = {run.method: by_head(run) for run in runs}
+    top = max(grid.to_numpy().max() for grid in grids.values())
+
+    def draw(axes: Axes, run: Run):
+        image = axes.imshow(grids[run.method], vmin=0, vmax=top, cmap="viridis", aspect="auto", origin="lower")
+        axes.set(xticks=range(grids[run.method].shape[1]), yticks=range(grids[run.method].shape[0]))
+        return image
+
+    figure, image = _maps(runs, draw, 2.5, 2.1)
+    figure.supxlabel("query head", fontsize=9)
+    figure.supylabel("layer", fontsize=9)
+    figure.colorbar(image, ax=figure.axes, label="AOP, mean over documents and positions", shrink=0.8)
+    return figure
+
+
+def drift(sections: dict[str, Measured]) -> Figure | None:
+    """AOP by turn, re-compressed and grown, side by side."""
+    if "multiturn" not in sections:
+        return None
+    runs = [run for run in sections["multiturn"].runs if run.method != "full"]
+    policies = {
+        "recompress": "cache brought back to its budget after every turn",
+        "once": "compressed once, then left to grow",
+    }
+    figure, grid = plt.subplots(1, 2, figsize=(8.4, 3.4), sharey=True)
+    for axes, (policy, title) in zip(grid, policies.items(), strict=True):
+        for run in runs:
+            if run.choice["phase.drift.policy"] == policy:
+                rows = run.rows[(run.rows["metric"] == "drift/aop") & run.rows["turn"].notna()]
+                turns = rows.groupby("turn")["value"]
+                _line(axes, run, list(turns.groups), [estimate(values.to_numpy()) for _, values in turns])
+        axes.set(xlabel="turn", title=title, ylim=(0, None))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    grid[0].set_ylabel("AOP (bands: 95 % over documents)")
+    _outside(figure, grid[1])
+    return figure
+
+
+def kept_tokens(sections: dict[str, Measured]) -> Figure | None:
+    """Which stretches of a document are kept, by layer."""
+    if "paper" not in sections:
+        return None
+    runs = [run for run in sections["paper"].runs if run.method in MAPPED]
+
+    def draw(axes: Axes, run: Run):
+        rows = run.rows[(run.rows["metric"] == "kept/share") & (run.rows["document"] == 0)]
+        grid = rows.pivot(index="layer", columns="position", values="value")
+        width = np.diff(grid.columns[:2])[0]
+        extent = (0, grid.columns[-1] + width, -0.5, len(grid) - 0.5)
+        axes.set(yticks=range(len(grid)))
+        return axes.imshow(
+            grid, vmin=0, vmax=1, cmap="cividis", aspect="auto", origin="lower", extent=extent, interpolation="nearest"
+        )
+
+    figure, image = _maps(runs, draw, 3.1, 1.7)
+    figure.supxlabel("token of the prompt (first document)", fontsize=9)
+    figure.supylabel("layer", fontsize=9)
+    figure.colorbar(image, ax=figure.axes, label="share kept, mean over KV heads", shrink=0.8)
+    return figure
+
+
+DEPTHS = 5  # equal parts of the prompt
+SHOWN_BUDGET = "512"
+
+
+def recall_by_depth(sections: dict[str, Measured]) -> Figure | None:
+    """Share of needles that are found, by where in the prompt they are."""
+    if "retrieval" not in sections:
+        return None
+    runs = [run for run in sections["retrieval"].runs if run.choice.get("budget.tokens", SHOWN_BUDGET) == SHOWN_BUDGET]
+    if not runs:
+        return None
+    names = [f"{100 * i // DEPTHS}-{100 * (i + 1) // DEPTHS}" for i in range(DEPTHS)]
+    ordered = sorted(runs, key=lambda run: -run.metrics["retrieval/recall"])
+    grid = np.full((len(ordered), DEPTHS), np.nan)
+    for line, run in enumerate(ordered):
+        rows = run.rows[(run.rows["metric"] == "retrieval/recall") & run.rows["depth"].notna()]
+        part = np.minimum((rows["depth"] * DEPTHS).astype(int), DEPTHS - 1)
+        means = rows.groupby(part)["value"].mean()
+        grid[line, means.index] = means
+    figure, axes = plt.subplots(figsize=(6.0, 0.3 * len(ordered) + 1.2))
+    image = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    for (line, part), value in np.ndenumerate(grid):
+        if not np.isnan(value):
+            axes.text(
+                part, line, f"{value:.2f}", ha="center", va="center", color="w" if value < 0.6 else "k", fontsize=8
+            )
+    axes.set(
+        xticks=range(DEPTHS), xticklabels=names, yticks=range(len(ordered)), yticklabels=[run.title for run in ordered],
+        xlabel="place of the needle in the prompt, %",
+        title=f"Needle recall by depth, {SHOWN_BUDGET} tokens kept",
+    )  # fmt: skip
+    for label, run in zip(axes.get_yticklabels(), ordered, strict=True):
+        label.set_color(look(run.method)["color"])
+    figure.colorbar(image, ax=axes, label="share found")
+    return figure
+
+
+def spectra(sections: dict[str, Measured]) -> Figure | None:
+    """Power of keys over frequency: by layer in the full cache, and what is left of it by method."""
+    if "paper" not in sections:
+        return None
+    runs = {run.method: run for run in sections["paper"].runs}
+
+    def powers(run: Run, metric: str, by: list[str]) -> pd.Series:
+        rows = run.rows[run.rows["metric"] == metric]
+        return rows.groupby(by)["value"].mean()
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.8, 3.4), sharey=True)
+    any_run = next(iter(runs.values()))
+    layers = powers(any_run, "spectrum/full", ["layer", "frequency"]).unstack(0)
+    shades = plt.get_cmap("viridis")(np.linspace(0, 0.95, layers.shape[1]))
+    for shade, (layer, values) in zip(shades, layers.items(), strict=True):
+        left.loglog(values.index, values, color=shade, lw=1.4, label=f"layer {layer:.0f}")
+    left.set(title="full cache, by layer", ylabel="power of keys before RoPE")
+    left.legend(fontsize=7, ncols=2)
+    full = powers(any_run, "spectrum/full", ["frequency"])
+    right.loglog(full.index, full, color="#000000", lw=2, label="full cache")
+    for method in (*MAPPED, "turboquant"):
+        if method in runs:
+            values = powers(runs[method], "spectrum/rebuilt", ["frequency"])
+            style = look(method)
+            right.loglog(values.index, values, lw=1.2, ms=4, markevery=4, label=runs[method].title, **style)
+    right.set(title="rebuilt from what is kept, mean of layers")
+    _outside(figure, right)
+    for axes in (left, right):
+        axes.set_xlabel("frequency, cycles a token")
+    return figure
+
+
+FIGURES: dict[str, tuple[Callable[[dict[str, Measured]], Figure | None], str, str]] = {
+    "layers_and_heads": (layers_and_heads, "paper", "Attention output perturbation by layer and query head."),
+    "kept_tokens": (
+        kept_tokens, "paper",
+        "Which tokens of the first document are kept, in stretches of 16, by layer; sinks and the recent window are "
+        "kept by all.",
+    ),
+    "spectra": (
+        spectra, "paper",
+        "Power spectra of keys along the tokens; white noise of variance 1 has power 1. Evicted keys are interpolated "
+        "between their kept neighbours, which takes power from high frequencies and brings it to low ones.",
+    ),
+    "frontier": (
+        frontier, "budgets",
+        "Prediction against bytes; down is better, bands are 95 % over documents. Left: budgets of 128 to 2048 tokens "
+        "in 16 bits, and the whole prompt in codes. Right: an eighth of the full cache's bytes, spent on few tokens in "
+        "16 bits or on more in codes.",
+    ),
+    "drift": (drift, "multiturn", "Attention output perturbation over turns of the true continuation."),
+    "recall_by_depth": (recall_by_depth, "retrieval", "Needles found by their place in the prompt."),
+}  # fmt: skip
+"""Name of every figure: the function that draws it, the section that it stands in, and its caption."""

@@ -1,0 +1,144 @@
+"""What has to be measured: the configurations of every section, composed once and remembered."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from pipeline.compose import composed, spelled_out, sweep
+from pipeline.config import PACKAGE, conf_dir, register_resolvers
+from pipeline.errors import InputError
+from pipeline.job import Job, prepare
+
+
+@cache
+def titles() -> dict[str, str]:
+    """Titles of the sections there are, by their experiment, in the order of the document."""
+    return yaml.safe_load(files("pipeline.paper").joinpath("sections.yaml").read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section's jobs.
+
+    Parameters
+    ----------
+    experiment : str
+    asked : int
+        Documents that the experiment asks for.
+    choices : list of dict of str to str
+        What the experiment varies, for every job.
+    jobs : list of Job
+    """
+
+    experiment: str
+    asked: int
+    choices: list[dict[str, str]]
+    jobs: list[Job]
+
+    @property
+    def title(self) -> str:
+        return titles()[self.experiment]
+
+
+def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in node:
+        child = node._get_node(key)
+        yield f"{prefix}{key}"
+        if isinstance(child, DictConfig):
+            yield from _keys(child, f"{prefix}{key}.")
+
+
+def _preset(experiment: str) -> dict:
+    return yaml.safe_load((Path(conf_dir()) / "experiment" / f"{experiment}.yaml").read_text())
+
+
+def _chosen_groups(experiment: str) -> set[str]:
+    """Groups whose option the experiment itself chooses: they are what it is about."""
+    entries = (key for entry in _preset(experiment).get("defaults", []) for key in entry)
+    return {key.removeprefix("override /") for key in entries if key.startswith("override /")}
+
+
+def applicable(experiment: str, overrides: list[str]) -> list[str]:
+    """The overrides that mean something to an experiment.
+
+    An experiment that chooses the option of a group itself, as `synthetic` does with the model, keeps its choice; and
+    settings that its options do not have, as `model.path` there, are for other experiments.
+    """
+    own = _chosen_groups(experiment)
+    spelled = spelled_out(overrides)
+    groups = [o for o in spelled if "." not in (key := o.partition("=")[0]) and key not in own]
+    known = set(_keys(composed([f"experiment={experiment}", *(o for o in groups if "," not in o)])))
+    return [o for o in spelled if o in groups or ("." in o.partition("=")[0] and o.partition("=")[0] in known)]
+
+
+def _composed(experiment: str, overrides: list[str]) -> dict:
+    """What JSON can hold of a section: the documents that its experiment asks for, the overrides that it takes, and
+    the overrides and the configuration of every job.
+    """
+    taken = applicable(experiment, overrides)
+    jobs = [
+        {"overrides": job, "config": OmegaConf.to_container(composed(job), resolve=False)}
+        for job in sweep(experiment, [f"tracking.table={experiment}", *taken])
+    ]
+    return {"asked": int(composed([f"experiment={experiment}"]).document.count), "taken": taken, "jobs": jobs}
+
+
+def _conf_hash() -> str:
+    """Hash of all that decides what overrides are composed to."""
+    digest = hashlib.sha256(f"{version('hydra-core')} {version('omegaconf')} {PACKAGE}".encode())
+    for path in sorted(Path(conf_dir()).rglob("*.yaml")):
+        digest.update(str(path).encode() + path.read_bytes())
+    digest.update(Path(__file__).read_bytes())
+    return digest.hexdigest()
+
+
+def plan(experiments: list[str], overrides: list[str], memory: Path) -> list[Section]:
+    """The jobs of the sections, each checked.
+
+    Hydra takes 80 ms to compose a job, so that what was composed is remembered in the file `memory`, as long as no
+    configuration file changes.
+
+    Raises
+    ------
+    InputError
+        If there is no such section, or an override means nothing to any of them.
+    """
+    for name in experiments:
+        if name not in titles():
+            raise InputError(f"--sections {name} is not known: choose among {', '.join(titles())}")
+    register_resolvers()
+    key = _conf_hash()
+    try:
+        remembered = json.loads(memory.read_text())
+    except (OSError, ValueError):
+        remembered = {}
+    if remembered.get("key") != key:
+        remembered = {"key": key, "sweeps": {}}
+    known = remembered["sweeps"]
+    found = {}
+    for name in experiments:
+        sought = " ".join([name, *overrides])
+        if sought not in known:
+            known[sought] = _composed(name, overrides)
+        found[name] = known[sought]
+    for override in spelled_out(overrides):
+        if not any(override in section["taken"] for section in found.values()):
+            raise InputError(f"{override} means nothing to the sections {', '.join(experiments)}: leave it out")
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    memory.write_text(json.dumps(remembered))
+    sections = []
+    for name, section in found.items():
+        varied = _preset(name)["hydra"]["sweeper"]["params"]
+        settings = [dict(o.split("=", 1) for o in job["overrides"]) for job in section["jobs"]]
+        choices = [{key: own[key] for key in varied} for own in settings]
+        jobs = [prepare(OmegaConf.create(job["config"])) for job in section["jobs"]]
+        sections.append(Section(name, section["asked"], choices, jobs))
+    return sections

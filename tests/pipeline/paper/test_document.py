@@ -1,0 +1,200 @@
+"""The document from a small store whose runs are made up, so that every number can be computed by hand."""
+
+import io
+import json
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pipeline import tracking
+from pipeline.aggregate import estimate
+from pipeline.paper.__main__ import main
+from pipeline.paper.sections import plan
+
+DOCUMENTS = 16
+# AOP of document d is base + 0.01 d, so its mean is base + 0.075; ND-PPL is ten times the base, give or take
+AOP = {
+    "full": 0.0, "fourier": 0.5, "wavelet": 0.4, "wavelet_fourier": 0.6, "wavelet_tri": 0.3, "tri": 0.2,
+    "turboquant": 0.1, "random": 0.9, "streaming": 0.7,
+}  # fmt: skip
+
+
+def rows_of(base: float) -> list[dict]:
+    rows = []
+    for d in range(DOCUMENTS):
+        values = {
+            "aop/mean": base + 0.01 * d,
+            "ppl/nd": 10 * base + 0.001 * (d % 3),
+            "ppl/kl": base,
+            "memory/ratio": 8.0,
+            "drift/aop_first": base + 0.1,
+            "drift/aop_last": base + 0.1 + 0.02 * (d % 2),
+        }
+        rows += [{"document": d, "metric": metric, "value": value} for metric, value in values.items()]
+        for layer in range(2):
+            rows += [
+                {"document": d, "layer": layer, "head": head, "metric": "aop/mean", "value": base + layer + head}
+                for head in range(2)
+            ]
+            rows += [
+                {"document": d, "layer": layer, "frequency": f, "metric": metric, "value": 1.0 / f}
+                for f in (0.1, 0.2, 0.4)
+                for metric in ("spectrum/full", "spectrum/rebuilt")
+            ]
+    rows += [
+        {"document": 0, "layer": layer, "position": p, "metric": "kept/share", "value": 0.5}
+        for layer in range(2)
+        for p in (0, 16, 32)
+    ]
+    return rows
+
+
+def metrics_of(rows: list[dict]) -> dict[str, float]:
+    table = pd.DataFrame(rows)
+    whole = table[table[["layer", "position"]].isna().all(axis=1)]
+    found = {}
+    for metric, group in whole.groupby("metric"):
+        value = estimate(group["value"].to_numpy())
+        found |= {metric: value.mean, f"{metric}_low": value.low, f"{metric}_high": value.high}
+    speed = {"throughput/speedup": 1.0, "throughput/speedup_q25": 0.98, "throughput/speedup_q75": 1.02}
+    return found | speed | {"memory/mb": 2.0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("paper")
+
+
+@pytest.fixture(scope="module")
+def store(small_in, as_json, folder) -> list[str]:
+    """Overrides of a store in which every run of the section `paper` is finished."""
+    from pipeline.run import identity
+
+    overrides = [o for o in small_in(folder) if not o.startswith("document.count")]
+    overrides += ["phase.drift.tokens=8", "phase.drift.positions=4"]
+    (section,) = plan(["paper"], overrides, folder / "compositions.json")
+    settings = section.jobs[0].settings
+    mlflow = tracking.connect(settings.tracking, settings.outputs)
+    for job in section.jobs:
+        method = job.settings.method
+        rows = rows_of(AOP[method.name])
+        tags = {
+            tracking.CONFIGURATION: identity(job), "method": method.name, "title": method.title,
+            "hash.document": job.document_hash, "git.revision": "abc",
+        }  # fmt: skip
+        with mlflow.start_run(tags=tags):
+            mlflow.log_metrics(metrics_of(rows))
+            mlflow.log_text(as_json(rows), "rows.json")
+    return overrides
+
+
+@pytest.fixture(scope="module")
+def regenerated(store, folder) -> tuple[Path, str]:
+    """The folder of the document, and what was printed."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setattr("sys.argv", ["pipeline.paper", "--sections", "paper", *store])
+        main()
+    return folder / "outputs" / "paper", printed.getvalue()
+
+
+def test_numbers_of_the_document_are_those_of_the_store(regenerated):
+    folder, printed = regenerated
+    assert "0 configurations measured, 9 were there already" in printed
+    text = (folder / "paper.md").read_text()
+    table = pd.read_csv(folder / "tables" / "published_perturbation.csv", index_col="option")
+    for method, base in AOP.items():
+        assert table.loc[method, "ours"] == pytest.approx(base + 0.075)
+    # ours: turboquant, tri, wavelet_tri, wavelet, fourier, wavelet_fourier
+    ranks = {"turboquant": 1, "tri": 2, "wavelet_tri": 3, "wavelet": 4, "fourier": 5, "wavelet_fourier": 6}
+    theirs = {"wavelet": 1, "wavelet_tri": 2, "wavelet_fourier": 3, "fourier": 4, "tri": 5, "turboquant": 6}
+    assert table["rank_ours"].dropna().to_dict() == ranks
+    assert table["rank_published"].dropna().to_dict() == theirs
+    assert table.index[:6].tolist() == list(ranks)
+    pairs = [(a, b) for i, a in enumerate(ranks) for b in list(ranks)[i + 1 :]]
+    tau = np.mean([np.sign((ranks[a] - ranks[b]) * (theirs[a] - theirs[b])) for a, b in pairs])
+    assert f"Kendall's tau with the published order: {tau:+.2f}." in text
+    low, high = (table.loc["wavelet", f"ours_{bound}"] for bound in ("low", "high"))
+    assert f"| WaveletKV        | 0.475 [{low:.3f}, {high:.3f}]" in text
+    assert low < 0.475 < high
+
+
+def test_what_is_missing_is_a_dash(regenerated):
+    folder, _ = regenerated
+    text = (folder / "paper.md").read_text()
+    line = next(x for x in text.splitlines() if x.startswith("| Random") and "0.975" in x)
+    assert [cell.strip() for cell in line.split("|")[3:6]] == ["-", "-", "-"]  # Random was not published
+    assert "| AOP max" in text and "nan" not in text.lower().replace("finance", "")
+
+
+def test_verdicts_follow_from_the_numbers(regenerated):
+    folder, printed = regenerated
+    verdicts = {c["id"]: c for c in json.loads((folder / "results.json").read_text())["claims"]}
+    assert verdicts["finding-1"]["verdict"] == "not supported"
+    # WaveletKV - 0.82 x TurboQuant: 0.4 + 0.01 d - 0.82 (0.1 + 0.01 d), on average 0.475 - 0.82 x 0.175
+    deciding = "aop/mean, WaveletKV - 0.82 x TurboQuant-4bit: 0.332 ["
+    assert verdicts["finding-1"]["deciding"].startswith(deciding)
+    assert verdicts["finding-3"]["verdict"] == "supported"
+    assert verdicts["finding-4"]["verdict"] == "not supported"  # it rises by 0.01 like all others
+    assert verdicts["table-drift-fourier"]["verdict"] == "supported"
+    assert verdicts["table-compression"]["verdict"] == "supported"
+    for claim in verdicts.values():
+        assert f"{claim['verdict']:<14} {claim['source']}: {claim['statement']}" in printed
+        assert claim["deciding"] in printed
+
+
+def test_files_and_origin(regenerated):
+    folder, _ = regenerated
+    names = {path.name for path in (folder / "tables").iterdir()}
+    assert {"published_drift.csv", "published_drift.tex", "prediction.csv"} <= names
+    assert "\\toprule" in (folder / "tables" / "published_drift.tex").read_text()
+    figures = {path.name for path in (folder / "figures").iterdir()}
+    assert figures == {f"{n}.{e}" for n in ("layers_and_heads", "kept_tokens", "spectra") for e in ("png", "svg")}
+    text = (folder / "paper.md").read_text()
+    results = json.loads((folder / "results.json").read_text())
+    assert len(results["sections"]["paper"]) == 9
+    for run in results["sections"]["paper"]:
+        assert run["run"] in text and run["identity"] in text
+        assert run["metrics"]["aop/mean"] == pytest.approx(AOP[run["choice"]["method"]] + 0.075)
+    assert "| git.revision of paper | abc |" in text
+
+
+def test_with_fewer_documents_than_asked_for_there_is_no_table(store, tmp_path):
+    from dataclasses import replace
+
+    from pipeline.paper.document import Origin, write
+    from pipeline.paper.measured import measure
+    from pipeline.paper.placement import Placements
+
+    placements = Placements(tmp_path / "placements.json")
+    (section,) = measure(plan(["paper"], store, tmp_path / "compositions.json"), placements, print)[0]
+    short = replace(section, runs=[*section.runs[:-1], replace(section.runs[-1], count=DOCUMENTS - 1)])
+    document = write([short], Origin("m", "d", "s", "c"), tmp_path / "short")
+    text = (tmp_path / "short" / "paper.md").read_text()
+    assert "Withheld: measured on 15 documents, and experiment=paper asks for 16" in text
+    assert document.verdicts == [] and "###" not in text
+    assert list((tmp_path / "short" / "tables").iterdir()) == list((tmp_path / "short" / "figures").iterdir()) == []
+
+
+def test_the_readme_gets_a_copy_between_its_markers(tmp_path):
+    from pipeline.errors import InputError
+    from pipeline.paper.readme import refresh
+
+    readme = tmp_path / "README.md"
+    readme.write_text("# Title\n\n<!-- results -->\nold\n<!-- /results -->\n\nEnd\n")
+    figures = tmp_path / "drawn"
+    figures.mkdir()
+    with pytest.raises(InputError, match="frontier, which was not drawn"):
+        refresh(readme, "new", figures)
+    for name in ("frontier", "kept_tokens"):
+        (figures / f"{name}.png").write_bytes(name.encode())
+    refresh(readme, "new", figures)
+    refresh(readme, "newer", figures)
+    expected = "# Title\n\n<!-- results -->\n\nnewer\n\n<!-- /results -->\n\nEnd\n"
+    assert readme.read_text() == expected
+    assert (tmp_path / "docs" / "figures" / "frontier.png").read_bytes() == b"frontier"
+    with pytest.raises(InputError, match="has no <!-- results -->"):
+        refresh(figures / "frontier.png", "new", figures)

@@ -1,0 +1,146 @@
+"""The command on the small checkpoint: what it measures, what it doesn't, and what becomes of an interruption."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from pipeline.errors import InputError
+from pipeline.paper.__main__ import main, regenerate
+from pipeline.paper.sections import applicable, plan, titles
+
+SWEPT = ["method=wavelet,streaming", "budget.tokens=60,100"]
+
+
+def tables(outputs: Path) -> dict[str, pd.DataFrame]:
+    """The tables by name, without the ids of runs."""
+    paths = sorted((outputs / "paper" / "tables").glob("*.csv"))
+    return {path.stem: pd.read_csv(path).drop(columns="run_id") for path in paths}
+
+
+@pytest.fixture
+def settings(small) -> list[str]:
+    """Short documents, as many as the experiments ask for."""
+    return [o for o in small if not o.startswith(("document.count", "budget.tokens"))]
+
+
+def test_measures_what_is_missing_and_nothing_twice(settings, tmp_path, monkeypatch, capsys):
+    import mlflow
+
+    def printed(*more: str) -> str:
+        monkeypatch.setattr("sys.argv", ["pipeline.paper", *settings, *SWEPT, "--sections", "budgets", *more])
+        main()
+        return capsys.readouterr().out
+
+    assert "4 configurations measured, 0 were there already" in printed()
+    first = tables(tmp_path / "outputs")
+    text = (tmp_path / "outputs" / "paper" / "paper.md").read_text()
+    assert set(first) == {"budgets_aop_mean", "budgets_ppl_kl", "budgets_ppl_nd"}
+    assert "0 configurations measured, 4 were there already" in printed()
+    assert (tmp_path / "outputs" / "paper" / "paper.md").read_text() == text
+    run = mlflow.search_runs(experiment_names=["spectral-kv"], output_format="list")[0]
+    mlflow.delete_run(run.info.run_id)
+    again = printed()
+    assert "1 configurations measured, 3 were there already" in again
+    assert f"1/1 budgets: {run.data.tags['title']} {run.data.params['budget.tokens']}, dense" in again
+    for name, table in tables(tmp_path / "outputs").items():
+        pd.testing.assert_frame_equal(table, first[name])
+    assert "4 configurations measured, 0 were there already" in printed("--refresh")
+
+
+def test_sections_share_runs(settings, tmp_path, capsys):
+    """WaveletKV at 60 tokens is in `budgets`, and the default of the ablation."""
+    variants = "variant=wavelet_default,wavelet_haar"
+    regenerate(["budgets"], [*settings, "method=wavelet", "budget.tokens=60"])
+    capsys.readouterr()
+    regenerate(["ablation"], [*settings, variants, "budget.tokens=60"])
+    assert "1 configurations measured, 1 were there already" in capsys.readouterr().out
+    table = tables(tmp_path / "outputs")["ablation_wavelet"].set_index("variant")
+    assert table["aop/mean_difference"].isna().to_dict() == {"default": True, "haar": False}
+    change = table.loc["haar", "aop/mean"] - table.loc["default", "aop/mean"]
+    assert table.loc["haar", "aop/mean_difference"] == pytest.approx(change)
+
+
+def test_a_section_takes_the_settings_that_it_has():
+    given = ["model=qwen2_5_0_5b", "model.path=/x", "document=file", "document.path=/y", "budget=300", "outputs=/z"]
+    assert applicable("budgets", given) == [*given[:4], "budget.tokens=300", "outputs=/z"]
+    assert applicable("retrieval", given) == [*given[:2], "budget.tokens=300", "outputs=/z"]
+    assert applicable("synthetic", given) == ["budget.tokens=300", "outputs=/z"]
+
+
+def test_refuses_what_no_section_can_use(settings, tmp_path):
+    memory = tmp_path / "compositions.json"
+    with pytest.raises(InputError, match="no_such is not known: choose among paper, baselines"):
+        plan(["no_such"], settings, memory)
+    with pytest.raises(InputError, match=r"document\.path=/x means nothing to the sections retrieval"):
+        plan(["retrieval"], ["document.path=/x"], memory)
+
+
+def test_every_section_is_an_experiment_with_tables():
+    from pipeline.compose import sweep
+    from pipeline.paper.figures import FIGURES
+    from pipeline.paper.tables import TABLES
+
+    assert list(titles()) == list(TABLES)
+    assert {section for _, section, _ in FIGURES.values()} <= set(titles())
+    for name in titles():
+        assert len(sweep(name, [])) > 5
+
+
+def test_what_was_composed_is_remembered_until_a_configuration_changes(settings, tmp_path, monkeypatch):
+    from pipeline.paper import sections
+
+    memory = tmp_path / "compositions.json"
+    (first,) = plan(["budgets"], [*settings, *SWEPT], memory)
+    composed = []
+    monkeypatch.setattr(sections, "composed", lambda overrides: composed.append(overrides))
+    (second,) = plan(["budgets"], [*settings, *SWEPT], memory)
+    assert [job.identity for job in second.jobs] == [job.identity for job in first.jobs] and not composed
+    assert second.choices == first.choices
+    assert first.choices[1] == {"method": "wavelet", "budget.tokens": "100"}
+    monkeypatch.undo()
+    monkeypatch.setattr(sections, "_conf_hash", lambda: "another")
+    calls = []
+    monkeypatch.setattr(sections, "_composed", lambda *a: calls.append(a) or {"asked": 8, "taken": [], "jobs": []})
+    with pytest.raises(InputError):  # the stand-in takes no override
+        plan(["budgets"], settings, memory)
+    assert calls
+
+
+@pytest.mark.slow
+def test_killed_five_times_it_continues_and_ends_with_the_same_tables(small_in, tmp_path):
+    names = ["budgets", "multiturn", "synthetic"]
+    general = ["method=wavelet,tri,streaming", "budget.tokens=60", "phase.drift.tokens=8", "phase.drift.positions=4"]
+
+    def command(folder: Path) -> list[str]:
+        settings = [o for o in small_in(folder) if not o.startswith(("document.count", "budget.tokens"))]
+        return [
+            sys.executable, "-m", "pipeline.paper", "--sections", ",".join(names), *settings, *general,
+        ]  # fmt: skip
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir(), killed.mkdir()
+    start = time.monotonic()
+    subprocess.run(command(whole), check=True, capture_output=True)
+    longest = time.monotonic() - start
+    rng, again, stopped = random.Random(0), command(killed), 0
+    for attempt in range(5):
+        process = subprocess.Popen(again, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            process.wait(timeout=rng.uniform(0.3, 0.9) * longest)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL if attempt % 2 else signal.SIGTERM)
+            process.wait()
+            stopped += 1
+    assert stopped > 0
+    done = subprocess.run(again, check=True, capture_output=True, text=True)
+    assert "were there already" in done.stdout
+    expected, found = tables(whole / "outputs"), tables(killed / "outputs")
+    assert set(expected) == set(found) and len(expected) == 5
+    for name in expected:
+        pd.testing.assert_frame_equal(expected[name], found[name])
