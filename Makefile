@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup paper test test-slow test-faults lint clean
+.PHONY: help setup paper readme test test-slow test-faults lint clean
 
 help:           ## List the targets.
 	@grep -E '^[a-z-]+: .*##' Makefile | sed 's/: .*##/\t/'
@@ -15,8 +15,11 @@ setup: .venv/installed  ## Make .venv with the project and its tools.
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-paper: setup    ## Measure the published comparison on the embedded model and print its tables.
+paper: setup    ## Measure what is missing on the embedded model, write outputs/paper/paper.md, print the verdicts.
 	$(BIN)/python -m pipeline.paper
+
+readme: setup   ## The same, and copy tables and figures into the README.
+	$(BIN)/python -m pipeline.paper --readme README.md
 
 test: setup     ## Run the fast tests.
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
