@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -29,6 +28,14 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=1).close()
+        return True
+    except OSError:
+        return False
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +59,16 @@ def database():
     )  # fmt: skip
     ready = [programs() / "pg_isready", "-h", "127.0.0.1", "-p", str(port)]
     deadline = time.monotonic() + PATIENCE
-    while subprocess.run(ready, capture_output=True).returncode != 0:
-        assert time.monotonic() < deadline and server.poll() is None
-        time.sleep(0.2)
-    yield f"postgresql+psycopg2://postgres@127.0.0.1:{port}/postgres"
-    subprocess.run(
-        [*user, programs() / "pg_ctl", "stop", "-D", data, "-m", "immediate"], check=True, capture_output=True
-    )
-    server.wait(PATIENCE)
-    shutil.rmtree(folder)
+    try:
+        while subprocess.run(ready, capture_output=True).returncode != 0:
+            assert time.monotonic() < deadline and server.poll() is None
+            time.sleep(0.2)
+        yield f"postgresql+psycopg2://postgres@127.0.0.1:{port}/postgres"
+    finally:  # also if it never became ready
+        stop = [*user, programs() / "pg_ctl", "stop", "-D", data, "-m", "immediate"]
+        subprocess.run(stop, capture_output=True, cwd="/")
+        server.wait(PATIENCE)
+        shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
@@ -74,16 +82,14 @@ def server(database, tmp_path_factory):
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder)
     uri, deadline = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE
-    while True:
-        try:
-            urllib.request.urlopen(f"{uri}/health", timeout=1)
-            break
-        except (OSError, urllib.error.URLError):
+    try:
+        while not answers(f"{uri}/health"):
             assert time.monotonic() < deadline and process.poll() is None, (folder / "log").read_text()
             time.sleep(0.5)
-    yield uri
-    os.killpg(process.pid, 15)
-    process.wait(PATIENCE)
+        yield uri
+    finally:
+        os.killpg(process.pid, 15)
+        process.wait(PATIENCE)
 
 
 def test_several_processes_share_a_server(small, server, tmp_path):
