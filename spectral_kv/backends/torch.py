@@ -172,9 +172,12 @@ class TorchBackend:
     def __init__(self, folder: str, device: str = "auto", dtype: str = "auto", cache_dtype: str = "bfloat16"):
         self._settle(device, dtype, cache_dtype)
         disable_progress_bar()
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=self.dtype, attn_implementation="sdpa", local_files_only=True
-        )
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=self.dtype, attn_implementation="sdpa", local_files_only=True, trust_remote_code=False,
+            output_loading_info=True,
+        )  # fmt: skip
+        if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers
+            raise ValueError(f"{folder} has no weights for {missing[0]} and {len(missing) - 1} more: save it again")
         model.set_attn_implementation(ATTENTION)
         self.model = model.to(self.device).eval()
         config = model.config

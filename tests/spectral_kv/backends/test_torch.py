@@ -304,6 +304,13 @@ def test_refuses_rotations_that_depend_on_the_prompt(checkpoint, tmp_path):
         TorchBackend(changed(checkpoint, tmp_path / "x", rope_parameters=dynamic), device="cpu")
 
 
+def test_refuses_weights_that_lack_a_layer(checkpoint, tmp_path):
+    """transformers would fill the layer with random numbers and only warn."""
+    deeper = changed(checkpoint, tmp_path / "x", num_hidden_layers=3, layer_types=["full_attention"] * 3)
+    with pytest.raises(ValueError, match=r"has no weights for model\.layers\.2\.input_layernorm\.weight and 11 more"):
+        TorchBackend(deeper, device="cpu")
+
+
 def test_refuses_layers_that_do_not_see_everything(tmp_path):
     config = MistralConfig(
         vocab_size=100, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
