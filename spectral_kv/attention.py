@@ -5,14 +5,20 @@ import numpy as np
 from spectral_kv.xp import Array, like, namespace, softmax, wide
 
 
-def attention_logits(queries: Array, keys: Array, scaling: float) -> Array:
-    """Scaled products `[query_heads, positions, tokens]` of queries and keys as in `attention_weights`."""
+def attention_logits(queries: Array, keys: Array, scaling: float, causal: bool = False) -> Array:
+    """Scaled products `[query_heads, positions, tokens]` of queries and keys as in `attention_weights`.
+
+    -inf where a query does not see a key.
+    """
     xp = namespace(queries)
     kv_heads, tokens, dim = keys.shape
     heads, positions, _ = queries.shape
-    grouped = xp.reshape(wide(queries), (kv_heads, heads // kv_heads * positions, dim))
-    logits = xp.matmul(grouped, xp.permute_dims(wide(keys), (0, 2, 1))) * scaling
-    return xp.reshape(logits, (heads, positions, tokens))
+    grouped = xp.reshape(wide(queries) * scaling, (kv_heads, heads // kv_heads * positions, dim))
+    logits = xp.reshape(xp.matmul(grouped, xp.permute_dims(wide(keys), (0, 2, 1))), (heads, positions, tokens))
+    if causal:
+        own = like(np.arange(tokens - positions, tokens), logits)[:, None]
+        logits = xp.where(like(np.arange(tokens), logits) > own, -np.inf, logits)
+    return logits
 
 
 def attention_weights(queries: Array, keys: Array, scaling: float, causal: bool = False) -> Array:
@@ -34,12 +40,7 @@ def attention_weights(queries: Array, keys: Array, scaling: float, causal: bool 
     array, [query_heads, positions, tokens]
         In single precision, or double where the arguments are.
     """
-    tokens, positions = keys.shape[1], queries.shape[1]
-    logits = attention_logits(queries, keys, scaling)
-    if causal:
-        own = like(np.arange(tokens - positions, tokens), logits)[:, None]
-        logits = namespace(logits).where(like(np.arange(tokens), logits) > own, -np.inf, logits)
-    return softmax(logits)
+    return softmax(attention_logits(queries, keys, scaling, causal))
 
 
 def attention_output(queries: Array, keys: Array, values: Array, scaling: float) -> Array:

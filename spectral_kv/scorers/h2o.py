@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from spectral_kv.attention import attention_mass, attention_weights
+from spectral_kv.attention import attention_logits
 from spectral_kv.scorers.base import LayerView
 from spectral_kv.xp import Array, namespace
 
-CHUNK = 512  # queries at a time; the weights of all would take tokens^2 numbers a head
+CHUNK = 128  # queries at a time: weights of all take tokens^2 numbers a head, those of few fit into a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,10 @@ class H2O:
         for start in range(0, count, CHUNK):
             queries = layer.queries[:, start : start + CHUNK]
             seen = tokens - count + start + queries.shape[1]
-            weights = attention_weights(queries, layer.keys[:, :seen], layer.scaling, causal=True)
-            mass = attention_mass(weights, kv_heads) * queries.shape[1]
+            logits = attention_logits(queries, layer.keys[:, :seen], layer.scaling, causal=True)
+            # the weights summed over queries as one product: dividing all of them first would be most of the work
+            exponentials = xp.exp(logits - xp.max(logits, axis=-1, keepdims=True))
+            shares = xp.reshape(1.0 / xp.sum(exponentials, axis=-1), (kv_heads, 1, -1))
+            mass = xp.matmul(shares, xp.reshape(exponentials, (kv_heads, -1, seen)))[:, 0]
             total = total + xp.concat([mass, xp.zeros_like(layer.key_norms[:, seen:])], axis=-1)
-        return total
+        return total / (layer.queries.shape[0] // kv_heads)

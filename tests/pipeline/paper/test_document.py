@@ -171,10 +171,10 @@ def test_with_fewer_documents_than_asked_for_there_is_no_table(store, tmp_path):
 
     placements = Placements(tmp_path / "placements.json")
     (section,) = measure(plan(["paper"], store, tmp_path / "compositions.json"), placements, print)[0]
-    short = replace(section, runs=[*section.runs[:-1], replace(section.runs[-1], count=DOCUMENTS - 1)])
+    short = replace(section, runs=[*section.runs[:-1], replace(section.runs[-1], count=section.asked - 1)])
     document = write([short], Origin("m", "d", "s", "c"), tmp_path / "short")
     text = (tmp_path / "short" / "paper.md").read_text()
-    assert "Withheld: measured on 15 documents, and experiment=paper asks for 16" in text
+    assert "Withheld: measured on 11 documents, and experiment=paper asks for 12" in text
     assert document.verdicts == [] and "###" not in text
     assert list((tmp_path / "short" / "tables").iterdir()) == list((tmp_path / "short" / "figures").iterdir()) == []
 
