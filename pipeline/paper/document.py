@@ -120,6 +120,7 @@ def draw(sections: list[Measured], folder: Path) -> dict[str, list[Drawn]]:
         for name, (function, experiment, caption) in FIGURES.items():
             if (figure := function(there)) is not None:
                 figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+                figure.set_layout_engine("none")  # the layout stays; it need not be found again
                 figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
                 plt.close(figure)
                 drawn.setdefault(experiment, []).append(Drawn(name, caption))
