@@ -13,10 +13,10 @@ import sys
 import numpy as np
 import pandas as pd
 
-from pipeline.cli import reporting
-from pipeline.compose import composed
 from pipeline.job import prepare
 from pipeline.run import loaded
+from pipeline.settings.cli import reporting
+from pipeline.settings.compose import composed
 from pipeline.stages.compress import Compressor, observed
 from pipeline.stages.prefill import FullRun
 

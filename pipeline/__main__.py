@@ -1,5 +1,5 @@
 """`python -m pipeline`: one run, or with `-m` a sweep."""
 
-from pipeline.cli import main
+from pipeline.settings.cli import main
 
 main()

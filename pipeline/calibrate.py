@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cli import reporting
-from pipeline.compose import composed
-from pipeline.errors import InputError
 from pipeline.job import prepare
-from pipeline.progress import progress
+from pipeline.settings.cli import reporting
+from pipeline.settings.compose import composed
+from pipeline.settings.errors import InputError
+from pipeline.show.progress import progress
 from spectral_kv.backends.base import Backend
 from spectral_kv.calibration import Accumulator
 from spectral_kv.xp import float32, to_numpy

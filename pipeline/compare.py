@@ -24,14 +24,14 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import runs
-from pipeline.aggregate import Estimate, difference, gap_closed, per_document
-from pipeline.cli import reporting
-from pipeline.compose import composed, spelled_out, sweep
-from pipeline.errors import InputError
 from pipeline.job import prepare
 from pipeline.run import Result, execute
-from pipeline.summary import LABELS, spread
+from pipeline.settings.cli import reporting
+from pipeline.settings.compose import composed, spelled_out, sweep
+from pipeline.settings.errors import InputError
+from pipeline.show.summary import LABELS, spread
+from pipeline.statistics import Estimate, difference, gap_closed, per_document
+from pipeline.store import search
 
 SHARED = (
     "hydra",
@@ -151,7 +151,7 @@ def main() -> None:
         parser.error("give either --against <the reference configuration> or --runs")
     with reporting(sys.argv[1:]):
         if arguments.runs:
-            runs.show(arguments.overrides, arguments.metrics)
+            search.show(arguments.overrides, arguments.metrics)
             return
         compare(arguments.overrides, arguments.against, arguments.gap)
 

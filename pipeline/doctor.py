@@ -23,13 +23,13 @@ from pathlib import Path
 import psutil
 from omegaconf import OmegaConf
 
-from pipeline import tracking
-from pipeline.cli import reporting
-from pipeline.compose import composed, spelled_out
-from pipeline.config import TrackingConfig, typed
-from pipeline.errors import InputError
-from pipeline.record import ROWS
+from pipeline.settings.cli import reporting
+from pipeline.settings.compose import composed, spelled_out
+from pipeline.settings.config import TrackingConfig, typed
+from pipeline.settings.errors import InputError
 from pipeline.stages.prefill_cache import PrefillCache
+from pipeline.store import tracking
+from pipeline.store.record import ROWS
 
 SAME = 2.0  # seconds by which the recorded start of a process may differ from the clock's
 

@@ -14,11 +14,11 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 import spectral_kv
-from pipeline.checkpoint import Checkpoint, Weightless, locate
-from pipeline.config import MLX, PACKAGE, BackendConfig, Settings, check
 from pipeline.documents.base import Asked, content_hash
-from pipeline.errors import InputError
-from pipeline.tracking import writable
+from pipeline.settings.config import MLX, PACKAGE, BackendConfig, Settings, check
+from pipeline.settings.errors import InputError
+from pipeline.stages.checkpoint import Checkpoint, Weightless, locate
+from pipeline.store.tracking import writable
 from spectral_kv.calibration import QueryStatistics
 from spectral_kv.selection import Budget
 from spectral_kv.storage.base import Storage
@@ -38,10 +38,9 @@ NOT_IDENTITY = {
 }
 # Sources that no number depends on: the tables, the recipe of the model, what is printed, logged or drawn.
 PRESENTATION = {
-    "paper", "reference_model", "cli.py", "compare.py", "doctor.py", "figures.py", "manual.py", "progress.py",
-    "record.py", "runs.py", "summary.py", "tracking.py",
+    "paper", "reference_model", "show", "store", "compare.py", "doctor.py", "settings/cli.py", "settings/manual.py",
 }  # fmt: skip
-WEIGHTLESS = "spectral_kv.backends.synthetic.SyntheticBackend"  # the backend of models without weights
+WEIGHTLESS = "pipeline.synthetic.backend.SyntheticBackend"  # the backend of models without weights
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 
@@ -67,7 +66,7 @@ def _sources(root: Path) -> bytes:
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        if relative.parts[0] not in PRESENTATION:
+        if not {relative.parts[0], relative.as_posix()} & PRESENTATION:
             digest.update(f"{root.name}/{relative.as_posix()}".encode() + path.read_bytes())
     return digest.digest()
 

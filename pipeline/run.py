@@ -15,20 +15,20 @@ import pandas as pd
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
-from pipeline import tracking
-from pipeline.aggregate import Estimate, aggregate, per_turn
-from pipeline.checkpoint import Checkpoint, Weightless
-from pipeline.config import BackendConfig, Settings
-from pipeline.errors import InputError, exhausted
 from pipeline.job import NOT_IDENTITY, Job, not_installed, timing_note
 from pipeline.phases.base import Context
-from pipeline.progress import progress
-from pipeline.record import ROWS, tracked
+from pipeline.settings.config import BackendConfig, Settings
+from pipeline.settings.errors import InputError, exhausted
+from pipeline.show.progress import progress
+from pipeline.stages.checkpoint import Checkpoint, Weightless
 from pipeline.stages.compress import Compressor, foresees, observed
+from pipeline.stages.fast_blas import fast_blas
 from pipeline.stages.prefill import FullRuns
 from pipeline.stages.prefill_cache import PrefillCache
+from pipeline.statistics import Estimate, aggregate, per_turn
+from pipeline.store import tracking
+from pipeline.store.record import ROWS, tracked
 from spectral_kv.backends.base import Backend
-from spectral_kv.backends.fast_blas import fast_blas
 from spectral_kv.scorers.base import Scorer
 from spectral_kv.xp import to_numpy
 
@@ -235,7 +235,7 @@ def _write(job: Job, measured: Measured, folder: Path) -> None:
     rows.astype(object).where(rows.notna(), None).to_json(folder / ROWS, orient="split", index=False)
     if not job.settings.tracking.figures:
         return
-    from pipeline.figures import by_layer, kept_map
+    from pipeline.show.figures import by_layer, kept_map
 
     figures = {"aop_by_layer": by_layer(rows, "aop/mean")}
     if measured.kept:

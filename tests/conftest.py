@@ -11,8 +11,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
 import numpy as np
 import pytest
 
-from pipeline.config import PACKAGE
-from spectral_kv.backends.fast_blas import fast_blas
+from pipeline.settings.config import PACKAGE
+from pipeline.stages.fast_blas import fast_blas
 from spectral_kv.rope import Rope
 
 REFERENCE = PACKAGE / "reference_model" / "checkpoint"

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 from tokenizers import Tokenizer
 
-from pipeline.errors import InputError
+from pipeline.settings.errors import InputError
 
 
 @dataclass(frozen=True)

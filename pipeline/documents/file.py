@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from pipeline.documents.base import Documents
-from pipeline.errors import InputError
+from pipeline.settings.errors import InputError
 
 
 @dataclass(frozen=True)

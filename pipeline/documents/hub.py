@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pipeline.documents.base import Documents
-from pipeline.errors import InputError
+from pipeline.settings.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from pipeline.documents.base import Asked, Documents
+from pipeline.documents.lookups import ATTRIBUTES, chains, facts, needles, spliced
 from pipeline.documents.pydoc import topics_text
-from pipeline.documents.retrieval import ATTRIBUTES, chains, facts, needles, spliced
-from pipeline.errors import InputError
+from pipeline.settings.errors import InputError
 
 TASKS = ("single", "multikey", "chain")
 

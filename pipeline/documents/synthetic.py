@@ -7,7 +7,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from pipeline.documents.base import Documents
-from pipeline.errors import InputError
+from pipeline.settings.errors import InputError
 
 VOCABULARY = 32_768  # ids are drawn below it where the model has no vocabulary
 

@@ -15,10 +15,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from pipeline.cli import reporting
-from pipeline.compose import composed
 from pipeline.paper.readme import refresh
 from pipeline.paper.sections import plan, titles
+from pipeline.settings.cli import reporting
+from pipeline.settings.compose import composed
 
 
 def regenerate(experiments: list[str], overrides: list[str], readme: Path | None = None) -> None:
@@ -33,10 +33,10 @@ def regenerate(experiments: list[str], overrides: list[str], readme: Path | None
     outputs = Path(composed(general).outputs).resolve()
     folder = outputs / "paper"
     sections = plan(experiments, overrides, folder / "compositions.json")
-    from pipeline import tracking
     from pipeline.paper.document import Origin, tally, write
     from pipeline.paper.measured import measure
     from pipeline.paper.placement import Placements
+    from pipeline.store import tracking
 
     placements = Placements(folder / "placements.json")
     measured, fresh = measure(sections, placements, lambda line: print(line, flush=True))

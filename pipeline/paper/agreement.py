@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from pipeline.aggregate import FEWEST, Estimate, interval
 from pipeline.paper import published
 from pipeline.paper.runs import Run
+from pipeline.statistics import FEWEST, Estimate, interval
 
 
 def kendall(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:

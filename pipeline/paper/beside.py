@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from pipeline.aggregate import Estimate
 from pipeline.paper import published
 from pipeline.paper.agreement import agreement
 from pipeline.paper.runs import Run
 from pipeline.paper.table import Table, cell, flat, number
+from pipeline.statistics import Estimate
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from importlib.resources import files
 import numpy as np
 import yaml
 
-from pipeline.aggregate import Estimate, difference, estimate
 from pipeline.paper.agreement import agreement
 from pipeline.paper.runs import Run
-from pipeline.summary import spread
+from pipeline.show.summary import spread
+from pipeline.statistics import Estimate, difference, estimate
 
 SUPPORTED, NOT_SUPPORTED, UNDECIDED = "supported", "not supported", "undecided"
 

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from pipeline.aggregate import Estimate, estimate
 from pipeline.paper.measured import Measured
 from pipeline.paper.runs import Run
+from pipeline.statistics import Estimate, estimate
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt

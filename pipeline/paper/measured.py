@@ -44,7 +44,7 @@ class Measured:
 
 def finished(jobs: list[Job]) -> dict:
     """The newest finished run of every identity in the store of the jobs; deleted runs are not among them."""
-    from pipeline import tracking
+    from pipeline.store import tracking
 
     settings = jobs[0].settings
     mlflow = tracking.connect(settings.tracking, settings.outputs)

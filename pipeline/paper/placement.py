@@ -7,7 +7,7 @@ from glob import glob
 from importlib.metadata import version
 from pathlib import Path
 
-from pipeline.config import BackendConfig
+from pipeline.settings.config import BackendConfig
 
 
 class Placements:

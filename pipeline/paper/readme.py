@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from pipeline.errors import InputError
+from pipeline.settings.errors import InputError
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 FIGURES = ("frontier", "kept_tokens")  # that the copy shows, from docs/figures beside the document

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from pipeline.aggregate import Estimate, estimate, per_document
+from pipeline.statistics import Estimate, estimate, per_document
 
 COORDINATES = ["document", "layer", "head", "turn", "depth", "position", "frequency", "value"]
 

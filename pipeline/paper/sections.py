@@ -12,10 +12,10 @@ from pathlib import Path
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline.compose import composed, spelled_out, sweep
-from pipeline.config import PACKAGE, conf_dir, register_resolvers
-from pipeline.errors import InputError
 from pipeline.job import Job, prepare
+from pipeline.settings.compose import composed, spelled_out, sweep
+from pipeline.settings.config import PACKAGE, conf_dir, register_resolvers
+from pipeline.settings.errors import InputError
 
 
 @cache

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from pipeline.aggregate import Estimate, difference
 from pipeline.paper.runs import Run
-from pipeline.summary import spread
+from pipeline.show.summary import spread
+from pipeline.statistics import Estimate, difference
 
 MISSING = "-"
 

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from pipeline.aggregate import estimate, gap_closed
 from pipeline.paper.beside import PUBLISHED, beside
 from pipeline.paper.measured import Measured
 from pipeline.paper.runs import Run
 from pipeline.paper.table import Column, Table, cell, flat, grid, listing, number
+from pipeline.statistics import estimate, gap_closed
 
 
 def by_method(runs: list[Run]) -> dict[str, Run]:

@@ -17,14 +17,14 @@ import sys
 import numpy as np
 import pandas as pd
 
-from pipeline.aggregate import estimate
-from pipeline.cli import reporting
-from pipeline.compose import composed
-from pipeline.documents.retrieval import Lookup, chain, fact, needles, spliced
+from pipeline.documents.lookups import Lookup, chain, fact, needles, spliced
 from pipeline.job import Job, prepare
-from pipeline.progress import progress
 from pipeline.run import loaded
-from pipeline.summary import spread
+from pipeline.settings.cli import reporting
+from pipeline.settings.compose import composed
+from pipeline.show.progress import progress
+from pipeline.show.summary import spread
+from pipeline.statistics import estimate
 from spectral_kv.attention import attention_weights
 from spectral_kv.backends.base import Backend
 from spectral_kv.metrics.prediction import log_softmax, negative_log_likelihood

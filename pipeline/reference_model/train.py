@@ -6,7 +6,7 @@ CORPUS is what `pipeline.reference_model.corpus` wrote. The schedule follows the
 asked to: a learning rate that warms up, stays and falls to zero, on sequences of 2048 tokens and then, for the last
 share, of 8192. Every sequence starts with the BOS token, so that attention sinks form on it as they do in large
 models; a share of the sequences carries planted facts and variable chains that are asked for later
-(`pipeline.documents.retrieval`). OUT receives the model in Hugging Face format (bf16 safetensors, in shards of at
+(`pipeline.documents.lookups`). OUT receives the model in Hugging Face format (bf16 safetensors, in shards of at
 most 15 MB), its tokenizer and `training.json`.
 """
 
@@ -25,7 +25,7 @@ from torch.optim import AdamW, Muon
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from pipeline.documents.retrieval import Lookup, chain, fact, needles
+from pipeline.documents.lookups import Lookup, chain, fact, needles
 from pipeline.reference_model.corpus import BOS, END, VOCABULARY
 
 TOKENS_PER_STEP = 131_072

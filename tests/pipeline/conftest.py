@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.calibrate import calibrate
-from pipeline.compose import composed
 from pipeline.job import prepare
+from pipeline.settings.compose import composed
 
 SMALL = ["document.tokens=200", "document.continuation=40", "document.count=3", "budget.tokens=60", "budget.recent=16"]
 PHASES = ["phase.memory.generated=8", "phase.perturbation.positions=8", "phase.perplexity.tokens=40"]
@@ -26,8 +26,8 @@ def statistics(checkpoint, tmp_path_factory):
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory):
     """A store with its tables and no experiment: MLflow takes seconds to make one."""
-    from pipeline import tracking
-    from pipeline.config import TrackingConfig
+    from pipeline.settings.config import TrackingConfig
+    from pipeline.store import tracking
 
     folder = tmp_path_factory.mktemp("store")
     mlflow = tracking.connect(TrackingConfig(None, "Default"), folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.compare import documents
-from pipeline.errors import InputError
+from pipeline.settings.errors import InputError
 
 PAGE = Path(__file__).parents[2] / "docs" / "add_a_method.md"
 

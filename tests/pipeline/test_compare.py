@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from pipeline.aggregate import difference, gap_closed
 from pipeline.compare import compare, documents, main
-from pipeline.errors import InputError
-from pipeline.runs import chosen
+from pipeline.settings.errors import InputError
+from pipeline.statistics import difference, gap_closed
+from pipeline.store.search import chosen
 
 
 def test_the_paired_interval_is_that_of_the_differences(rng):

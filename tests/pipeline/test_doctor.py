@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import doctor, tracking
-from pipeline.compose import composed
-from pipeline.config import TrackingConfig
+from pipeline import doctor
 from pipeline.doctor import examine, repair
-from pipeline.errors import InputError
 from pipeline.job import prepare
+from pipeline.settings.compose import composed
+from pipeline.settings.config import TrackingConfig
+from pipeline.settings.errors import InputError
+from pipeline.store import tracking
 
 LOCAL = TrackingConfig(None, "spectral-kv")
 

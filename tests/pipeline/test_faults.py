@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import tracking
-from pipeline.config import TrackingConfig
 from pipeline.doctor import examine, repair
+from pipeline.settings.config import TrackingConfig
+from pipeline.store import tracking
 
 pytestmark = pytest.mark.faults
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.compose import composed
-from pipeline.config import conf_dir
-from pipeline.runs import chosen
+from pipeline.settings.compose import composed
+from pipeline.settings.config import conf_dir
+from pipeline.store.search import chosen
 
 NUMBERS = ("aop/mean", "ppl/kl", "memory/bytes")
 
@@ -76,7 +76,7 @@ def test_a_preset_composes_or_says_what_to_install(preset, plugin):
 
 
 def test_a_grid_is_swept_inside_one_job(small, monkeypatch, capsys):
-    from pipeline import cli
+    from pipeline.settings import cli
 
     settings = [o for o in small if not o.startswith("budget.tokens=")]
     grid = 'grid="method=random,streaming budget=60,0,100"'  # 0 is refused, the others go on

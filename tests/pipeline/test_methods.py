@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.compose import composed
-from pipeline.config import check, conf_dir
 from pipeline.job import prepare
+from pipeline.settings.compose import composed
+from pipeline.settings.config import check, conf_dir
 from pipeline.stages.compress import foresees, observed
 from pipeline.stages.prefill import FullRun
 from spectral_kv.attention import attention_mass, attention_weights

@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 
 from pipeline import job
-from pipeline.aggregate import Estimate
 from pipeline.calibrate import calibrate
-from pipeline.checkpoint import locate
 from pipeline.compare import compare
 from pipeline.compare import show as table
-from pipeline.compose import composed
-from pipeline.config import conf_dir
-from pipeline.errors import InputError
 from pipeline.job import prepare
 from pipeline.run import Result, execute, loaded
-from pipeline.runs import show as side_by_side
+from pipeline.settings.compose import composed
+from pipeline.settings.config import conf_dir
+from pipeline.settings.errors import InputError
+from pipeline.show.summary import show
+from pipeline.stages.checkpoint import locate
 from pipeline.stages.compress import Compressor, foresees, observed
 from pipeline.stages.prefill import FullRun
-from pipeline.summary import show
+from pipeline.statistics import Estimate
+from pipeline.store.search import show as side_by_side
 from spectral_kv.calibration import QueryStatistics
 from spectral_kv.xp import to_numpy
 
@@ -189,7 +189,7 @@ def test_torch_knows_no_device_called_gpu(small):
 def test_without_mlx_the_backend_explains_itself_and_the_rest_of_the_library_can_be_imported(tmp_path):
     code = """
 sys.argv = ["pipeline", "backend=mlx", "method=knorm", "document.tokens=200"]
-from pipeline.cli import main
+from pipeline.settings.cli import main
 try:
     main()
 except SystemExit as done:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from pipeline.config import PACKAGE
 from pipeline.documents.pydoc import Pydoc
+from pipeline.settings.config import PACKAGE
 from spectral_kv.backends.torch import TorchBackend
 from spectral_kv.metrics.prediction import log_softmax, negative_log_likelihood
 from spectral_kv.storage.dense import Dense

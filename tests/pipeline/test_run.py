@@ -6,12 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline import tracking
-from pipeline.compose import composed
-from pipeline.config import TrackingConfig
-from pipeline.errors import InputError
 from pipeline.job import prepare
-from pipeline.record import tracked
+from pipeline.settings.compose import composed
+from pipeline.settings.config import TrackingConfig
+from pipeline.settings.errors import InputError
+from pipeline.store import tracking
+from pipeline.store.record import tracked
 
 
 def store(result):

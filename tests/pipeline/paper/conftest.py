@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from pipeline.aggregate import estimate
 from pipeline.paper.runs import Run
+from pipeline.statistics import estimate
 
 TITLES = {
     "wavelet": "WaveletKV",

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from pipeline.aggregate import difference
 from pipeline.paper.claims import NOT_SUPPORTED, SUPPORTED, TESTS, UNDECIDED, claims, decide
+from pipeline.statistics import difference
 
 NOISE = np.array([0.03, -0.02, 0.01, -0.03, 0.02, -0.01, 0.02, -0.02])  # sums to 0
 

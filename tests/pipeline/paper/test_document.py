@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline import tracking
-from pipeline.aggregate import estimate
 from pipeline.paper.__main__ import main
 from pipeline.paper.sections import plan
+from pipeline.statistics import estimate
+from pipeline.store import tracking
 
 DOCUMENTS = 16
 # AOP of document d is base + 0.01 d, so its mean is base + 0.075; ND-PPL is ten times the base, give or take
@@ -180,8 +180,8 @@ def test_with_fewer_documents_than_asked_for_there_is_no_table(store, tmp_path):
 
 
 def test_the_readme_gets_a_copy_between_its_markers(tmp_path):
-    from pipeline.errors import InputError
     from pipeline.paper.readme import refresh
+    from pipeline.settings.errors import InputError
 
     readme = tmp_path / "README.md"
     readme.write_text("# Title\n\n<!-- results -->\nold\n<!-- /results -->\n\nEnd\n")

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from pipeline.config import conf_dir
 from pipeline.paper.figures import look, palette
+from pipeline.settings.config import conf_dir
 
 
 def test_every_method_has_a_look_of_its_own():

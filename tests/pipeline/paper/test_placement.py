@@ -1,7 +1,7 @@
 import pytest
 
-from pipeline.config import BackendConfig
 from pipeline.paper.placement import Placements
+from pipeline.settings.config import BackendConfig
 
 AUTO = BackendConfig("torch", "spectral_kv.backends.torch.TorchBackend", "auto", "auto", "bfloat16")
 

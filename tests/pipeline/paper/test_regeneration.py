@@ -10,9 +10,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from pipeline.errors import InputError
 from pipeline.paper.__main__ import main, regenerate
 from pipeline.paper.sections import applicable, plan, titles
+from pipeline.settings.errors import InputError
 
 SWEPT = ["method=wavelet,streaming", "budget.tokens=60,100"]
 
@@ -82,9 +82,9 @@ def test_refuses_what_no_section_can_use(settings, tmp_path):
 
 
 def test_every_section_is_an_experiment_with_tables():
-    from pipeline.compose import sweep
     from pipeline.paper.figures import FIGURES
     from pipeline.paper.tables import TABLES
+    from pipeline.settings.compose import sweep
 
     assert list(titles()) == list(TABLES)
     assert {section for _, section, _ in FIGURES.values()} <= set(titles())

@@ -14,14 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import calibrate, cli, tracking
+from pipeline import calibrate
+from pipeline.settings import cli
+from pipeline.store import tracking
 from spectral_kv.calibration import QueryStatistics
 
-TABLE = Path(__file__).parents[2] / "docs" / "malformed_inputs.md"
+TABLE = Path(__file__).parents[3] / "docs" / "malformed_inputs.md"
 HEAD = """# Malformed inputs
 
 What `python -m pipeline` prints, with exit status 2 and no finished run. `<folder>` stands for a path, `...` for the
-words of another library. `tests/pipeline/test_malformed_inputs.py` makes each of these and checks this table.
+words of another library. `tests/pipeline/settings/test_malformed_inputs.py` makes each of these and checks this table.
 
 | input | what it prints |
 |---|---|

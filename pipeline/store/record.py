@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline.errors import Terminated
-from pipeline.tracking import experiment_id
+from pipeline.settings.errors import Terminated
+from pipeline.store.tracking import experiment_id
 
 ROWS = "rows.json"  # artifact that holds the tidy rows of a run
 LONGEST = 5000  # characters of a parameter or tag

@@ -5,11 +5,12 @@ import sys
 import pytest
 import torch
 
-from pipeline import cli, record, tracking
-from pipeline.compose import composed
-from pipeline.errors import DiskFull, Exhausted, exhausted
 from pipeline.phases.memory import Memory
-from pipeline.runs import chosen
+from pipeline.settings import cli
+from pipeline.settings.compose import composed
+from pipeline.settings.errors import DiskFull, Exhausted, exhausted
+from pipeline.store import record, tracking
+from pipeline.store.search import chosen
 
 
 def outputs_of(small: list[str]) -> str:

@@ -3,9 +3,9 @@
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.aggregate import Estimate
 from pipeline.phases.retrieval import LEAST_FULL_RECALL
 from pipeline.run import Result
+from pipeline.statistics import Estimate
 
 LABELS = {
     "memory/mb": ("Cache, MB", "{:.2f}"),

@@ -17,9 +17,9 @@ from pathlib import Path
 import psutil
 from filelock import FileLock
 
-from pipeline.checkpoint import reachable
-from pipeline.config import TrackingConfig
-from pipeline.errors import InputError
+from pipeline.settings.config import TrackingConfig
+from pipeline.settings.errors import InputError
+from pipeline.stages.checkpoint import reachable
 
 PACKAGES = ("torch", "transformers", "numpy", "PyWavelets", "hydra-core", "mlflow")
 CONFIGURATION = "identity"  # tag that holds the hash of everything that determines a result

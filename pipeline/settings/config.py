@@ -19,16 +19,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.documents.base import Documents
-from pipeline.errors import InputError
-from pipeline.manual import manual
+from pipeline.settings.errors import InputError
+from pipeline.settings.manual import manual
+from pipeline.synthetic.model import SyntheticModel
 from spectral_kv.scorers.base import Scorer
 from spectral_kv.selection import SELECTIONS, Budget
 from spectral_kv.storage.base import Storage
-from spectral_kv.synthetic import SyntheticModel
 
 DTYPES = ("float32", "bfloat16", "float16")
 MLX = "spectral_kv.backends.mlx.MLXBackend"
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def conf_dir() -> str:

@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline.aggregate import aggregate, difference, estimate
+from pipeline.statistics import aggregate, difference, estimate
 
 
 def test_the_mean_is_over_documents_and_ignores_finer_rows():

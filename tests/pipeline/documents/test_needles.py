@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from pipeline.compose import composed
+from pipeline.documents.lookups import ATTRIBUTES, chains, facts, spliced
 from pipeline.documents.needles import Needles, line_ends, stratified
 from pipeline.documents.pydoc import Pydoc, topics_text
-from pipeline.documents.retrieval import ATTRIBUTES, chains, facts, spliced
-from pipeline.errors import InputError
 from pipeline.job import prepare
+from pipeline.settings.compose import composed
+from pipeline.settings.errors import InputError
 from tests.conftest import REFERENCE
 
 SIZES = {"tokens": 1000, "continuation": 60, "count": 3}

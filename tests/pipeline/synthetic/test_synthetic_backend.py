@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.synthetic.backend import SyntheticBackend
+from pipeline.synthetic.model import SyntheticModel
 from spectral_kv.attention import attention_mass, attention_weights
-from spectral_kv.backends.synthetic import SyntheticBackend
 from spectral_kv.calibration import Accumulator
 from spectral_kv.scorers.base import LayerView
 from spectral_kv.scorers.fourier import Fourier
@@ -15,7 +16,6 @@ from spectral_kv.scorers.wavelet import Wavelet
 from spectral_kv.selection import Budget, select
 from spectral_kv.storage.dense import Dense
 from spectral_kv.storage.turboquant import TurboQuantStorage
-from spectral_kv.synthetic import SyntheticModel
 
 TOKENS = 1024
 MODEL = SyntheticModel(context=1088, planted=1 / 32)

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-import pipeline.cli as cli
+import pipeline.settings.cli as cli
 
 
 def pipeline(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -25,7 +25,7 @@ def call(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
 def test_help_is_a_manual_and_loads_nothing_heavy():
     code = (
         "import sys; sys.argv = ['pipeline', '--help']\n"
-        "from pipeline.cli import main\n"
+        "from pipeline.settings.cli import main\n"
         "main()\n"
         "heavy = {'torch', 'transformers', 'mlflow', 'pandas'} & set(sys.modules)\n"
         "assert not heavy, heavy"

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from pipeline.compare import compare, documents
-from pipeline.compose import composed, sweep
 from pipeline.documents.synthetic import Synthetic
-from pipeline.errors import InputError
 from pipeline.job import prepare
 from pipeline.phases.planted import Planted
 from pipeline.run import execute
-from pipeline.summary import show
+from pipeline.settings.compose import composed, sweep
+from pipeline.settings.errors import InputError
+from pipeline.show.summary import show
 from spectral_kv.selection import Budget
 
 SMALL_BUDGET = ["budget.tokens=140", "budget.recent=16"]

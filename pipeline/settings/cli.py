@@ -15,9 +15,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.compose import composed, outermost, spelled_out, sweep
-from pipeline.config import conf_dir, register_resolvers, suggestion
-from pipeline.errors import DiskFull, Exhausted, InputError, Terminated, exhausted
+from pipeline.settings.compose import composed, outermost, spelled_out, sweep
+from pipeline.settings.config import conf_dir, register_resolvers, suggestion
+from pipeline.settings.errors import DiskFull, Exhausted, InputError, Terminated, exhausted
 
 PLUGINS = {"joblib": "launchers", "submitit_slurm": "launchers", "submitit_local": "launchers", "ray": "ray"}
 SHOW_TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -68,7 +68,7 @@ def _measure(cfg: DictConfig) -> float | None:
 
     job = prepare(cfg)  # refuses bad input before anything heavy is imported
     from pipeline.run import execute
-    from pipeline.summary import show
+    from pipeline.show.summary import show
 
     result = execute(job)
     show(result)

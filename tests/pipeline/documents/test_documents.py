@@ -10,11 +10,11 @@ from pipeline.documents.base import content_hash
 from pipeline.documents.docstrings import Docstrings
 from pipeline.documents.file import File
 from pipeline.documents.hub import Hub
+from pipeline.documents.lookups import chain, fact, needles
 from pipeline.documents.overlap import shingles
 from pipeline.documents.pydoc import Pydoc, topics_text
 from pipeline.documents.repeated import Repeated
-from pipeline.documents.retrieval import chain, fact, needles
-from pipeline.errors import InputError
+from pipeline.settings.errors import InputError
 from tests.conftest import REFERENCE
 
 

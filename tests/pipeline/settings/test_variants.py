@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.compose import composed, sweep
-from pipeline.config import check, conf_dir
+from pipeline.settings.compose import composed, sweep
+from pipeline.settings.config import check, conf_dir
 
 VARIANTS = sorted(path.stem for path in (Path(conf_dir()) / "variant").glob("*.yaml"))
 

@@ -13,9 +13,9 @@ SPEED = ["phase=throughput", "phase.throughput.tokens=6", "phase.throughput.repe
 @pytest.fixture
 def phase(small):
     """Execute with one phase; the overrides of the others would not apply."""
-    from pipeline.compose import composed
     from pipeline.job import prepare
     from pipeline.run import execute
+    from pipeline.settings.compose import composed
 
     settings = [o for o in small if not o.startswith("phase.")]
     return lambda *overrides: execute(prepare(composed([*settings, *LONG, *overrides])))

@@ -1,15 +1,15 @@
 import subprocess
 import sys
 
-from pipeline import tracking
-from pipeline.config import TrackingConfig
+from pipeline.settings.config import TrackingConfig
+from pipeline.store import tracking
 
 START = """
 import sys
 from pathlib import Path
-from pipeline import tracking
-from pipeline.config import TrackingConfig
-from pipeline.record import tracked
+from pipeline.store import tracking
+from pipeline.settings.config import TrackingConfig
+from pipeline.store.record import tracked
 mlflow = tracking.connect(TrackingConfig(None, "x"), Path(sys.argv[1]))
 with tracked(mlflow, "r", {"k": 1}, {}) as record:
     record.log(Path(sys.argv[1]) / "nothing", {"m": 1.0}, {})

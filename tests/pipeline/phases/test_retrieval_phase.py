@@ -6,15 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline.aggregate import aggregate
 from pipeline.compare import documents
-from pipeline.compose import composed
 from pipeline.documents.base import Asked
 from pipeline.job import prepare
 from pipeline.phases.retrieval import Retrieval
 from pipeline.run import execute, measure
+from pipeline.settings.compose import composed
+from pipeline.show.summary import show
 from pipeline.stages.prefill import FullRun, FullRuns
-from pipeline.summary import show
+from pipeline.statistics import aggregate
 from spectral_kv.storage.dense import Dense
 
 NEEDLES = ["document=needles", "phase=retrieval", "document.continuation=60"]

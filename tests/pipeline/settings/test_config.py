@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.compose import composed, spelled_out, sweep
-from pipeline.config import check, conf_dir
-from pipeline.errors import InputError
 from pipeline.job import prepare
+from pipeline.settings.compose import composed, spelled_out, sweep
+from pipeline.settings.config import check, conf_dir
+from pipeline.settings.errors import InputError
 from spectral_kv.storage.quantized_cache import MODULES
 
 CONF = Path(conf_dir())

@@ -12,10 +12,10 @@ from urllib.parse import urlparse
 
 from tokenizers import Tokenizer
 
-from pipeline.config import ModelConfig, SyntheticConfig
-from pipeline.errors import InputError
+from pipeline.settings.config import ModelConfig, SyntheticConfig
+from pipeline.settings.errors import InputError
+from pipeline.synthetic.model import SyntheticModel
 from spectral_kv.backends.base import ModelShape
-from spectral_kv.synthetic import SyntheticModel
 
 FILES = [
     "config.json",

@@ -8,12 +8,12 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import tracking
-from pipeline.aggregate import Estimate
-from pipeline.compose import composed, spelled_out
-from pipeline.config import TrackingConfig, typed
-from pipeline.errors import InputError
-from pipeline.summary import LABELS, spread
+from pipeline.settings.compose import composed, spelled_out
+from pipeline.settings.config import TrackingConfig, typed
+from pipeline.settings.errors import InputError
+from pipeline.show.summary import LABELS, spread
+from pipeline.statistics import Estimate
+from pipeline.store import tracking
 
 STORE = ("outputs", "tracking")  # settings that say where to look, not for what
 ALWAYS = ("method", "tokens", "storage")  # columns that are there even if all runs agree

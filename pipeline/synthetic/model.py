@@ -6,8 +6,8 @@ from functools import cached_property
 
 import numpy as np
 
+from pipeline.synthetic.backgrounds import BACKGROUNDS
 from spectral_kv.backends.base import ModelShape
-from spectral_kv.backgrounds import BACKGROUNDS
 from spectral_kv.calibration import QueryStatistics
 from spectral_kv.rope import Rope
 

@@ -3,8 +3,8 @@ import sys
 
 import pytest
 
-from spectral_kv.backends import fast_blas as module
-from spectral_kv.backends.fast_blas import fast_blas
+from pipeline.stages import fast_blas as module
+from pipeline.stages.fast_blas import fast_blas
 from tests.conftest import REFERENCE
 
 ROOT = REFERENCE.parents[2]
@@ -33,7 +33,7 @@ def outcome(code: str) -> list[str]:
 
 def test_products_are_right_and_several_times_faster():
     pytest.importorskip("mlx.core")
-    name, fast = outcome("from spectral_kv.backends.fast_blas import fast_blas\nloaded = fast_blas()" + PRODUCT)
+    name, fast = outcome("from pipeline.stages.fast_blas import fast_blas\nloaded = fast_blas()" + PRODUCT)
     if name == "None":
         pytest.skip("no OpenBLAS to be found here")
     _, slow = outcome("loaded = None" + PRODUCT)
@@ -47,7 +47,7 @@ def test_products_are_right_and_several_times_faster():
 def test_without_it_nothing_is_said(hindrance):
     code = f"""
 import types
-from spectral_kv.backends import fast_blas as module
+from pipeline.stages import fast_blas as module
 def broken(): raise OSError
 {hindrance}
 print(module.fast_blas())

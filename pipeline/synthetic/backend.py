@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
+from pipeline.synthetic.model import TOPICS, SyntheticModel
 from spectral_kv.backends.base import Extension, Prefill
 from spectral_kv.backends.torch import CompressedCache, TorchBackend
-from spectral_kv.synthetic import TOPICS, SyntheticModel
 
 
 class SyntheticBackend(TorchBackend):

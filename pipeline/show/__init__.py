@@ -1,0 +1,1 @@
+"""What a run shows: its screen, its figures, its progress."""
