@@ -4,8 +4,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from spectral_kv.scorers.base import LayerView, recency, unit
-from spectral_kv.xp import Array, float32
+from spectral_kv.xp import Array, float32, like, namespace
 
 SIGNALS = ("unrotated_keys", "rotated_keys", "values")
 SIGNS = ("deviation", "smoothness")
@@ -25,6 +27,9 @@ class Spectral(ABC):
         What is transformed along tokens: keys before RoPE, keys as cached, or values.
     sign : str
         Keep what deviates from the smooth signal, or what follows it.
+    shuffle_seed : int, optional
+        A control: tokens are transformed in a random order, drawn from this, the document and the layer, the same for
+        all heads, and each gets the deviation it has there. By default they are transformed as they come.
     """
 
     spectral_weight: float = 0.6
@@ -32,6 +37,7 @@ class Spectral(ABC):
     norm_weight: float = 0.2
     signal: str = "unrotated_keys"
     sign: str = "deviation"
+    shuffle_seed: int | None = None
 
     reads: ClassVar[tuple[str, ...]] = ("keys",)
 
@@ -40,6 +46,8 @@ class Spectral(ABC):
             raise ValueError(f"method.signal={self.signal} is not known: choose one of {', '.join(SIGNALS)}")
         if self.sign not in SIGNS:
             raise ValueError(f"method.sign={self.sign} is not known: choose one of {', '.join(SIGNS)}")
+        if self.shuffle_seed is not None and self.shuffle_seed < 0:
+            raise ValueError(f"method.shuffle_seed={self.shuffle_seed} can't be negative: write 0 or more, or null")
 
     @abstractmethod
     def spectral(self, x: Array) -> Array:
@@ -52,7 +60,8 @@ class Spectral(ABC):
             "rotated_keys": lambda: layer.keys,
             "values": lambda: layer.values,
         }
-        deviation = self.spectral(float32(signals[self.signal]()))
+        x = float32(signals[self.signal]())
+        deviation = self.spectral(x) if self.shuffle_seed is None else self._shuffled(x, layer.seed)
         if self.sign == "smoothness":
             deviation = -deviation
         return (
@@ -60,3 +69,10 @@ class Spectral(ABC):
             + self.recency_weight * recency(layer)
             + self.norm_weight * unit(layer.key_norms, layer.evictable)
         )
+
+    def _shuffled(self, x: Array, seed: tuple[int, ...]) -> Array:
+        """Deviation of every token where it lies after shuffling, brought back to its own place."""
+        xp = namespace(x)
+        order = np.random.default_rng([self.shuffle_seed, *seed]).permutation(x.shape[-2])
+        deviation = self.spectral(xp.take(x, like(order, x), axis=-2))
+        return xp.take(deviation, like(np.argsort(order), x), axis=-1)

@@ -38,3 +38,10 @@ def test_v2_is_all_switches_back_together():
 
 def test_the_ablation_has_every_variant():
     assert sorted(job[1].removeprefix("variant=") for job in sweep("ablation", [])) == VARIANTS
+
+
+def test_the_recent_window_is_swept_beside_its_default():
+    jobs = [dict(o.split("=", 1) for o in job) for job in sweep("recent", [])]
+    assert {job["budget.recent"] for job in jobs} == {"64", "128", "256"}
+    methods = [job["method"] for job in jobs]
+    assert all(methods.count(m) == 3 for m in methods) and len(set(methods)) == 12

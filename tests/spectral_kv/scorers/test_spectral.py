@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -127,6 +129,33 @@ def test_sign_and_signal_choose_what_is_scored(rope, rng):
     torch.testing.assert_close(flipped.flip(1), score, atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("scorer", [Fourier(), Wavelet(), WaveletFourier()], ids=["fourier", "wavelet", "cascade"])
+def test_shuffling_forgets_the_sequence_and_keeps_every_token_at_its_place(scorer, rope, rng):
+    """A smooth signal deviates nowhere until its tokens are shuffled; a token like no other still stands out."""
+    smooth = np.sin(np.arange(300) / 40)[None, :, None] * np.ones(16)
+    smooth[0, 120] += 9.0
+    layer = view(smooth, rope)
+    shuffled = replace(scorer, shuffle_seed=3, spectral_weight=1.0, recency_weight=0.0, norm_weight=0.0)
+    score = shuffled.score(layer)
+    assert score[0].argmax() == 120
+    order = np.random.default_rng([3, 0]).permutation(300)
+    deviation = scorer.spectral(layer.unrotated[:, order])
+    low, high = deviation.min(), deviation.max()
+    torch.testing.assert_close(score[:, order], (deviation - low) / (high - low), atol=1e-5, rtol=0)
+    ordered = replace(shuffled, shuffle_seed=None).score(layer)
+    others = [*range(20, 90), *range(150, 280)]
+    assert ordered[0, others].mean() < 0.3 * score[0, others].mean()
+    assert not torch.equal(score, replace(shuffled, shuffle_seed=4).score(layer))
+    assert not torch.equal(score, shuffled.score(replace(layer, seed=(1,))))
+
+
+def test_without_its_spectral_term_a_score_is_recency_and_norm(rope, rng):
+    layer = view(rng.normal(size=(2, 200, 16)), rope)
+    same = [s(spectral_weight=0.0).score(layer) for s in (Fourier, Wavelet, WaveletFourier)]
+    assert torch.equal(same[0], same[1]) and torch.equal(same[0], same[2])
+    assert (same[0] - Fourier().score(layer)).abs().mean() > 0.05
+
+
 def test_nonstationarity_is_zero_for_a_constant_small_for_noise_and_large_for_changing_tones(rng):
     tokens = np.arange(1024)
     changing = np.concatenate([np.cos(np.pi * 0.1 * (s + 1) * tokens[:128]) for s in range(8)])
@@ -154,6 +183,7 @@ def test_alpha_one_is_the_wavelet_score_and_alpha_zero_the_cascade(rng):
         lambda: Wavelet(transform="undecimated"),
         lambda: Fourier(cutoff=0.0),
         lambda: Fourier(sign="up"),
+        lambda: Fourier(shuffle_seed=-1),
     ],
 )
 def test_refuses_impossible_parameters(make):
