@@ -59,7 +59,7 @@ def convert(source: Path, out: Path) -> Path:
     try:
         statistics = read_pt(source)
     except (OSError, ValueError) as error:
-        raise InputError(f"--from-pt: {error}") from None
+        raise InputError(f"--from-pt: {error}; or measure with `python -m pipeline.calibrate model=...`") from None
     out.parent.mkdir(parents=True, exist_ok=True)
     statistics.save(out)
     return out

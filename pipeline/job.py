@@ -5,7 +5,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import spectral_kv
 from pipeline.documents.base import Asked, content_hash
-from pipeline.settings.config import MLX, PACKAGE, BackendConfig, Settings, check
+from pipeline.settings.config import MLX, PACKAGE, BackendConfig, Settings, check, prefixed
 from pipeline.settings.errors import InputError
 from pipeline.stages.checkpoint import Checkpoint, Weightless, locate
 from pipeline.store.tracking import writable
@@ -156,7 +156,7 @@ def _statistics(settings: Settings, checkpoint: Checkpoint | Weightless) -> Quer
     try:
         return QueryStatistics.load(model.calibration, (shape.layers, shape.query_heads, shape.dim // 2))
     except ValueError as error:
-        raise InputError(str(error)) from None
+        raise InputError(f"model.calibration: {error}; {remedy}") from None
 
 
 def _budget(settings: Settings, checkpoint: Checkpoint | Weightless) -> Budget | None:
@@ -169,7 +169,7 @@ def _budget(settings: Settings, checkpoint: Checkpoint | Weightless) -> Budget |
     try:
         held_in(settings.storage)(settings.documents.tokens)
     except ValueError as error:  # a storage may not suit the shape of the model
-        raise InputError(str(error)) from None
+        raise InputError(prefixed(str(error), "storage", (f.name for f in fields(settings.storage)))) from None
     if settings.budget is None:
         return None
     return settings.budget.resolve(settings.documents.tokens, held_in(Dense()), held_in(settings.storage))

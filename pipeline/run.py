@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from pipeline.job import NOT_IDENTITY, Job, not_installed, timing_note
 from pipeline.phases.base import Context
-from pipeline.settings.config import BackendConfig, Settings
+from pipeline.settings.config import BackendConfig, Settings, prefixed
 from pipeline.settings.errors import InputError, exhausted
 from pipeline.show.progress import progress
 from pipeline.stages.checkpoint import Checkpoint, Weightless
@@ -119,7 +119,7 @@ def loaded(settings: Settings, checkpoint: Checkpoint | Weightless) -> tuple[tup
                 checkpoint.source, device=config.device, dtype=config.dtype, cache_dtype=config.cache_dtype
             )
         except (ValueError, OSError, SafetensorError) as error:
-            reason = str(error).strip().split("\n")[0]
+            reason = prefixed(str(error).strip().split("\n")[0], "backend", ("device", "dtype", "cache_dtype"))
             raise InputError(f"model={settings.model.name} can't be loaded: {reason}") from None
     return key, _loaded[key]
 

@@ -59,13 +59,11 @@ class QueryStatistics:
                 mu = file.get_tensor("mu_re") + 1j * file.get_tensor("mu_im")
                 statistics = cls(mu, file.get_tensor("m"), file.metadata() or {})
         except SafetensorError as error:
-            raise ValueError(
-                f"{path} does not hold query statistics ({error}); write them with `python -m pipeline.calibrate`"
-            ) from None
+            raise ValueError(f"{path} does not hold query statistics ({error})") from None
         if statistics.mu.shape != shape or statistics.modulus.shape != shape:
             raise ValueError(
                 f"{path} was calibrated for [layers, query heads, bands] = {list(statistics.mu.shape)}, "
-                f"this model has {list(shape)}; calibrate this model with `python -m pipeline.calibrate`"
+                f"this model has {list(shape)}"
             )
         return statistics.possible(path)
 
@@ -84,8 +82,7 @@ class QueryStatistics:
             raise ValueError(
                 f"{path} has statistics that no queries have: in {(~possible).sum()} bands, first in band {band} of "
                 f"layer {layer}, query head {head}, the mean modulus ({self.modulus[layer, head, band]:.4g}) is below "
-                f"the modulus of the mean ({abs(self.mu[layer, head, band]):.4g}), or one is not a number; "
-                "calibrate the model with `python -m pipeline.calibrate`"
+                f"the modulus of the mean ({abs(self.mu[layer, head, band]):.4g}), or one is not a number"
             )
         return self
 

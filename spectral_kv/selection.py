@@ -33,13 +33,13 @@ class Budget:
 
     def __post_init__(self):
         if self.selection not in SELECTIONS:
-            raise ValueError(f"selection {self.selection!r} is not known: choose one of {', '.join(SELECTIONS)}")
+            raise ValueError(f"selection={self.selection} is not known: choose one of {', '.join(SELECTIONS)}")
         if self.sinks < 0 or self.recent < 0:
-            raise ValueError(f"sinks ({self.sinks}) and recent ({self.recent}) can't be negative")
+            raise ValueError(f"sinks={self.sinks} and recent={self.recent} can't be negative")
         if self.tokens <= self.sinks + self.recent:
             raise ValueError(
-                f"a budget of {self.tokens} tokens leaves nothing to choose: "
-                f"sinks ({self.sinks}) and recent window ({self.recent}) already take {self.sinks + self.recent}"
+                f"tokens={self.tokens} leaves nothing to choose beside sinks={self.sinks} and recent={self.recent}: "
+                f"give at least {self.sinks + self.recent + 1} tokens, or fewer sinks and recent tokens"
             )
 
     def evictable(self, tokens: int) -> slice:

@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -212,6 +212,20 @@ def _sentence(error: Exception) -> str:
     return str(error).strip().split("\n")[0].rstrip(".")
 
 
+def prefixed(message: str, key: str, names: Iterable[str]) -> str:
+    """A message of the library, which names bare parameters (`window=0 must be ...`), with the keys to set them by.
+
+    Parameters
+    ----------
+    key : str
+        Of the group that the parameters belong to: `method`, `storage`, `backend`, ...
+    names : iterable of str
+        The parameters. One that already has a prefix is left as it is.
+    """
+    bare = "|".join(sorted(names, key=len, reverse=True))
+    return re.sub(rf"(?<![\w.])(?:{bare})=", lambda found: f"{key}.{found[0]}", message) if bare else message
+
+
 def suggestion(word: str, known: list[str]) -> str:
     """`; did you mean x?`, or the list of what there is."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.8)
@@ -242,7 +256,7 @@ def typed(cls: type, node: DictConfig, key: str, option: str | None = None) -> A
     try:
         return OmegaConf.to_object(schema)
     except (ValueError, TypeError) as error:
-        raise InputError(_sentence(error)) from None
+        raise InputError(prefixed(_sentence(error), key, known) if key else _sentence(error)) from None
 
 
 def target(node: DictConfig, key: str, *extra: str) -> Any:

@@ -65,7 +65,7 @@ class MLXBackend:
     def __init__(self, folder: str, device: str = "auto", dtype: str = "auto", cache_dtype: str = "bfloat16"):
         device, dtype = self.place(device, dtype)
         if device == "gpu" and not mx.is_available(mx.gpu):
-            raise ValueError("backend.device=gpu needs Apple silicon or MLX for CUDA: set backend.device=cpu")
+            raise ValueError("device=gpu needs Apple silicon or MLX for CUDA: set device=cpu")
         mx.set_default_device(mx.gpu if device == "gpu" else mx.cpu)
         if device == "cpu":  # it would run g++ and leave what that makes in a folder that all users share
             mx.disable_compile()
@@ -98,7 +98,7 @@ class MLXBackend:
         except (AttributeError, KeyError):  # attention of another name, or one that is called without the cache
             raise ValueError(
                 f"{folder} is of type {config.model_type}, whose attention can't be observed in mlx-lm: "
-                "use backend=torch"
+                "use the torch backend"
             ) from None
 
     @staticmethod

@@ -84,6 +84,7 @@ def make_exact(layers: list[nn.Module], rope: Rope, folder: str) -> None:
         if frequencies.shape != rope.inv_freq.shape or not np.allclose(frequencies, rope.inv_freq, rtol=TOLERANCE):
             raise ValueError(
                 f"mlx-lm built layer {index} of {folder} with other RoPE frequencies than config.json describes "
-                f"(lowest {frequencies[-1]:.4g} instead of {rope.inv_freq[-1]:.4g} radians a token): use backend=torch"
+                f"(lowest {frequencies[-1]:.4g} instead of {rope.inv_freq[-1]:.4g} radians a token): "
+                "use the torch backend"
             )
         layer.self_attn.rope = ExactRope(rope)

@@ -210,7 +210,7 @@ class TorchBackend:
         """Where and in what it computes."""
         device, dtype = self.place(device, dtype)
         if device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"backend.device={device} needs a CUDA build of torch and a GPU: set backend.device=cpu")
+            raise ValueError(f"device={device} needs a CUDA build of torch and a GPU: set device=cpu")
         self.device = torch.device(device)
         self.dtype, self.cache_dtype = getattr(torch, dtype), getattr(torch, cache_dtype)
 

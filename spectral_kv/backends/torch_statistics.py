@@ -23,7 +23,7 @@ def read_pt(path: str | Path) -> QueryStatistics:
     """
 
     def refused(why: str) -> ValueError:
-        return ValueError(f"{path} {why}; calibrate the model with `python -m pipeline.calibrate`")
+        return ValueError(f"{path} {why}")
 
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

@@ -38,8 +38,7 @@ class ExpectedAttention:
     def __post_init__(self):
         if self.future < 1 or self.sinks < 0 or self.epsilon < 0:
             raise ValueError(
-                f"method.future={self.future} must be at least 1, "
-                f"method.sinks={self.sinks} and method.epsilon={self.epsilon} not negative"
+                f"future={self.future} must be at least 1, sinks={self.sinks} and epsilon={self.epsilon} not negative"
             )
 
     def score(self, layer: LayerView) -> Array:

@@ -26,7 +26,7 @@ class H2O:
 
     def __post_init__(self):
         if self.window is not None and self.window < 1:
-            raise ValueError(f"method.window={self.window} must be at least 1, or null for all queries")
+            raise ValueError(f"window={self.window} must be at least 1, or unset for all queries")
 
     def score(self, layer: LayerView) -> Array:
         xp = namespace(layer.keys)

@@ -29,9 +29,9 @@ class SnapKV:
 
     def __post_init__(self):
         if self.window < 1:
-            raise ValueError(f"method.window={self.window} must be at least 1")
+            raise ValueError(f"window={self.window} must be at least 1")
         if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"method.kernel={self.kernel} must be an odd number, 1 for no averaging")
+            raise ValueError(f"kernel={self.kernel} must be an odd number, 1 for no averaging")
 
     def score(self, layer: LayerView) -> Array:
         xp = namespace(layer.keys)

@@ -272,7 +272,7 @@ def test_refuses_files_of_the_authors_that_would_give_wrong_scores(spoil, why, t
     torch.save(content, tmp_path / "s.pt")
     with pytest.raises(ValueError, match=why) as refusal:
         read_pt(tmp_path / "s.pt")
-    assert str(tmp_path / "s.pt") in str(refusal.value) and "python -m pipeline.calibrate" in str(refusal.value)
+    assert str(tmp_path / "s.pt") in str(refusal.value)
 
 
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")

@@ -6,7 +6,7 @@ import yaml
 
 from pipeline.job import prepare
 from pipeline.settings.compose import composed, spelled_out, sweep
-from pipeline.settings.config import check, conf_dir
+from pipeline.settings.config import check, conf_dir, prefixed
 from pipeline.settings.errors import InputError
 from spectral_kv.storage.quantized_cache import MODULES
 
@@ -116,6 +116,10 @@ def test_a_sweep_is_the_product_of_its_commas_first_key_outermost():
         (["budget.selection=per_layer"], ["budget.selection=per_layer", "per_head"]),
         (["method=snapkv", "method.kernel=4"], ["method.kernel=4", "odd"]),
         (["method=h2o", "method.window=0"], ["method.window=0"]),
+        (
+            ["method=expected_attention", "method.future=0"],
+            ["method.future=0", "method.sinks=4 and method.epsilon=0.0001"],
+        ),
         (["method=snapkv", "document.tokens=64"], ["method.window=64", "document.tokens=64"]),
         (["storage=turboquant_4bit", "storage.rotation=dft"], ["storage.rotation=dft", "hadamard"]),
         (["storage=turboquant_4bit", "storage.flush=0"], ["storage.flush=0"]),
@@ -149,6 +153,14 @@ def test_refusals_name_the_key_and_the_remedy(overrides, words):
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_bare_parameters_of_a_message_get_the_prefix_of_their_group():
+    names = ("window", "size", "group_size")
+    assert prefixed("window=0 must be at least 1", "method", names) == "method.window=0 must be at least 1"
+    assert prefixed("group_size=3 or (size=4)", "storage", names) == "storage.group_size=3 or (storage.size=4)"
+    assert prefixed("method.window=0, subwindow=1", "method", names) == "method.window=0, subwindow=1"
+    assert prefixed("nothing=1", "method", ()) == "nothing=1"
 
 
 def test_every_setting_has_a_comment_or_a_telling_name():

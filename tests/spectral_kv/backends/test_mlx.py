@@ -565,7 +565,7 @@ def test_refuses_rotations_that_depend_on_the_prompt_and_damaged_weights(checkpo
 
 def test_refuses_attention_it_can_not_observe(checkpoint, monkeypatch):
     monkeypatch.setattr(mlx_backend, "ATTENTION", "another_name")
-    with pytest.raises(ValueError, match="qwen2, whose attention can't be observed in mlx-lm: use backend=torch"):
+    with pytest.raises(ValueError, match="qwen2, whose attention can't be observed in mlx-lm: use the torch backend"):
         MLXBackend(str(checkpoint), device="cpu")
 
 

@@ -268,7 +268,7 @@ def test_keydiff_finds_the_key_that_points_away(rng, rope):
 )
 def test_refuses_parameters_in_a_sentence(scorer, wrong):
     (key, value), *_ = wrong.items()
-    with pytest.raises(ValueError, match=rf"method\.{key}={value} .*(must|not)"):
+    with pytest.raises(ValueError, match=rf"(?<!\.){key}={value} .*(must|not)"):
         scorer(**wrong)
 
 
