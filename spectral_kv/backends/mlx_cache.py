@@ -6,10 +6,11 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import _BaseCache, create_attention_mask
 
-from spectral_kv.quantization.turboquant import Packed
+from spectral_kv.quantization.turboquant import PackedVectors
 from spectral_kv.storage.base import Stored
 from spectral_kv.storage.dense import DenseTokens
-from spectral_kv.storage.turboquant import PackedTokens, TurboQuantStorage
+from spectral_kv.storage.turboquant import PackedPair, TurboQuantStorage
+from spectral_kv.storage.windowed import WindowedTokens
 
 STEP = 256  # rows that dense buffers grow by; CUDA's attention wants a multiple of it
 
@@ -108,7 +109,8 @@ class CompressedLayer(_BaseCache):
         stored, where = self.stored, (self.offset, mx.array(self.positions))
         if isinstance(stored, DenseTokens):
             return (*where, *stored.load())
-        codes = None if stored.packed is None else [[p.codes, p.scale, p.mean] for p in stored.packed]
+        coded = stored.coded
+        codes = None if coded is None else [[p.codes, p.scale, p.mean] for p in (coded.keys, coded.values)]
         return (*where, stored.first, stored.recent, codes, stored.layer, asdict(stored.storage))
 
     @state.setter
@@ -119,8 +121,8 @@ class CompressedLayer(_BaseCache):
             dtype = stored.keys.dtype
         else:
             first, recent, codes, layer, storage = tokens
-            packed = None if codes is None else tuple(Packed(*parts) for parts in codes)
-            stored = PackedTokens(TurboQuantStorage(**storage), layer, tuple(first), packed, tuple(recent))
+            coded = None if codes is None else PackedPair(*(PackedVectors(*parts) for parts in codes))
+            stored = WindowedTokens(TurboQuantStorage(**storage), layer, tuple(first), coded, tuple(recent))
             dtype = recent[0].dtype
         CompressedLayer.__init__(self, stored, dtype, offset, np.asarray(positions))
 

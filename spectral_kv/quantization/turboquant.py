@@ -15,7 +15,7 @@ CORRECTIONS = ("plain", "renorm", "unbiased")
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedVectors:
     """Quantised vectors.
 
     `codes` uint8 `[..., tokens, dim * bits / 8]`, `scale` float16 `[..., tokens]`, `mean` float16 `[..., 1, dim]` or
@@ -30,13 +30,21 @@ class Packed:
     def nbytes(self) -> int:
         return self.codes.nbytes + self.scale.nbytes + (0 if self.mean is None else self.mean.nbytes)
 
-    def take(self, indices: Array) -> "Packed":
+    def take(self, indices: Array) -> "PackedVectors":
         """The tokens `[..., heads, kept]` alone, every head its own; the mean stays."""
         scale = namespace(self.scale).take_along_axis(self.scale, indices, axis=-1)
-        return Packed(rows(self.codes, indices), scale, self.mean)
+        return PackedVectors(rows(self.codes, indices), scale, self.mean)
 
-    def append(self, other: "Packed") -> "Packed":
+    def where(self, here: Array, other: "PackedVectors") -> "PackedVectors":
+        """The tokens of `other` where `here` `[..., heads, tokens]` says so; the mean stays."""
+        xp = namespace(self.codes)
+        codes = xp.where(here[..., None], other.codes, self.codes)
+        return PackedVectors(codes, xp.where(here, other.scale, self.scale), self.mean)
+
+    def append(self, other: "PackedVectors") -> "PackedVectors":
         """With the tokens of `other`, encoded with the same mean, at the end.
+
+        Means that are one array are not compared: that would make an accelerator wait at every flush.
 
         Raises
         ------
@@ -44,11 +52,11 @@ class Packed:
             If the means differ.
         """
         xp = namespace(self.codes)
-        means = [mean for mean in (self.mean, other.mean) if mean is not None]
-        if len(means) == 1 or (means and not bool(xp.all(means[0] == means[1]))):
+        ours, theirs = self.mean, other.mean
+        if ours is not theirs and (ours is None or theirs is None or not bool(xp.all(ours == theirs))):
             raise ValueError("packed tokens have different means: encode later tokens with mean=first.mean")
         codes = xp.concat([self.codes, other.codes], axis=-2)
-        return Packed(codes, xp.concat([self.scale, other.scale], axis=-1), self.mean)
+        return PackedVectors(codes, xp.concat([self.scale, other.scale], axis=-1), self.mean)
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,7 @@ class TurboQuant:
         flat = xp.reshape(xp.astype(codes, xp.int64), (-1,))
         return xp.reshape(xp.take(constant(codebook(self.bits)[0], codes), flat, axis=0), codes.shape)
 
-    def encode(self, x: Array, mean: Array | None = None) -> Packed:
+    def encode(self, x: Array, mean: Array | None = None) -> PackedVectors:
         """Pack `[..., heads, tokens, dim]`; a zero vector comes back as the mean (zero without centring).
 
         Parameters
@@ -120,7 +128,9 @@ class TurboQuant:
         if self.center:
             if mean is None and x.shape[-2] == 0:
                 raise ValueError("center=True needs a token to measure the mean on, not 0: give mean")
-            mean = xp.astype(xp.mean(y, axis=-2, keepdims=True) if mean is None else mean, xp.float16)
+            mean = xp.mean(y, axis=-2, keepdims=True) if mean is None else mean
+            if mean.dtype != xp.float16:  # one that is half already stays the same array
+                mean = xp.astype(mean, xp.float16)
             y = y - float32(mean)
         norm = xp.sqrt(xp.sum(y**2, axis=-1, keepdims=True))
         y = self._rotate(y / xp.clip(norm, 1e-12, None)) * dim**0.5
@@ -133,9 +143,9 @@ class TurboQuant:
             "unbiased": lambda: dim / xp.where(dot > 0, dot, xp.ones_like(dot)),
         }[self.correction]()
         scale = xp.astype((norm * factor / dim**0.5)[..., 0], xp.float16)
-        return Packed(pack(codes, self.bits), scale, mean)
+        return PackedVectors(pack(codes, self.bits), scale, mean)
 
-    def decode(self, packed: Packed) -> Array:
+    def decode(self, packed: PackedVectors) -> Array:
         """The float32 vectors `[..., heads, tokens, dim]` that the codes stand for."""
         xp = namespace(packed.codes)
         y = self._centroids(unpack(packed.codes, self.bits)) * float32(packed.scale)[..., None]

@@ -2,25 +2,20 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
 from array_api_compat import is_torch_array
 
-from spectral_kv.xp import Array, namespace, rows
-
-Pair = tuple[Array, Array]  # keys, values
+from spectral_kv.storage.base import Pair
+from spectral_kv.storage.windowed import Windowed, WindowedTokens
+from spectral_kv.xp import Array, namespace
 
 MODULES = {"quanto": ("optimum", "optimum.quanto"), "hqq": ("hqq",)}
 # Either way a group is neighbouring channels of one token. At transformers' default for hqq, 0, it would be spread over
 # tokens and differ with their number.
 AXES = {"quanto": 0, "hqq": 1}
-
-
-def _part(x: Array, start: int, stop: int) -> Array:
-    """Tokens `start` to `stop` as a tensor of their own, which does not keep the rest alive."""
-    return x[..., start:stop, :].clone()
 
 
 def _tensors(held: Any) -> Iterator[Array]:
@@ -55,53 +50,74 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class QuantizedTokens:
-    """Tokens of one layer: `first` and `recent` exact, `pieces` between, in the order in which they were quantised."""
+class QuantizedPieces:
+    """Keys and values of the tokens that were quantised together, in the order in which they were."""
 
-    storage: "QuantizedCacheStorage"
-    first: Pair
-    pieces: tuple[tuple[Piece, Piece], ...]
-    recent: Pair
+    pairs: tuple[tuple[Piece, Piece], ...]
 
     @property
     def tokens(self) -> int:
-        quantized = sum(keys.shape[-2] for keys, _ in self.pieces)
-        return self.first[0].shape[-2] + quantized + self.recent[0].shape[-2]
+        return sum(keys.shape[-2] for keys, _ in self.pairs)
 
     @property
     def nbytes(self) -> int:
-        quantized = sum(x.nbytes for pair in self.pieces for x in pair)
-        return quantized + sum(x.nbytes for x in (*self.first, *self.recent))
-
-    def quantize(self, count: int) -> "QuantizedTokens":
-        """With the oldest `count` tokens of the recent window as a further piece."""
-        if count <= 0:
-            return self
-        tokens = self.recent[0].shape[-2]
-        piece = tuple(self.storage.quantize(_part(x, 0, count)) for x in self.recent)
-        return replace(self, pieces=(*self.pieces, piece), recent=tuple(_part(x, count, tokens) for x in self.recent))
-
-    def load(self) -> Pair:
-        pieces = [tuple(x.load() for x in pair) for pair in self.pieces]
-        parts = zip(self.first, *pieces, self.recent, strict=True)
-        keys, values = (namespace(x[0]).concat(list(x), axis=-2) for x in parts)
-        return keys, values
-
-    def append(self, keys: Array, values: Array) -> "QuantizedTokens":
-        """New tokens stay exact; what has left the recent window is quantised in chunks of `flush`, once."""
-        s = self.storage
-        overflow = self.recent[0].shape[-2] - s.recent
-        flushed = self.quantize(overflow // s.flush * s.flush)
-        pairs = zip(flushed.recent, (keys, values), strict=True)
-        return replace(flushed, recent=tuple(namespace(x).concat([x, more], axis=-2) for x, more in pairs))
-
-    def take(self, kept: Array) -> "QuantizedTokens":
-        """Quantised tokens that stay between the exact ones are quantised again, and lose a little by it."""
-        return self.storage.store(*(rows(x, kept) for x in self.load()), layer=0)
+        return sum(x.nbytes for pair in self.pairs for x in pair)
 
 
 @dataclass(frozen=True)
-class QuantizedCacheStorage:
+class QuantizedCacheCodec:
+    """The quantiser of `library`, on groups of `group_size` neighbouring channels of one head of one token."""
+
+    library: str
+    bits: int
+    group_size: int
+
+    def encode(self, keys: Array, values: Array, coded: QuantizedPieces | None) -> QuantizedPieces:
+        before = () if coded is None else coded.pairs
+        return QuantizedPieces((*before, (self.quantize(keys), self.quantize(values))))
+
+    def decode(self, coded: QuantizedPieces) -> Pair:
+        pieces = zip(*(tuple(x.load() for x in pair) for pair in coded.pairs), strict=True)
+        keys, values = (namespace(x[0]).concat(list(x), axis=-2) for x in pieces)
+        return keys, values
+
+    def choose(self, coded: QuantizedPieces, row: Array, keys: Array, values: Array) -> QuantizedPieces | None:
+        """Quantised tokens that stay between the exact ones are quantised again, and lose a little by it."""
+        return self.encode(keys, values, None) if row.shape[-1] else None
+
+    def nbytes(self, tokens: int, kv_heads: int, dim: int, itemsize: int) -> int:
+        groups = self._groups(kv_heads * tokens * dim, dim)
+        return 2 * groups * (self.group_size * self.bits // 8 + 2 * itemsize)  # codes, a scale and a zero point
+
+    def quantize(self, x: Array) -> Piece:
+        from transformers.cache_utils import HQQQuantizedLayer, QuantoQuantizedLayer
+
+        axis = AXES[self.library]
+        kind = {"quanto": QuantoQuantizedLayer, "hqq": HQQQuantizedLayer}[self.library]
+        layer = kind(self.bits, axis_key=axis, axis_value=axis, q_group_size=self.group_size)
+        layer.lazy_initialization(x, x)  # hqq takes dtype and device from the layer
+        # Three axes: quanto packs matrices with groups of 128 for a kernel, in a layout of another size.
+        groups = x.reshape(1, -1, self.group_size)
+        missing = self._groups(math.prod(x.shape), x.shape[-1]) - groups.shape[1]
+        groups = namespace(x).concat([groups, groups[:, :1].expand(1, missing, self.group_size)], axis=1)
+        return Piece(layer, layer._quantize(groups, axis), tuple(x.shape))
+
+    def _groups(self, values: int, dim: int) -> int:
+        """Groups that so many values take, filled up to whole bytes.
+
+        hqq can't pack other numbers of groups, and quanto would give a single group a scale a channel.
+        """
+        if dim % self.group_size:
+            raise ValueError(
+                f"storage.group_size={self.group_size} does not divide the head dimension {dim}: "
+                f"set storage.group_size={math.gcd(self.group_size, dim)}"
+            )
+        whole = 8 // self.bits  # both libraries pack codes of different groups into one byte
+        return math.ceil(values / self.group_size / whole) * whole
+
+
+@dataclass(frozen=True)
+class QuantizedCacheStorage(Windowed):
     """Codes of a quantised cache of transformers, with a scale and a zero point a group in the dtype of the cache.
 
     The groups are `group_size` neighbouring channels of one head of one token; the quantisers are those of
@@ -117,10 +133,8 @@ class QuantizedCacheStorage:
         2 or 4 bits a channel.
     group_size : int
         Channels that share a scale; divides the head dimension.
-    sinks, recent : int
-        First and last kept tokens that stay in the dtype of the cache.
-    flush : int
-        Tokens fed later are quantised in chunks of this many, when they have left the recent window.
+    sinks, recent, flush : int
+        As in `Windowed`.
 
     Raises
     ------
@@ -131,23 +145,17 @@ class QuantizedCacheStorage:
     library: str = "quanto"
     bits: int = 4
     group_size: int = 64
-    sinks: int = 4
-    recent: int = 128
-    flush: int = 64
 
     torch_only: ClassVar[bool] = True
 
     def __post_init__(self):
+        super().__post_init__()
         if self.library not in MODULES:
             raise ValueError(f"storage.library={self.library} is not known: choose quanto or hqq")
         if self.bits not in (2, 4):
             raise ValueError(f"storage.bits={self.bits} must be 2 or 4")
         if self.group_size < 2:
             raise ValueError(f"storage.group_size={self.group_size} must be at least 2")
-        if self.sinks < 0 or self.recent < 0:
-            raise ValueError(f"storage.sinks={self.sinks} and storage.recent={self.recent} can't be negative")
-        if self.flush < 1:
-            raise ValueError(f"storage.flush={self.flush} must be at least 1")
         if not all(find_spec(module) for module in MODULES[self.library]):
             raise ValueError(f"{self._option} needs the optional packages: pip install 'spectral-kv[quantized]'")
 
@@ -155,45 +163,13 @@ class QuantizedCacheStorage:
     def _option(self) -> str:
         return f"storage={self.library}_{self.bits}bit"
 
-    def _groups(self, values: int, dim: int) -> int:
-        """Groups that so many values take, filled up to whole bytes.
+    def codec(self, layer: int) -> QuantizedCacheCodec:
+        return QuantizedCacheCodec(self.library, self.bits, self.group_size)
 
-        hqq can't pack other numbers of groups, and quanto would give a single group a scale a channel.
-        """
-        if dim % self.group_size:
-            raise ValueError(
-                f"storage.group_size={self.group_size} does not divide the head dimension {dim}: "
-                f"set storage.group_size={math.gcd(self.group_size, dim)}"
-            )
-        whole = 8 // self.bits  # both libraries pack codes of different groups into one byte
-        return math.ceil(values / self.group_size / whole) * whole
-
-    def quantize(self, x: Array) -> Piece:
-        from transformers.cache_utils import HQQQuantizedLayer, QuantoQuantizedLayer
-
-        axis = AXES[self.library]
-        kind = {"quanto": QuantoQuantizedLayer, "hqq": HQQQuantizedLayer}[self.library]
-        layer = kind(self.bits, axis_key=axis, axis_value=axis, q_group_size=self.group_size)
-        layer.lazy_initialization(x, x)  # hqq takes dtype and device from the layer
-        # Three axes: quanto packs matrices with groups of 128 for a kernel, in a layout of another size.
-        groups = x.reshape(1, -1, self.group_size)
-        missing = self._groups(math.prod(x.shape), x.shape[-1]) - groups.shape[1]
-        groups = namespace(x).concat([groups, groups[:, :1].expand(1, missing, self.group_size)], axis=1)
-        return Piece(layer, layer._quantize(groups, axis), tuple(x.shape))
-
-    def store(self, keys: Array, values: Array, layer: int) -> QuantizedTokens:
+    def store(self, keys: Array, values: Array, layer: int) -> WindowedTokens:
         if not is_torch_array(keys):
             raise ValueError(
                 f"{self._option} holds torch tensors, not {type(keys).__module__}.{type(keys).__name__}: "
                 "choose storage=turboquant_4bit, which holds any array"
             )
-        tokens = keys.shape[-2]
-        sinks = min(self.sinks, tokens)
-        first, rest = (tuple(_part(x, *span) for x in (keys, values)) for span in ((0, sinks), (sinks, tokens)))
-        return QuantizedTokens(self, first, (), rest).quantize(tokens - sinks - self.recent)
-
-    def nbytes(self, tokens: int, kv_heads: int, dim: int, itemsize: int) -> int:
-        exact = min(tokens, self.sinks + self.recent)
-        groups = self._groups(kv_heads * (tokens - exact) * dim, dim)
-        group = self.group_size * self.bits // 8 + 2 * itemsize  # codes, a scale and a zero point
-        return 2 * (kv_heads * exact * dim * itemsize + groups * group)
+        return super().store(keys, values, layer)

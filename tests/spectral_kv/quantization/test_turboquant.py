@@ -7,7 +7,7 @@ import torch
 from spectral_kv.quantization.codebook import codebook
 from spectral_kv.quantization.packing import unpack
 from spectral_kv.quantization.rotation import ROTATIONS
-from spectral_kv.quantization.turboquant import Packed, TurboQuant
+from spectral_kv.quantization.turboquant import PackedVectors, TurboQuant
 from tests.spectral_kv.quantization.test_codebook import DISTORTION
 
 BITS = (1, 2, 3, 4)
@@ -181,7 +181,7 @@ def test_appending_refuses_another_mean():
     for other in (second, bare.encode(gaussian(2, 30, 64))):
         with pytest.raises(ValueError, match=r"encode later tokens with mean=first\.mean"):
             first.append(other)
-    same = Packed(second.codes, second.scale, first.mean.copy())
+    same = PackedVectors(second.codes, second.scale, first.mean.copy())
     assert first.append(same).scale.shape == (2, 60)
 
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from spectral_kv.quantization.turboquant import TurboQuant
-from spectral_kv.quantization.turboquant_prod import TurboQuantProd
 from tests.spectral_kv.quantization.test_codebook import DISTORTION
+from tests.spectral_kv.quantization.turboquant_prod import TurboQuantProd
 
 
 def gaussian(*shape, seed):

@@ -51,7 +51,8 @@ def test_the_formula_gives_the_bytes_that_live_for_every_number_of_tokens(librar
             keys, values = kept(tokens, heads, dim, dtype)
             stored = held.store(keys, values, layer=0)
             assert stored.nbytes == held.nbytes(tokens, heads, dim, dtype.itemsize)
-            live = [x for pair in stored.pieces for piece in pair for x in quantized_cache._tensors(piece.held)]
+            coded = () if stored.coded is None else stored.coded.pairs
+            live = [x for pair in coded for piece in pair for x in quantized_cache._tensors(piece.held)]
             live += [*stored.first, *stored.recent]
             assert stored.nbytes == sum(x.untyped_storage().nbytes() for x in live)
             assert distance(stored.load()[0], keys) < {4: 0.12, 2: 0.6}[bits]
@@ -85,7 +86,7 @@ def test_fed_tokens_are_quantised_in_chunks_once_they_have_left_the_window(libra
         exact = stored.recent[0].shape[-2]
         assert 8 <= exact <= 12 and stored.tokens == t + 1
         assert torch.equal(stored.load()[1][..., t + 1 - exact :, :], values[..., t + 1 - exact : t + 1, :])
-    assert [piece.shape[-2] for piece, _ in stored.pieces] == [20, *[4] * 7]
+    assert [piece.shape[-2] for piece, _ in stored.coded.pairs] == [20, *[4] * 7]
     assert torch.equal(stored.load()[0][..., :22, :], before[..., :22, :])  # never quantised again
     assert distance(stored.load()[0], keys) < {4: 0.12, 2: 0.6}[bits]
     assert first.tokens == 30 and torch.equal(first.load()[0], before)
@@ -113,7 +114,7 @@ def test_fewer_tokens_than_the_exact_ones(library, bits, tokens):
     stored = storage(library, bits, sinks=3, recent=20).store(keys, values, layer=0)
     assert torch.equal(stored.load()[0][..., :3, :], keys[..., :3, :])
     assert stored.tokens == stored.load()[1].shape[-2] == tokens
-    assert len(stored.pieces) == (tokens > 23)
+    assert (stored.coded is not None) == (tokens > 23)
 
 
 @pytest.mark.parametrize("library", ["quanto", "hqq"])

@@ -5,7 +5,8 @@ import torch
 
 from spectral_kv.storage.base import Stored
 from spectral_kv.storage.dense import Dense, DenseTokens
-from spectral_kv.storage.turboquant import PackedTokens, TurboQuantStorage
+from spectral_kv.storage.turboquant import TurboQuantStorage
+from spectral_kv.storage.windowed import WindowedTokens
 from spectral_kv.xp import rows
 
 
@@ -70,13 +71,14 @@ def tensors(stored: Stored) -> list[torch.Tensor]:
     """Every tensor that a stored layer holds."""
     if isinstance(stored, DenseTokens):
         return [stored.keys, stored.values]
-    packed = [x for p in stored.packed or () for x in (p.codes, p.scale, p.mean) if x is not None]
+    pair = () if stored.coded is None else (stored.coded.keys, stored.coded.values)
+    packed = [x for p in pair for x in (p.codes, p.scale, p.mean) if x is not None]
     return [*stored.first, *packed, *stored.recent]
 
 
-def codes(stored: PackedTokens) -> list[torch.Tensor]:
+def codes(stored: WindowedTokens) -> list[torch.Tensor]:
     """Codes and scales `[..., tokens, bytes]` of keys and values."""
-    return [x for p in stored.packed for x in (p.codes, p.scale[..., None])]
+    return [x for p in (stored.coded.keys, stored.coded.values) for x in (p.codes, p.scale[..., None])]
 
 
 def fed(stored: Stored, keys: torch.Tensor, values: torch.Tensor, start: int, step: int) -> Stored:
@@ -120,10 +122,10 @@ def test_tokens_packed_in_pieces_have_the_codes_of_tokens_packed_at_once(bits, s
     keys, values = kept(501)
     storage = TurboQuantStorage(*bits, sinks=3, recent=20, flush=16, center_keys=False)
     grown = fed(storage.store(keys[:, :100], values[:, :100], 0), keys[:, :500], values[:, :500], 100, step)
-    grown = grown.append(keys[:, 500:], values[:, 500:])  # packs what the last piece pushed out
+    grown = grown.append(keys[:, 500:], values[:, 500:])
     at_once = storage.store(keys, values, 0)
     count = codes(grown)[0].shape[-2]
-    assert count == 77 + 400 // 16 * 16  # packed by the store, and by the flushes since
+    assert count == 77 + 400 // 16 * 16  # packed by the store, and by flushes
     for ours, theirs in zip(codes(grown), codes(at_once), strict=True):
         assert torch.equal(ours, theirs[:, :count])
     assert [x.shape[-2] for x in (*grown.first, *grown.recent)] == [3, 3, 21, 21]
@@ -141,9 +143,9 @@ def test_how_tokens_are_fed_does_not_matter_with_a_frozen_mean():
     )
     for ours, theirs in zip(tensors(one_by_one), tensors(at_once), strict=True):
         assert torch.equal(ours, theirs)
-    frozen = start.packed[0].mean
+    frozen = start.coded.keys.mean
     assert torch.equal(frozen, keys[:, 3:80].float().mean(dim=1, keepdim=True).half())
-    assert torch.equal(one_by_one.packed[0].mean, frozen)
+    assert torch.equal(one_by_one.coded.keys.mean, frozen)
 
 
 def test_codes_of_old_tokens_never_change():
@@ -159,7 +161,7 @@ def test_codes_of_old_tokens_never_change():
     for before, after, size in zip(states, states[1:], sizes, strict=False):
         for old, new in zip(codes(before), codes(after), strict=True):
             assert torch.equal(new[:, :size], old)
-        assert torch.equal(after.packed[0].mean, before.packed[0].mean)
+        assert torch.equal(after.coded.keys.mean, before.coded.keys.mean)
 
 
 def test_new_tokens_stay_exact_in_their_order():
@@ -203,9 +205,9 @@ def test_dense_grows_and_chooses_exactly():
 def test_choosing_keeps_the_codes_of_what_stays_packed(bits, rotation):
     keys, values = kept(300)
     storage = TurboQuantStorage(*bits, sinks=3, recent=20, flush=16, rotation=rotation)
-    stored = fed(storage.store(keys[:, :204], values[:, :204], 0), keys, values, 204, 1)
+    stored = fed(storage.store(keys[:, :189], values[:, :189], 0), keys, values, 189, 1)
     packed = codes(stored)[0].shape[-2]
-    assert (packed, stored.recent[0].shape[1]) == (261, 36)
+    assert (packed, stored.recent[0].shape[1]) == (262, 35)
     sinks, recent = (torch.arange(*span).expand(2, -1) for span in ((0, 5), (260, 300)))
     picked = torch.cat([sinks, 5 + chosen(255, 105), recent], dim=1)
     taken = stored.take(picked)
@@ -222,7 +224,7 @@ def test_choosing_keeps_the_codes_of_what_stays_packed(bits, rotation):
         lost = (loaded.float() - rows(x, picked).float()).norm(dim=-1) / rows(x, picked).float().norm(dim=-1)
         assert 0.05 < lost[:, 3:-20][~still].mean() < 0.45  # 2 bits lose 0.34 of a vector, wrong codes more than all
         assert torch.equal(loaded[:, :3], x[:, :3]) and torch.equal(loaded[:, -20:], x[:, 280:])
-    assert torch.equal(taken.packed[0].mean, stored.packed[0].mean)
+    assert torch.equal(taken.coded.keys.mean, stored.coded.keys.mean)
     assert taken.nbytes == storage.nbytes(150, 2, 64, 2)
 
 
@@ -247,7 +249,7 @@ def test_a_choice_that_fits_in_the_exact_windows_and_grows_again():
     assert torch.equal(taken.load()[0], keys[:, picked[0]])
     grown = fed(taken, keys, values, 200, 1)
     assert grown.tokens == grown.load()[1].shape[1] == 113
-    assert torch.equal(grown.packed[0].mean, stored.packed[0].mean)  # what was packed first still sets it
+    assert torch.equal(grown.coded.keys.mean, stored.coded.keys.mean)  # what was packed first still sets it
     error = (grown.load()[0][:, 3:].float() - keys[:, 190:].float()).norm(dim=-1) / keys[:, 190:].float().norm(dim=-1)
     assert error.mean() < 0.15 and (error[:, -20:] == 0).all()
 
