@@ -1,0 +1,136 @@
+"""Which step decodes a cache, and why not a faster one."""
+
+import logging
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from spectral_kv.engine.forward import Blocks, Modules
+from spectral_kv.engine.held import Held, HeldCoded, HeldDense
+from spectral_kv.storage.dense import DenseTokens
+from spectral_kv.storage.turboquant import TurboQuantStorage
+from spectral_kv.storage.windowed import WindowedTokens
+
+ENGINES = ("auto", "eager", "graph")
+AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}  # relative error of logits
+ROUND = 256  # rows
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Decodes caches of one model by steps over fixed buffers.
+
+    On CUDA a step is captured in a graph and replayed: by the model's own modules, or, where a model is built like
+    Llama or Qwen2, by compiled blocks with joined projections, after they gave the same logits once. On a CPU the
+    step reads TurboQuant codes without decoding them first.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    kind : str
+        `auto`; `eager` for none of it; `graph` to refuse where no graph can be captured.
+    blocks : bool
+        Whether blocks are joined and compiled where they can be.
+    """
+
+    def __init__(self, model: torch.nn.Module, kind: str = "auto", blocks: bool = True):
+        if kind not in ENGINES:
+            raise ValueError(f"engine={kind} is not known: choose one of {', '.join(ENGINES)}")
+        self.model, self.kind, self.blocks = model, kind, blocks
+        self.device, self.dtype = model.device, model.dtype
+        if kind == "graph" and (missing := self._no_graph()):
+            raise ValueError(f"engine=graph can't be had: {missing}; set engine=auto")
+        self._modules: Modules | None = None
+        self._joined: Blocks | None = None
+        self._held: list[Held] = []
+
+    def _no_graph(self) -> str | None:
+        if self.device.type != "cuda":
+            return f"the model is on {self.device.type}, and graphs need a CUDA GPU"
+        if find_spec("triton") is None:
+            return "Triton is not installed"
+        return None
+
+    def reason(self, layers: list[Any]) -> str | None:
+        """Why the layers of a cache are decoded by the model's eager forward pass, or None if a step decodes them."""
+        stored = layers[0].stored
+        if self.kind == "eager":
+            return "engine=eager"
+        coded = isinstance(stored, WindowedTokens) and isinstance(stored.storage, TurboQuantStorage)
+        if not coded and not isinstance(stored, DenseTokens):
+            return f"{type(getattr(stored, 'storage', stored)).__name__} has no kernel"
+        if coded and stored.storage.recent == 0:
+            return "a recent window of 0 tokens leaves no room for the token that is fed"
+        dim = (stored.recent[0] if coded else stored.keys).shape[-1]
+        if self.device.type == "cuda" and (dim < 16 or dim & (dim - 1)):
+            return f"a head dimension of {dim} is not a power of two from 16 on"
+        missing = self._no_graph()
+        return None if coded and self.device.type == "cpu" else missing
+
+    def generate(self, layers: list[Any], position: int, ids: torch.Tensor, count: int) -> torch.Tensor:
+        """Feed `ids` `[batch]` at `position` and decode greedily: tokens `[count, batch]`, by which the layers grow."""
+        return self.held(layers, count).generate(layers, position, ids, count)
+
+    @torch.inference_mode()
+    def held(self, layers: list[Any], count: int) -> Held:
+        """Buffers for the layers and `count` rows more: those that they are in, free ones that fit, or new ones."""
+        stored = layers[0].stored
+        kind = HeldDense if isinstance(stored, DenseTokens) else HeldCoded
+        needed = stored.tokens + count
+        for held in self._held:
+            fits = needed <= held.capacity <= needed + needed // 4 + 2 * ROUND
+            if type(held) is kind and fits and held.suits(layers) and (held.holds(layers) or held.free):
+                return held
+        self._held = [held for held in self._held if not held.free]
+        capacity = -(-needed // ROUND) * ROUND
+        captured = self.device.type == "cuda"
+        query_heads = self.model.config.num_attention_heads
+        held = kind(layers, query_heads, capacity, self._forward(), self.dtype, captured)
+        self._held.append(held)
+        return held
+
+    def release(self) -> None:
+        """Forget buffers and graphs."""
+        self._held = []
+
+    def _forward(self) -> Modules | Blocks:
+        if self._modules is None:
+            self._modules = Modules(self.model)
+            if self.blocks and self.device.type == "cuda":
+                self._joined = self._verified()
+        return self._joined or self._modules
+
+    def _verified(self) -> Blocks | None:
+        """Joined blocks, if the model has them and they say what its modules say."""
+        try:
+            blocks = Blocks(self.model)
+            error = self._difference(blocks)
+        except Exception as problem:
+            log.warning("decoding by the model's own modules: %s", problem)
+            return None
+        if not error < AGREEMENT[self.dtype]:
+            log.warning("decoding by the model's own modules: joined blocks differ from them by %.3g", error)
+            return None
+        return blocks
+
+    @torch.inference_mode()
+    def _difference(self, blocks: Blocks) -> float:
+        """Relative difference of logits after a few random rows."""
+        from spectral_kv.engine.rows import DenseRows
+
+        config, generator = self.model.config, torch.Generator(self.device).manual_seed(0)
+        attention = self.model.base_model.layers[0].self_attn
+        shape = (1, config.num_key_value_heads, 32, attention.head_dim)
+        lengths = torch.full(shape[:2], 16, device=self.device)
+        rows = []
+        for _ in range(config.num_hidden_layers):
+            keys, values = (
+                torch.randn(shape, generator=generator, device=self.device, dtype=self.dtype) for _ in range(2)
+            )
+            rows.append(DenseRows(keys, values, lengths, config.num_attention_heads))
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        position = torch.full((1,), 16, device=self.device)
+        one, other = (forward(ids, position, rows).double() for forward in (self._modules, blocks))
+        return float((one - other).norm() / one.norm())

@@ -1,0 +1,210 @@
+"""Steps over buffers say what the eager path says; captured on a GPU, the same code without a graph elsewhere."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from spectral_kv.backends.torch import TorchBackend
+from spectral_kv.engine.decoding import Engine
+from spectral_kv.engine.forward import Blocks, Modules
+from spectral_kv.engine.held import HeldCoded, HeldDense
+from spectral_kv.selection import Budget, select
+from spectral_kv.storage.dense import Dense
+from spectral_kv.storage.turboquant import TurboQuantStorage
+
+CUDA = torch.cuda.is_available()
+STORAGES = {
+    "dense": Dense(),
+    "packed": TurboQuantStorage(sinks=2, recent=16, flush=8),
+    "packed_uncentred": TurboQuantStorage(sinks=2, recent=16, flush=8, center_keys=False, key_bits=3, value_bits=2),
+}
+PROMPT, COUNT = 150, 40  # the recent window is flushed several times
+
+
+@pytest.fixture(scope="module")
+def torch_backend(checkpoint):
+    device = "cuda" if CUDA else "cpu"
+    return TorchBackend(str(checkpoint), device=device, dtype="float32", cache_dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def prefilled(torch_backend):
+    return torch_backend.prefill(np.random.default_rng(0).integers(2, 8000, size=PROMPT), 1)
+
+
+@pytest.fixture
+def engine(torch_backend, monkeypatch):
+    """An engine that takes any cache, also where `auto` would decode eagerly."""
+    made = Engine(torch_backend.model, blocks=False)
+    monkeypatch.setattr(made, "reason", lambda layers: None)
+    return made
+
+
+def kept(prefill, tokens):
+    """Some tokens, every head its own."""
+    rng = np.random.default_rng(1)
+    return [
+        select(torch.from_numpy(rng.random(k.shape[:2])).to(k.device), Budget(tokens, sinks=2, recent=8))
+        for k in prefill.keys
+    ]
+
+
+def decoded(engine, cache, token, count):
+    ids = torch.full((cache.batch,), token, device=engine.device)
+    said = engine.generate(cache.layers, cache.position, ids, count)
+    for layer in cache.layers:
+        layer._buffers = []
+    cache.position += count
+    assert (said == said[:, :1]).all()  # the sequences of a batch are equal
+    return said[:, 0].tolist()
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("tokens", [None, 60], ids=["full", "evicted"])
+def test_greedy_tokens_are_those_of_the_eager_path(torch_backend, engine, prefilled, storage, batch, tokens):
+    chosen = None if tokens is None else kept(prefilled, tokens)
+    eager, stepped = (torch_backend.compress(prefilled, chosen, STORAGES[storage], batch) for _ in range(2))
+    assert decoded(engine, stepped, 5, COUNT) == torch_backend.generate(eager, 5, COUNT)
+    assert stepped.nbytes == eager.nbytes
+    for one, other in zip(stepped.layers, eager.layers, strict=True):
+        for x, y in zip(one.stored.load(), other.stored.load(), strict=True):
+            torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_it_goes_on_after_an_eviction_and_after_tokens_that_were_fed_eagerly(torch_backend, engine, prefilled, storage):
+    caches = [torch_backend.compress(prefilled, None, STORAGES[storage]) for _ in range(2)]
+    rng = np.random.default_rng(2)
+    fed = rng.integers(2, 8000, size=9)
+
+    def conversation(cache, generate):
+        said = generate(cache, 5, 21)
+        order = np.sort(rng_of(3).permuted(np.tile(np.arange(PROMPT + 21), (2, 1)), axis=1)[:, :70], axis=1)
+        rows = [torch.from_numpy(order).to(torch_backend.device)] * len(cache.layers)
+        cache = torch_backend.recompress(cache, rows)
+        said += generate(cache, said[-1], 11)
+        torch_backend.extend(cache, fed)
+        return said + generate(cache, 7, 13)
+
+    def rng_of(seed):
+        return np.random.default_rng(seed)
+
+    eager = conversation(caches[0], torch_backend.generate)
+    stepped = conversation(caches[1], lambda cache, token, count: decoded(engine, cache, token, count))
+    assert stepped == eager
+
+
+@pytest.mark.parametrize("storage", ["dense", "packed"])
+def test_a_copy_is_not_touched(torch_backend, engine, prefilled, storage):
+    cache = torch_backend.compress(prefilled, None, STORAGES[storage])
+    decoded(engine, cache, 5, 10)
+    twin = cache.copy()
+    before = [x.clone() for layer in twin.layers for x in layer.stored.load()]
+    decoded(engine, cache, 6, 20)
+    first = decoded(engine, twin.copy(), 5, 20)
+    del cache
+    other = torch_backend.compress(prefilled, None, STORAGES[storage])
+    decoded(engine, other, 8, 20)
+    for x, y in zip([x for layer in twin.layers for x in layer.stored.load()], before, strict=True):
+        torch.testing.assert_close(x, y, atol=0, rtol=0)
+    assert decoded(engine, twin, 5, 20) == first
+
+
+def test_buffers_serve_one_cache_after_another(torch_backend, engine, prefilled):
+    """A capture is made once for a size of batch and cache, not once a cache."""
+    steps = set()
+    for seed in range(3):
+        cache = torch_backend.compress(prefilled, kept(prefilled, 60 + seed), Dense())
+        decoded(engine, cache, 5, 4)
+        steps |= {id(held.step) for held in engine._held}
+        del cache
+    assert len(steps) == 1
+    engine.release()
+    assert engine._held == []
+
+
+def test_a_batch_may_say_different_things(torch_backend, engine, prefilled):
+    cache = torch_backend.compress(prefilled, None, Dense(), batch=2)
+    alone = [torch_backend.compress(prefilled, None, Dense()) for _ in range(2)]
+    ids = torch.tensor([5, 900], device=engine.device)
+    said = engine.generate(cache.layers, cache.position, ids, 8)
+    for column, (token, one) in enumerate(zip((5, 900), alone, strict=True)):
+        assert said[:, column].tolist() == torch_backend.generate(one, token, 8)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_joined_blocks_give_the_logits_of_the_modules(checkpoint, kind):
+    """Also where biases, a head of its own, and an attention scaling that is not the default come together."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
+
+    from spectral_kv.engine.rows import DenseRows
+
+    if kind == "qwen2":
+        model = Qwen2ForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    else:
+        torch.manual_seed(0)
+        rope = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=100,
+                hidden_size=64,
+                intermediate_size=80,
+                num_hidden_layers=2,
+                rope_parameters=rope,
+                num_attention_heads=4,
+                num_key_value_heads=1,
+                attention_bias=True,
+                mlp_bias=True,
+                initializer_range=0.3,
+            )
+        )
+    model = model.eval()
+    untouched = copy.deepcopy(model)
+    c = model.config
+    lengths = torch.full((3, c.num_key_value_heads), 10)
+    buffers = [torch.randn(3, c.num_key_value_heads, 12, 16) for _ in range(2 * c.num_hidden_layers)]
+    rows = [DenseRows(k, v, lengths, 4) for k, v in zip(buffers[::2], buffers[1::2], strict=True)]
+    ids, position = torch.tensor([[3], [50], [7]]), torch.tensor([77])
+    with torch.inference_mode():
+        want = Modules(untouched)(ids, position, rows)
+        got = Blocks(model, compiled=False)(ids, position, rows)
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+        # weights are held once: what the modules read is what the blocks read
+        torch.testing.assert_close(Modules(model)(ids, position, rows), want, atol=1e-5, rtol=1e-5)
+    assert model.base_model.layers[0].self_attn.k_proj.weight.untyped_storage().data_ptr() == (
+        model.base_model.layers[0].self_attn.q_proj.weight.untyped_storage().data_ptr()
+    )
+
+
+def test_models_that_are_built_otherwise_are_not_joined():
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                         num_attention_heads=2, num_key_value_heads=1, head_dim=16)  # fmt: skip
+    with pytest.raises(ValueError, match="not those of Llama or Qwen2"):
+        Blocks(Qwen3ForCausalLM(config))
+
+
+def test_it_says_why_it_decodes_eagerly(torch_backend, prefilled):
+    dense = torch_backend.compress(prefilled, None, Dense()).layers
+    packed = torch_backend.compress(prefilled, None, TurboQuantStorage()).layers
+    narrow = torch_backend.compress(prefilled, None, TurboQuantStorage(recent=0)).layers
+    assert Engine(torch_backend.model, "eager").reason(dense) == "engine=eager"
+    assert "0 tokens" in Engine(torch_backend.model).reason(narrow)
+    assert Engine(torch_backend.model).reason(packed) is None
+    if not CUDA:
+        assert "need a CUDA GPU" in Engine(torch_backend.model).reason(dense)
+        with pytest.raises(ValueError, match="set engine=auto"):
+            Engine(torch_backend.model, "graph")
+    with pytest.raises(ValueError, match="engine=fast is not known"):
+        Engine(torch_backend.model, "fast")
+
+
+def test_the_kinds_of_buffers(torch_backend, engine, prefilled):
+    for storage, kind in ((Dense(), HeldDense), (TurboQuantStorage(), HeldCoded)):
+        cache = torch_backend.compress(prefilled, None, storage)
+        decoded(engine, cache, 5, 2)
+        assert isinstance(engine.held(cache.layers, 1), kind)
