@@ -1,10 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup paper readme test test-slow test-faults lint clean
+.PHONY: help setup paper readme smollm2 test test-slow test-faults lint clean
 
 help:           ## List the targets.
-	@grep -E '^[a-z-]+: .*##' Makefile | sed 's/: .*##/\t/'
+	@grep -E '^[a-z0-9-]+: .*##' Makefile | sed 's/: .*##/\t/'
 
 setup: .venv/installed  ## Make .venv with the project and its tools.
 
@@ -20,6 +20,10 @@ paper: setup    ## Measure what is missing on the embedded model, write outputs/
 
 readme: setup   ## The same, and copy tables and figures into the README.
 	$(BIN)/python -m pipeline.paper --readme README.md
+
+smollm2: setup  ## Fetch a model of 135 M parameters (93 MB) and run WaveletTriAttn on it: 512 of 4096 tokens, two windows.
+	$(BIN)/python -m pipeline.fetch smollm2
+	$(BIN)/python -m pipeline model=smollm2 method=wavelet_tri budget=512 document.count=2
 
 test: setup     ## Run the fast tests.
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4

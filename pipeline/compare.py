@@ -44,6 +44,7 @@ SHARED = (
     "prefill_memory_gb",
     "prefill_cache_gb",
     "prefill_cache_least_s",
+    "checkpoints",
     "seed",
 )
 COMPARED = ("aop/mean", "mass/mean", "ppl/nd", "ppl/delta_nll_context", "ppl/kl", "ppl/top1")

@@ -29,6 +29,7 @@ DECISIVE_FOR = {MLX: ("mlx", "mlx-lm")}  # and those of one backend
 # What decides where a result is written or how it is computed, not what it is; contents are hashed instead of paths.
 NOT_IDENTITY = {
     "outputs",
+    "checkpoints",
     "tracking",
     "force",
     "prefill_memory_gb",
@@ -38,7 +39,8 @@ NOT_IDENTITY = {
 }
 # Sources that no number depends on: the tables, the recipe of the model, what is printed, logged or drawn.
 PRESENTATION = {
-    "paper", "reference_model", "show", "store", "compare.py", "doctor.py", "settings/cli.py", "settings/manual.py",
+    "paper", "reference_model", "show", "store", "compare.py", "doctor.py", "fetch.py", "settings/cli.py",
+    "settings/manual.py",
 }  # fmt: skip
 WEIGHTLESS = "pipeline.synthetic.backend.SyntheticBackend"  # the backend of models without weights
 
@@ -185,7 +187,9 @@ def prepare(cfg: DictConfig) -> Job:
     """
     settings = check(cfg)
     writable(settings.outputs)
-    checkpoint = locate(settings.model, settings.documents.tokens, settings.documents.continuation)
+    checkpoint = locate(
+        settings.model, settings.checkpoints, settings.documents.tokens, settings.documents.continuation
+    )
     _agrees(settings, checkpoint)
     bos = checkpoint.bos() if settings.model.bos else None
     windows = settings.documents.windows(checkpoint.tokenizer, bos)

@@ -144,7 +144,7 @@ def _result(job: Job, run_id: str, metrics: dict[str, float], reused: bool) -> R
     return Result(
         run_id, metrics, settings.method.title,
         job.budget.tokens if job.budget else None,
-        settings.storage_name, settings.backend.name, settings.model.name, _documents(job),
+        settings.storage_name, settings.backend.name, settings.model.title, _documents(job),
         reads(settings.method.scorer), tracking.store_uri(settings.tracking, settings.outputs), reused,
         timing_note(settings.backend),
     )  # fmt: skip
@@ -250,7 +250,7 @@ def _tags(job: Job, identity: str) -> dict[str, str]:
     settings = job.settings
     budget = "all tokens" if job.budget is None else f"{job.budget.tokens} of {settings.documents.tokens} tokens"
     note = (
-        f"**{settings.method.title}**, {budget}, storage {settings.storage_name}, model {settings.model.name}.\n\n"
+        f"**{settings.method.title}**, {budget}, storage {settings.storage_name}, model {settings.model.title}.\n\n"
         f"{_documents(job)}; the method reads {reads(settings.method.scorer)}.\n\n"
         f"Rows by document, layer and head: `{ROWS}`; settings: `config.yaml`; pictures: `figures/`."
     )

@@ -62,6 +62,20 @@ class ModelConfig:
     path: str | None
     bos: bool
     calibration: str | None
+    weights: str | None = None  # what they were rounded to, where that is part of what the model is
+    package: str | None = None  # of the Python package index, which holds the file that `path` names
+    sha256: str | None = None  # of that file
+
+    def __post_init__(self):
+        if (self.package is None) != (self.sha256 is None) or (self.package and self.path is None):
+            raise ValueError(
+                f"model={self.name}: model.package, model.sha256 and model.path belong together: give all three"
+            )
+
+    @property
+    def title(self) -> str:
+        """What tables call it."""
+        return f"{self.name} ({self.weights} weights)" if self.weights else self.name
 
 
 @dataclass
@@ -70,6 +84,11 @@ class SyntheticConfig:
 
     name: str
     source: SyntheticModel
+
+    @property
+    def title(self) -> str:
+        """What tables call it."""
+        return self.name
 
     bos: ClassVar[bool] = False
 
@@ -176,6 +195,7 @@ class GeneralConfig:
 
     seed: int
     outputs: str
+    checkpoints: str
     force: bool
     prefill_memory_gb: float
     prefill_cache_gb: float
@@ -201,6 +221,7 @@ class Settings:
     phases: dict[str, Any]
     tracking: TrackingConfig
     outputs: Path
+    checkpoints: Path
     seed: int
     force: bool
     prefill_memory_gb: float
@@ -280,6 +301,14 @@ def _model(node: DictConfig) -> ModelConfig | SyntheticConfig:
     return typed(ModelConfig, node, "model")
 
 
+def model_settings(cfg: DictConfig) -> ModelConfig:
+    """The checked `model` of a composed configuration, which must be one with a checkpoint."""
+    model = _model(cfg.model)
+    if isinstance(model, SyntheticConfig):
+        raise InputError(f"model={model.name} has no checkpoint")
+    return model
+
+
 def _fits(scorer: Scorer | None, documents: Documents) -> None:
     """Refuse a scorer that looks at more queries than the prompts have."""
     if scorer is None or "queries" not in scorer.reads or scorer.window is None:
@@ -335,6 +364,7 @@ def check(cfg: DictConfig) -> Settings:
         phases=phases,
         tracking=typed(TrackingConfig, cfg.tracking, "tracking"),
         outputs=Path(general.outputs).resolve(),
+        checkpoints=Path(general.checkpoints).expanduser().resolve(),
         seed=general.seed,
         force=general.force,
         prefill_memory_gb=general.prefill_memory_gb,

@@ -14,6 +14,8 @@ from tokenizers import Tokenizer
 
 from pipeline.settings.config import ModelConfig, SyntheticConfig
 from pipeline.settings.errors import InputError
+from pipeline.stages.digest import digest, unchanged
+from pipeline.stages.gguf import CONVERTER, converted
 from pipeline.synthetic.model import SyntheticModel
 from spectral_kv.backends.base import ModelShape
 
@@ -27,22 +29,9 @@ FILES = [
 ]
 
 
-# The jobs of a sweep name the same files: each is read once, as long as it stays as it is.
-@lru_cache(maxsize=64)
-def _digest(path: Path, changed: int, size: int) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
-
-
 @lru_cache(maxsize=4)
 def _tokenizer(path: Path, changed: int, size: int) -> Tokenizer:
     return Tokenizer.from_file(str(path))
-
-
-def _unchanged(path: Path) -> tuple[Path, int, int]:
-    """A file with what tells that it was not written again: time in ns, and bytes."""
-    stat = path.stat()
-    return path, stat.st_mtime_ns, stat.st_size
 
 
 @dataclass(frozen=True)
@@ -50,6 +39,7 @@ class Checkpoint:
     """A checkpoint folder that has what a run needs."""
 
     folder: Path
+    gguf: Path | None = None  # what the folder was made from
 
     @property
     def source(self) -> str:
@@ -75,19 +65,24 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return _tokenizer(*_unchanged(self.folder / "tokenizer.json"))
+        return _tokenizer(*unchanged(self.folder / "tokenizer.json"))
 
     @cached_property
     def hash(self) -> str:
-        """Hash of the configuration, the tokenizer and the weights."""
-        digest = hashlib.sha256()
+        """Hash of the configuration, the tokenizer and the weights.
+
+        Of a converted file, of that file: a conversion writes the versions of packages beside the weights.
+        """
+        if self.gguf is not None:
+            return hashlib.sha256(f"{digest(self.gguf)} {CONVERTER}".encode()).hexdigest()[:16]
+        whole = hashlib.sha256()
         for path in [
             self.folder / "config.json",
             self.folder / "tokenizer.json",
             *sorted(self.folder.glob("*.safetensors")),
         ]:
-            digest.update(_digest(*_unchanged(path)))
-        return digest.hexdigest()[:16]
+            whole.update(bytes.fromhex(digest(path)))
+        return whole.hexdigest()[:16]
 
     def bos(self) -> int:
         """The BOS token that the configuration names."""
@@ -125,7 +120,8 @@ def reachable(endpoint: str) -> bool:
         return False
 
 
-def _snapshot(model: ModelConfig) -> Path:
+def hub_snapshot(model: ModelConfig) -> Path:
+    """The local folder of a hub repository, downloaded if it is not there."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -157,8 +153,30 @@ def _fits_context(name: str, context: int | None, prompt: int, continuation: int
         )
 
 
-def locate(model: ModelConfig | SyntheticConfig, prompt: int, continuation: int) -> Checkpoint | Weightless:
+def _given(model: ModelConfig) -> Path:
+    """The file or folder that `model.path` names, as it should be."""
+    path = Path(model.path).expanduser()
+    if model.package is not None and not (path.is_file() and digest(path) == model.sha256):
+        reason = "is not the file that was published" if path.exists() else "is not there yet"
+        raise InputError(
+            f"model={model.name}: {path} {reason}: run `python -m pipeline.fetch {model.name}`, "
+            "or choose another option of model for another checkpoint"
+        )
+    if not path.is_dir() and path.suffix != ".gguf":
+        raise InputError(
+            f"model.path={model.path} is not a folder: give the folder of a Hugging Face checkpoint, or a .gguf file"
+        )
+    if not path.exists():
+        raise InputError(f"model.path={model.path} is not there: give a .gguf file, or a checkpoint folder")
+    return path
+
+
+def locate(
+    model: ModelConfig | SyntheticConfig, checkpoints: Path, prompt: int, continuation: int
+) -> Checkpoint | Weightless:
     """What a model is loaded from, checked for what a run of `prompt + continuation` tokens needs.
+
+    A GGUF file is converted to a folder under `checkpoints` first.
 
     Raises
     ------
@@ -168,12 +186,13 @@ def locate(model: ModelConfig | SyntheticConfig, prompt: int, continuation: int)
     if isinstance(model, SyntheticConfig):
         _fits_context(model.name, model.source.context, prompt, continuation)
         return Weightless(model.source)
+    gguf = None
     if model.path is not None:
-        folder = Path(model.path).expanduser()
-        if not folder.is_dir():
-            raise InputError(f"model.path={model.path} is not a folder: give the folder of a Hugging Face checkpoint")
+        folder = _given(model)
+        if folder.is_file():
+            gguf, folder = folder, converted(folder, checkpoints)
     elif model.id is not None:
-        folder = _snapshot(model)
+        folder = hub_snapshot(model)
     else:
         raise InputError(
             "the model has neither path nor id: set model.path=<checkpoint folder> or model.id=<hub repository>"
@@ -184,7 +203,7 @@ def locate(model: ModelConfig | SyntheticConfig, prompt: int, continuation: int)
                 f"{folder} holds no {pattern}: "
                 "a Hugging Face checkpoint folder has config.json, tokenizer.json and *.safetensors"
             )
-    checkpoint = Checkpoint(folder)
+    checkpoint = Checkpoint(folder, gguf)
     try:
         missing = {"num_hidden_layers", "num_attention_heads", "hidden_size"} - set(checkpoint.config)
     except ValueError:

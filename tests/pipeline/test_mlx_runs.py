@@ -122,7 +122,7 @@ def test_the_full_cache_stays_itself(small, phase, settings):
 
 def test_calibration_finds_the_same_statistics(small, checkpoint, tmp_path):
     pytest.importorskip("mlx_lm")
-    shape = locate(prepare(composed(small)).settings.model, 10, 1).shape
+    shape = locate(prepare(composed(small)).settings.model, tmp_path, 10, 1).shape
     settings = [*small, "document=pydoc", "document.count=1"]
     found, expected = (
         QueryStatistics.load(

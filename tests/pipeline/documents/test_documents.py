@@ -1,3 +1,4 @@
+import re
 import sys
 from itertools import pairwise
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from pipeline.documents.base import content_hash
+from pipeline.documents.book import EVALUATION, TITLES, Book, Calibration, book_text
 from pipeline.documents.docstrings import Docstrings
 from pipeline.documents.file import File
 from pipeline.documents.hub import Hub
@@ -71,9 +73,28 @@ def test_the_repeated_paragraph_repeats_and_fills_every_window(tokenizer):
 
 @pytest.mark.slow
 def test_calibration_text_shares_nothing_with_the_evaluation_text():
-    (text,) = Docstrings().texts()
-    assert len(text) > 500_000
-    assert shingles(topics_text()).isdisjoint(shingles(text))
+    docstrings, novel = Calibration().texts()
+    assert [docstrings] == Docstrings().texts()
+    assert len(docstrings) > 500_000 and len(novel) > 400_000
+    for text in (docstrings, novel):
+        for evaluation in (topics_text(), *map(book_text, EVALUATION)):
+            assert shingles(evaluation).isdisjoint(shingles(text))
+
+
+def test_books_are_whole_and_of_their_own_kind(tokenizer):
+    """First and last words, and as many chapters as each has; enough windows for a table, and none shared."""
+    novel, bible, other = map(book_text, TITLES)
+    assert len(re.findall(r"^Chapter \d+$", novel, re.MULTILINE)) == 24
+    assert len(re.findall(r"^(?:Genesis|Exodus|Deuteronomy) \d+$", bible, re.MULTILINE)) == 50 + 40 + 34
+    assert "Sir Walter Elliot, of Kellynch Hall" in novel[:200] and "national importance" in novel[-60:]
+    assert (
+        "In the beginning God created the heaven and the earth." in bible[:80] and "sight of all Israel" in bible[-60:]
+    )
+    assert "No one who had ever seen Catherine Morland" in other
+    windows = [Book(title=title, count=20).windows(tokenizer, bos=0) for title in EVALUATION]
+    assert len({w[:4096].tobytes() for both in windows for w in both}) == 40
+    with pytest.raises(InputError, match=r"document\.title=emma is not known: choose one of persuasion, king_james"):
+        Book(title="emma").check()
 
 
 def test_shingles_see_through_case_and_punctuation():
