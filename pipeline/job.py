@@ -192,8 +192,8 @@ def prepare(cfg: DictConfig) -> Job:
     )
     _agrees(settings, checkpoint)
     bos = checkpoint.bos() if settings.model.bos else None
-    windows = settings.documents.windows(checkpoint.tokenizer, bos)
-    lookups = settings.documents.lookups(checkpoint.tokenizer, bos)
+    windows = settings.documents.windows(checkpoint.tokenizer, bos, checkpoint.chat)
+    lookups = settings.documents.lookups(checkpoint.tokenizer, bos, checkpoint.chat)
     for name, phase in settings.phases.items():
         if getattr(phase, "asks", False) and not any(lookups):
             raise InputError(

@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 from tokenizers import Tokenizer
 
+from pipeline.documents.chat import Chat
 from pipeline.settings.errors import InputError
 
 
@@ -23,11 +24,14 @@ class Asked:
     answer : np.ndarray of int, [tokens]
     depth : float
         Where in the prompt's text the answer begins: 0 at its start, 1 at its end.
+    places : np.ndarray of int, [tokens], optional
+        Positions in the prompt of the sentences that hold the answer.
     """
 
     question: np.ndarray
     answer: np.ndarray
     depth: float
+    places: np.ndarray | None = None
 
 
 @lru_cache(maxsize=4)  # the jobs of a sweep cut the same texts
@@ -67,13 +71,15 @@ class Documents(ABC):
             if getattr(self, name) < least:
                 raise InputError(f"document.{name}={getattr(self, name)} is too small: give at least {least}")
 
-    def windows(self, tokenizer: Tokenizer | None, bos: int | None) -> list[np.ndarray]:
+    def windows(self, tokenizer: Tokenizer | None, bos: int | None, chat: Chat | None = None) -> list[np.ndarray]:
         """`count` arrays of `tokens + continuation` token ids.
 
         Parameters
         ----------
         bos : int, optional
             Token that begins every window; it counts as one of the prompt's tokens.
+        chat : Chat, optional
+            How the model is asked, for sources that ask.
 
         Raises
         ------
@@ -97,7 +103,7 @@ class Documents(ABC):
         chosen = [windows[i * len(windows) // self.count] for i in range(self.count)]
         return chosen if bos is None else [np.concatenate([[bos], w]) for w in chosen]
 
-    def lookups(self, tokenizer: Tokenizer, bos: int | None) -> list[list[Asked]]:
+    def lookups(self, tokenizer: Tokenizer, bos: int | None, chat: Chat | None = None) -> list[list[Asked]]:
         """What can be asked about each of the `windows`: nothing, unless a source plants answers."""
         return [[] for _ in range(self.count)]
 

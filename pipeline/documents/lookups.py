@@ -37,12 +37,18 @@ STATEMENTS = (
 class Lookup:
     """Sentences to plant, in order, and the question whose answer they hold.
 
-    `question + " " + answer + "."` is what a model that can look things up would write.
+    `lead + " " + answer + "."` is what a model that can look things up would write after `asked`.
     """
 
     statements: tuple[str, ...]
-    question: str
+    asked: str
+    lead: str
     answer: str
+
+    @property
+    def question(self) -> str:
+        """All that comes before the answer, in plain text."""
+        return f"{self.asked} {self.lead}"
 
 
 def _digits(rng: np.random.Generator) -> str:
@@ -55,8 +61,7 @@ def fact(rng: np.random.Generator, attribute: str | None = None) -> Lookup:
     name = f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
     value = _digits(rng)
     statement = str(rng.choice(STATEMENTS)).format(attribute=attribute, name=name, value=value)
-    question = f"What is the {attribute} of the {name}? The {attribute} of the {name} is"
-    return Lookup((statement,), question, value)
+    return Lookup((statement,), f"What is the {attribute} of the {name}?", f"The {attribute} of the {name} is", value)
 
 
 def facts(rng: np.random.Generator, count: int) -> list[Lookup]:
@@ -85,8 +90,7 @@ def chain(rng: np.random.Generator, hops: int) -> Lookup:
     value = _digits(rng)
     statements = [f"The value {value} is stored in VAR {names[0]}."]
     statements += [f"VAR {old} is copied to VAR {new}." for old, new in pairwise(names)]
-    question = f"Which variables hold the value {value}? They are VAR"
-    return Lookup(tuple(statements), question, ", VAR ".join(names))
+    return Lookup(tuple(statements), f"Which variables hold the value {value}?", "They are VAR", ", VAR ".join(names))
 
 
 def chains(rng: np.random.Generator, count: int, hops: int = 2) -> list[Lookup]:

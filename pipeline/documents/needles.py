@@ -8,11 +8,24 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from pipeline.documents.base import Asked, Documents
-from pipeline.documents.lookups import ATTRIBUTES, chains, facts, needles, spliced
+from pipeline.documents.book import TITLES, book_text
+from pipeline.documents.chat import Chat
+from pipeline.documents.lookups import ATTRIBUTES, Lookup, chains, facts, needles, spliced
 from pipeline.documents.pydoc import topics_text
 from pipeline.settings.errors import InputError
 
 TASKS = ("single", "multikey", "chain")
+FORMS = ("auto", "plain", "chat")
+
+
+def encoded(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Token ids `[tokens]`; special tokens in the text are read as such, and none is added."""
+    return np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
+
+def question_text(item: Lookup, chat: Chat | None) -> str:
+    """What is fed between a document and the answer."""
+    return f"\n{item.question}" if chat is None else f"{chat.around(item.asked)[1]}{item.lead}"
 
 
 def line_ends(tokenizer: Tokenizer, text: np.ndarray) -> np.ndarray:
@@ -33,8 +46,10 @@ def stratified(rng: np.random.Generator, count: int, questions: int) -> np.ndarr
 
 @dataclass(frozen=True)
 class Needles(Documents):
-    """Windows of the language reference with sentences planted between its lines, in the form of the reference
-    model's training text.
+    """Windows of a text with sentences planted between its lines.
+
+    In plain form they are asked for as in the reference model's training text; in chat form the text and the question
+    are one turn of a user, and what comes before the answer begins the model's own.
 
     Parameters
     ----------
@@ -51,6 +66,10 @@ class Needles(Documents):
         prompt, it makes the compressed cache predict the first token of the answer, too.
     seed : int
         Of names, values and depths.
+    text : str
+        Where sentences are planted: `pydoc`, the language reference, or a book of `pipeline.documents.book`.
+    form : str
+        `plain`, `chat`, or `auto` for chat where the model's tokenizer has a template.
     """
 
     task: str = "single"
@@ -58,13 +77,18 @@ class Needles(Documents):
     questions: int = 4
     visible: bool = False
     seed: int = 0
+    text: str = "pydoc"
+    form: str = "auto"
 
-    source: ClassVar[str] = "Python's language reference with planted lookups"
+    source: ClassVar[str] = "the text with planted lookups"
 
     def check(self) -> None:
         super().check()
-        if self.task not in TASKS:
-            raise InputError(f"document.task={self.task} is not known: choose one of {', '.join(TASKS)}")
+        for name, known in (("task", TASKS), ("text", ("pydoc", *TITLES)), ("form", FORMS)):
+            if getattr(self, name) not in known:
+                raise InputError(
+                    f"document.{name}={getattr(self, name)} is not known: choose one of {', '.join(known)}"
+                )
         if self.task == "single" and self.planted > len(ATTRIBUTES):
             raise InputError(
                 f"document.planted={self.planted} is more than the {len(ATTRIBUTES)} attributes that facts can be "
@@ -81,44 +105,65 @@ class Needles(Documents):
             )
 
     def texts(self) -> list[str]:
-        return [topics_text()]
+        return [topics_text() if self.text == "pydoc" else book_text(self.text)]
 
-    def windows(self, tokenizer: Tokenizer, bos: int | None) -> list[np.ndarray]:
-        return [window for window, _ in planted(self, tokenizer, bos)]
+    def windows(self, tokenizer: Tokenizer, bos: int | None, chat: Chat | None = None) -> list[np.ndarray]:
+        return [window for window, _ in planted(self, tokenizer, bos, self._asked_in(chat))]
 
-    def lookups(self, tokenizer: Tokenizer, bos: int | None) -> list[list[Asked]]:
-        return [asked for _, asked in planted(self, tokenizer, bos)]
+    def lookups(self, tokenizer: Tokenizer, bos: int | None, chat: Chat | None = None) -> list[list[Asked]]:
+        return [asked for _, asked in planted(self, tokenizer, bos, self._asked_in(chat))]
 
-    def _planted(self, tokenizer: Tokenizer, bos: int | None) -> list[tuple[np.ndarray, list[Asked]]]:
+    def _asked_in(self, chat: Chat | None) -> Chat | None:
+        """The form in which questions are asked; None is plain."""
+        if self.form == "chat" and chat is None:
+            raise InputError(
+                "document.form=chat needs a chat template, which the model's tokenizer has not: set document.form=plain"
+            )
+        return None if self.form == "plain" else chat
+
+    def _planted(
+        self, tokenizer: Tokenizer, bos: int | None, chat: Chat | None
+    ) -> list[tuple[np.ndarray, list[Asked]]]:
         rng = np.random.default_rng(self.seed)
         depths = stratified(rng, self.count, self.questions)
         windows = super().windows(tokenizer, bos)
-        start = 0 if bos is None else 1
-        return [self._plant(rng, tokenizer, w, start, d) for w, d in zip(windows, depths, strict=True)]
+        opening = np.array([] if bos is None else [bos], dtype=np.int64)
+        if chat is not None:
+            opening = encoded(tokenizer, chat.around("")[0])
+            if bos is not None and opening[:1].tolist() != [bos]:
+                opening = np.concatenate([[bos], opening])
+        texts = [window if bos is None else window[1:] for window in windows]
+        return [self._plant(rng, tokenizer, opening, t, d, chat) for t, d in zip(texts, depths, strict=True)]
 
     def _plant(
-        self, rng: np.random.Generator, tokenizer: Tokenizer, window: np.ndarray, start: int, depths: np.ndarray
+        self,
+        rng: np.random.Generator,
+        tokenizer: Tokenizer,
+        opening: np.ndarray,
+        text: np.ndarray,
+        depths: np.ndarray,
+        chat: Chat | None,
     ) -> tuple[np.ndarray, list[Asked]]:
-        """The window with sentences planted after its first `start` tokens, and what is asked about it.
+        """The window with sentences planted in the text behind its opening, and what is asked about it.
 
         `depths` `[questions]` are those of the first sentences that belong to a question.
         """
-
-        def encoded(text: str) -> np.ndarray:
-            return np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
         drawn = {"single": facts, "multikey": needles, "chain": chains}[self.task](rng, self.planted)
         sentences, wanted, first = [], [], []
         for item, depth in zip(drawn, [*depths, *rng.random(self.planted - self.questions)], strict=True):
             first.append(len(sentences))
-            sentences += [encoded(f"\n{s}\n") for s in item.statements]
+            sentences += [encoded(tokenizer, f"\n{s}\n") for s in item.statements]
             wanted += [depth, *np.sort(rng.uniform(depth, 1, len(item.statements) - 1))]
-        pairs = [(encoded(f"\n{item.question}"), encoded(f" {item.answer}.")) for item in drawn[: self.questions]]
+        pairs = [
+            (encoded(tokenizer, question_text(item, chat)), encoded(tokenizer, f" {item.answer}."))
+            for item in drawn[: self.questions]
+        ]
         ending = pairs[0][0][:0]
         if self.visible:
             question, answer = pairs[0]
             ending, pairs = question[:-1], [(question[-1:], answer)]
-        taken = start + sum(map(len, sentences)) + len(ending)
+        taken = len(opening) + sum(map(len, sentences)) + len(ending)
         if 2 * taken > self.tokens:
             raise InputError(
                 f"document.tokens={self.tokens} is too short for document.planted={self.planted}, which take {taken} "
@@ -130,19 +175,30 @@ class Needles(Documents):
                 f"document.continuation={self.continuation} is too short: question and answer are fed in its place "
                 f"and have {longest} tokens"
             )
-        text, rest = np.split(window[start:], [self.tokens - taken])
+        text, rest = np.split(text, [self.tokens - taken])
         ends = line_ends(tokenizer, text)
         places = ends[np.searchsorted(ends, np.array(wanted) * len(text), side="right") - 1]
         order = np.argsort(places, kind="stable")
-        planted = spliced(text, [sentences[i] for i in order], places[order])
+        spans = np.empty((len(sentences), 2), dtype=np.int64)
+        lengths = np.array([len(sentences[i]) for i in order])
+        spans[order, 0] = len(opening) + places[order] + np.cumsum(lengths) - lengths
+        spans[order, 1] = spans[order, 0] + lengths
+        whole = spliced(text, [sentences[i] for i in order], places[order])
         asked = [
-            Asked(question, answer, float(places[i] / len(text)))
-            for (question, answer), i in zip(pairs, first[: self.questions], strict=True)
+            Asked(
+                question,
+                answer,
+                float(places[i] / len(text)),
+                np.concatenate([np.arange(*span) for span in spans[i : i + len(item.statements)]]),
+            )
+            for (question, answer), i, item in zip(pairs, first[: self.questions], drawn, strict=False)
         ]
-        return np.concatenate([window[:start], planted, ending, rest[: self.continuation]]), asked
+        return np.concatenate([opening, whole, ending, rest[: self.continuation]]), asked
 
 
 @lru_cache(maxsize=4)  # windows and lookups are asked for one after the other, by every job of a sweep
-def planted(documents: Needles, tokenizer: Tokenizer, bos: int | None) -> list[tuple[np.ndarray, list[Asked]]]:
+def planted(
+    documents: Needles, tokenizer: Tokenizer, bos: int | None, chat: Chat | None
+) -> list[tuple[np.ndarray, list[Asked]]]:
     """Every window with its planted sentences, and what is asked about it."""
-    return documents._planted(tokenizer, bos)
+    return documents._planted(tokenizer, bos, chat)

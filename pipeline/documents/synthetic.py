@@ -7,6 +7,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from pipeline.documents.base import Documents
+from pipeline.documents.chat import Chat
 from pipeline.settings.errors import InputError
 
 VOCABULARY = 32_768  # ids are drawn below it where the model has no vocabulary
@@ -34,7 +35,7 @@ class Synthetic(Documents):
     def texts(self) -> list[str]:
         return []
 
-    def windows(self, tokenizer: Tokenizer | None, bos: int | None) -> list[np.ndarray]:
+    def windows(self, tokenizer: Tokenizer | None, bos: int | None, chat: Chat | None = None) -> list[np.ndarray]:
         vocabulary = VOCABULARY if tokenizer is None else tokenizer.get_vocab_size()
         ids = np.random.default_rng(self.seed).integers(vocabulary, size=(self.count, self.tokens + self.continuation))
         if bos is not None:

@@ -62,6 +62,7 @@ class ModelConfig:
     path: str | None
     bos: bool
     calibration: str | None
+    context: int | None = None  # positions that it was trained for
     weights: str | None = None  # what they were rounded to, where that is part of what the model is
     package: str | None = None  # of the Python package index, which holds the file that `path` names
     sha256: str | None = None  # of that file

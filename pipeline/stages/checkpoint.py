@@ -12,6 +12,7 @@ from urllib.parse import urlparse
 
 from tokenizers import Tokenizer
 
+from pipeline.documents.chat import Chat
 from pipeline.settings.config import ModelConfig, SyntheticConfig
 from pipeline.settings.errors import InputError
 from pipeline.stages.digest import digest, unchanged
@@ -24,6 +25,7 @@ FILES = [
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "chat_template.jinja",
     "*.safetensors",
     "*.safetensors.index.json",
 ]
@@ -84,6 +86,23 @@ class Checkpoint:
             whole.update(bytes.fromhex(digest(path)))
         return whole.hexdigest()[:16]
 
+    @cached_property
+    def chat(self) -> Chat | None:
+        """The chat template that comes with the tokenizer."""
+        try:
+            described = json.loads((self.folder / "tokenizer_config.json").read_text())
+        except (OSError, ValueError):
+            described = {}
+        template = described.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            template = {one["name"]: one["template"] for one in template}.get("default")
+        if (file := self.folder / "chat_template.jinja").is_file():
+            template = file.read_text()
+        if not isinstance(template, str):
+            return None
+        special = {k: v["content"] if isinstance(v, dict) else v for k, v in described.items() if k.endswith("_token")}
+        return Chat(template, tuple(sorted((k, v) for k, v in special.items() if isinstance(v, str))))
+
     def bos(self) -> int:
         """The BOS token that the configuration names."""
         bos = self.config.get("bos_token_id")
@@ -99,6 +118,7 @@ class Weightless:
     source: SyntheticModel
 
     tokenizer: ClassVar[None] = None
+    chat: ClassVar[None] = None
 
     @property
     def shape(self) -> ModelShape:
@@ -186,6 +206,8 @@ def locate(
     if isinstance(model, SyntheticConfig):
         _fits_context(model.name, model.source.context, prompt, continuation)
         return Weightless(model.source)
+    if model.path is None or model.package is not None:  # a path of the user's own may lead to another model
+        _fits_context(model.name, model.context, prompt, continuation)
     gguf = None
     if model.path is not None:
         folder = _given(model)
