@@ -30,7 +30,7 @@ from pipeline.settings.cli import reporting
 from pipeline.settings.compose import composed, spelled_out, sweep
 from pipeline.settings.errors import InputError
 from pipeline.show.summary import LABELS, spread
-from pipeline.statistics import Estimate, difference, gap_closed, per_document
+from pipeline.statistics import Estimate, gap_closed, paired, per_document
 from pipeline.store import search
 
 SHARED = (
@@ -65,12 +65,6 @@ def compared(
 ) -> list[dict[str, Estimate]]:
     """For every run the statistic of each metric that it has."""
     return [{m: statistic(table, m) for m in metrics if m in table} for table in tables]
-
-
-def paired(values: pd.Series, reference: pd.Series) -> Estimate:
-    """Difference over the documents that have the metric at all."""
-    both = pd.concat([values, reference], axis=1).dropna().to_numpy()
-    return difference(both[:, 0], both[:, 1])
 
 
 def log(result: Result, estimates: dict[str, Estimate], suffix: str) -> None:

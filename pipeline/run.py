@@ -235,7 +235,7 @@ def _write(job: Job, measured: Measured, folder: Path) -> None:
     rows.astype(object).where(rows.notna(), None).to_json(folder / ROWS, orient="split", index=False)
     if not job.settings.tracking.figures:
         return
-    from pipeline.show.figures import by_layer, kept_map
+    from pipeline.show.maps import by_layer, kept_map
 
     figures = {"aop_by_layer": by_layer(rows, "aop/mean")}
     if measured.kept:

@@ -1,6 +1,7 @@
 """Run what is missing of every experiment, and write the document: tables, figures, and a verdict on every claim.
 
-    python -m pipeline.paper                                     everything, on the embedded model
+    python -m pipeline.paper                                     every section, on the embedded model
+    python -m pipeline.paper --full                              and whole experiments where a section is a part of one
     python -m pipeline.paper --sections paper,budgets            some sections
     python -m pipeline.paper model=qwen2_5_0_5b model.path=/checkpoint model.calibration=/statistics.safetensors
     python -m pipeline.paper --refresh                           measure again what is there already
@@ -8,7 +9,8 @@
 Further arguments are settings as for `python -m pipeline`; they apply to every section whose experiment doesn't choose
 another option of the same group. Results go to <outputs>/paper: paper.md, results.json, tables/ (CSV and LaTeX) and
 figures/ (PNG and SVG). A configuration that MLflow already holds, measured with the same code, model and documents,
-is not run again: after an interruption the command goes on.
+is not run again: after an interruption the command goes on. That holds for speeds, too, which the document dates:
+`--sections speed --refresh` times again.
 """
 
 import argparse
@@ -21,19 +23,21 @@ from pipeline.settings.cli import reporting
 from pipeline.settings.compose import composed
 
 
-def regenerate(experiments: list[str], overrides: list[str], readme: Path | None = None) -> None:
+def regenerate(experiments: list[str], overrides: list[str], readme: Path | None = None, full: bool = False) -> None:
     """Measure what is missing, write the document, and print the verdicts.
 
     Parameters
     ----------
     readme : Path, optional
         A Markdown file that receives a copy of the results between its markers.
+    full : bool
+        Whether whole experiments are measured.
     """
     general = [o for o in overrides if o.partition("=")[0] in ("outputs", "tracking.uri", "tracking.experiment")]
     outputs = Path(composed(general).outputs).resolve()
     folder = outputs / "paper"
-    sections = plan(experiments, overrides, folder / "compositions.json")
-    from pipeline.paper.document import Origin, tally, write
+    sections = plan(experiments, overrides, folder / "compositions.json", full)
+    from pipeline.paper.document import Origin, tally, timed, write
     from pipeline.paper.measured import measure
     from pipeline.paper.placement import Placements
     from pipeline.store import tracking
@@ -53,10 +57,14 @@ def regenerate(experiments: list[str], overrides: list[str], readme: Path | None
     if readme is not None:
         refresh(readme, document.excerpt(), folder / "figures")
     total = len({run.run_id for section in measured for run in section.runs})
+    for sentence in document.main_result:
+        print(f"\n{sentence}")
     if verdicts:
         print(f"\n{tally(verdicts)}")
         for verdict in verdicts:
             print(f"  {verdict.verdict:<14} {verdict.source}: {verdict.statement}\n{'':>17}{verdict.deciding}")
+    if when := timed(measured):
+        print(f"\n{when}")
     for section in measured:
         if section.withheld:
             print(f"{section.title}: {section.withheld}")
@@ -70,12 +78,13 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="SETTING", help="settings as for python -m pipeline")
     parser.add_argument("--sections", metavar="NAME,...", help=f"some of {', '.join(titles())}; all are the default")
     parser.add_argument("--readme", metavar="FILE", type=Path, help="a Markdown file that gets a copy of the results")
+    parser.add_argument("--full", action="store_true", help="whole experiments, where sections take a part of them")
     parser.add_argument("--refresh", action="store_true", help="measure again what is there already")
     arguments = parser.parse_intermixed_args()
     experiments = arguments.sections.split(",") if arguments.sections else list(titles())
     overrides = [*arguments.overrides, *(["force=true"] if arguments.refresh else [])]
     with reporting(sys.argv[1:]):
-        regenerate(experiments, overrides, arguments.readme)
+        regenerate(experiments, overrides, arguments.readme, arguments.full)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,18 @@
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from pipeline.paper import published
-from pipeline.paper.claims import NOT_SUPPORTED, SUPPORTED, UNDECIDED, Verdict, claims, decide
-from pipeline.paper.measured import Measured
+from pipeline.paper import published, recency
+from pipeline.paper.claims import CONTRADICTED, SUPPORTED, UNDECIDED, Verdict, claims, judge
+from pipeline.paper.finished import FinishedRun
+from pipeline.paper.measured import MeasuredSection
 from pipeline.paper.tables import TABLES, Table, by_method
 
 TITLE = "SpectralKV, measured again"
@@ -34,6 +37,7 @@ class Shown:
     title: str
     runs: int
     count: int
+    narrowed: list[str]
     withheld: str | None
     tables: list[Table]
     figures: list[Drawn]
@@ -49,29 +53,72 @@ class Origin:
     command: str
 
 
-def judged(sections: list[Measured]) -> list[Verdict]:
-    """The verdict on every claim, or none if the runs that decide them are not there."""
-    decisive = next((s for s in sections if s.experiment == "paper" and not s.withheld), None)
-    return [] if decisive is None else [decide(claim, by_method(decisive.runs)) for claim in claims()]
+def by_choice(section: MeasuredSection) -> dict[str, FinishedRun]:
+    """Runs by their variant, or by their method."""
+    return {run.choice.get("variant", run.method): run for run in section.runs}
+
+
+def judged(sections: list[MeasuredSection]) -> list[Verdict]:
+    """The verdict on every claim whose runs are there, on as many documents as they should be."""
+    return judge(claims(), {s.experiment: by_choice(s) for s in sections if not s.withheld})
+
+
+def pruned(sections: list[MeasuredSection]) -> dict[str, FinishedRun]:
+    """The runs at one budget on the documents of the published comparison, by method."""
+    found: dict[str, FinishedRun] = {}
+    for experiment in ("paper", "baselines"):
+        for section in sections:
+            if section.experiment == experiment and not section.withheld:
+                own = by_method(section.runs)
+                known = {run.tags["hash.document"] for run in found.values()}
+                if not known or {run.tags["hash.document"] for run in own.values()} == known:
+                    found = own | found
+    return found
 
 
 def tally(verdicts: list[Verdict]) -> str:
     """How many claims came out which way, in words."""
     counts = Counter(verdict.verdict for verdict in verdicts)
-    parts = [f"{counts[name]} {name}" for name in (SUPPORTED, NOT_SUPPORTED, UNDECIDED)]
-    return f"Of {len(verdicts)} published claims: {', '.join(parts)}."
+    parts = [f"{counts[name]} {name}" for name in (SUPPORTED, CONTRADICTED, UNDECIDED)]
+    missing = len(claims()) - len(verdicts)
+    return f"Of {len(verdicts)} published claims: {', '.join(parts)}" + (
+        f"; {missing} not measured." if missing else "."
+    )
 
 
 def verdict_table(verdicts: list[Verdict]) -> pd.DataFrame:
     """One line a claim, as printed."""
-    lines = [
-        {"from": v.source, "claim": v.statement, "verdict": f"**{v.verdict}**", "decided by": v.deciding}
-        for v in verdicts
-    ]
+    lines = []
+    for v in verdicts:
+        said = f"{v.statement}{' †' if v.after else ''}" + (f" *{v.remark}*" if v.remark else "")
+        by = v.deciding + (f" ({v.control})" if v.control else "")
+        lines.append({"from": v.source, "claim": said, "verdict": f"**{v.verdict}**", "decided by": by})
     return pd.DataFrame(lines)
 
 
-def _traced(sections: list[Measured]) -> tuple[str, list[tuple[str, str]]]:
+def timed(sections: list[MeasuredSection]) -> str:
+    """When speeds were measured, for they are not measured again; nothing if there are none."""
+    runs = [run for s in sections for run in s.runs if "throughput/speedup" in run.metrics]
+    if not runs:
+        return ""
+    days = sorted({f"{datetime.fromtimestamp(run.started / 1000, UTC):%Y-%m-%d %H:%M} UTC" for run in runs})
+    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    return f"Speeds were timed on {when}; `python -m pipeline.paper --sections speed --refresh` times them again."
+
+
+SETUP = ("hardware", "platform", "version.python", "version.torch", "version.transformers", "version.numpy")
+
+
+def setup(sections: list[MeasuredSection]) -> list[tuple[str, str]]:
+    """What the runs were measured with; several values where they were not measured alike."""
+    runs = [run for section in sections for run in section.runs]
+    tags = [tag for name in SETUP for tag in sorted({t for r in runs for t in r.tags if t.split(":")[0] == name})]
+    found = [(t, ", ".join(dict.fromkeys(run.tags[t] for run in runs if t in run.tags))) for t in dict.fromkeys(tags)]
+    notes = dict.fromkeys(run.tags["timings"] for run in runs if "timings" in run.tags)
+    return found + ([("times", ", ".join(notes))] if notes else [])
+
+
+def _traced(sections: list[MeasuredSection]) -> tuple[str, list[tuple[str, str]]]:
     """One line a run, and every hash that they share."""
     lines: dict[str, dict[str, str]] = {}
     for section in sections:
@@ -108,7 +155,7 @@ def _clean(value: object) -> object:
     return int(value) if isinstance(value, np.integer) else value
 
 
-def draw(sections: list[Measured], folder: Path) -> dict[str, list[Drawn]]:
+def draw(sections: list[MeasuredSection], folder: Path) -> dict[str, list[Drawn]]:
     """Draw the figures of the sections that are not withheld, as PNG and SVG; what stands in which section."""
     import matplotlib.pyplot as plt
 
@@ -132,20 +179,32 @@ class Document:
     """The document, ready to be written."""
 
     origin: Origin
-    sections: list[Measured]
+    sections: list[MeasuredSection]
     shown: list[Shown]
     verdicts: list[Verdict]
+    beside_recency: Table | None
+    main_result: list[str]
 
-    def render(self, template: str, **more: object) -> str:
-        """One of the templates of this package."""
-        environment = Environment(
+    @cached_property
+    def environment(self) -> Environment:
+        return Environment(
             loader=PackageLoader("pipeline.paper", "."), undefined=StrictUndefined, trim_blocks=True,
             lstrip_blocks=True, keep_trailing_newline=True,
         )  # fmt: skip
+
+    @property
+    def tables(self) -> list[Table]:
+        beside = [self.beside_recency] if self.beside_recency else []
+        return beside + [table for section in self.shown for table in section.tables]
+
+    def render(self, template: str, **more: object) -> str:
+        """One of the templates of this package."""
         claimed = verdict_table(self.verdicts).to_markdown(index=False) if self.verdicts else ""
-        return environment.get_template(template).render(
-            verdicts=self.verdicts, verdict_table=claimed, tally=tally(self.verdicts), **more
-        )
+        bounds = {(str(b["date"]), b["value"], b["reason"]): b["after"] for v in self.verdicts for b in v.bounds}
+        return self.environment.get_template(template).render(
+            verdicts=self.verdicts, verdict_table=claimed, tally=tally(self.verdicts), main_result=self.main_result,
+            bounds=[(*about, after) for about, after in bounds.items()], **more,
+        )  # fmt: skip
 
     def text(self) -> str:
         """`paper.md`."""
@@ -153,23 +212,33 @@ class Document:
         metrics = [run.metrics for section in self.sections for run in section.runs]
         return self.render(
             "paper.md.j2", title=TITLE, card=published.card()["source"], sections=self.shown, trace=trace,
-            hashes=hashes, flagged=max(found.get("ppl/flagged", 0.0) for found in metrics), **asdict(self.origin),
+            hashes=hashes, setup=setup(self.sections), timed=timed(self.sections), beside_recency=self.beside_recency,
+            flagged=max(found.get("ppl/flagged", 0.0) for found in metrics), **asdict(self.origin),
             no_verdicts="The section `paper` decides on the claims; it is not here, or has too few documents.",
         )  # fmt: skip
 
     def excerpt(self) -> str:
         """What another document shows: verdicts, the published tables, and two figures."""
         tables = [table for section in self.shown for table in section.tables if table.name.startswith("published_")]
+        runs = len({run.run_id for section in self.sections for run in section.runs})
         captions = {figure.name: figure.caption for section in self.shown for figure in section.figures}
-        return self.render("readme.md.j2", tables=tables, captions=captions)
+        return self.render(
+            "readme.md.j2",
+            tables=tables,
+            captions=captions,
+            runs=runs,
+            timed=timed(self.sections),
+            **asdict(self.origin),
+        )
 
 
 def _results(document: Document) -> dict:
     return {
         **asdict(document.origin),
         "published": published.card(),
+        "main_result": document.main_result,
         "claims": [verdict.as_dict() for verdict in document.verdicts],
-        "tables": {t.name: t.numbers.to_dict(orient="records") for section in document.shown for t in section.tables},
+        "tables": {t.name: t.numbers.to_dict(orient="records") for t in document.tables},
         "sections": {
             section.experiment: [
                 {
@@ -186,7 +255,7 @@ def _results(document: Document) -> dict:
     }
 
 
-def write(sections: list[Measured], origin: Origin, folder: Path) -> Document:
+def write(sections: list[MeasuredSection], origin: Origin, folder: Path) -> Document:
     """Write `paper.md`, `results.json`, `tables/` and `figures/`.
 
     Parameters
@@ -201,16 +270,21 @@ def write(sections: list[Measured], origin: Origin, folder: Path) -> Document:
     drawn = draw(sections, folder / "figures")
     shown = [
         Shown(
-            section.experiment, section.title, len(section.runs), section.counts, section.withheld,
+            section.experiment, section.title, len(section.runs), section.counts, section.narrowed,
+            section.withheld,
             [] if section.withheld else TABLES[section.experiment](section), drawn.get(section.experiment, []),
         )
         for section in sections
     ]  # fmt: skip
-    for section in shown:
-        for table in section.tables:
-            table.numbers.to_csv(folder / "tables" / f"{table.name}.csv", index=False)
-            (folder / "tables" / f"{table.name}.tex").write_text(table.latex(), encoding="utf-8")
-    document = Document(origin, sections, shown, judged(sections))
+    runs = pruned(sections)
+    found = recency.comparisons(runs)
+    document = Document(
+        origin, sections, shown, judged(sections), recency.table(found) if found else None,
+        [recency.summary(found), *recency.sentences(found, runs)] if found else [],
+    )  # fmt: skip
+    for table in document.tables:
+        table.numbers.to_csv(folder / "tables" / f"{table.name}.csv", index=False)
+        (folder / "tables" / f"{table.name}.tex").write_text(table.latex(), encoding="utf-8")
     (folder / "paper.md").write_text(document.text(), encoding="utf-8")
     results = _clean(_results(document))
     (folder / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False), encoding="utf-8")

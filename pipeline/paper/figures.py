@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from pipeline.paper.measured import Measured
-from pipeline.paper.runs import Run
+from pipeline.paper.finished import FinishedRun
+from pipeline.paper.measured import MeasuredSection
 from pipeline.statistics import Estimate, estimate
 
 matplotlib.use("agg")
@@ -44,7 +44,7 @@ def look(method: str) -> dict[str, str]:
     return palette().get(method, {"color": "#999999", "marker": "."})
 
 
-def _line(axes: Axes, run: Run, x: list[float], values: list[Estimate], **options) -> None:
+def _line(axes: Axes, run: FinishedRun, x: list[float], values: list[Estimate], **options) -> None:
     """A curve with its 95 % band."""
     style = look(run.method)
     axes.plot(x, [v.mean for v in values], **{"label": run.title, "lw": 1.4, "ms": 5, **style, **options})
@@ -66,7 +66,7 @@ STORAGES = {
 QUALITY = "KL(full || compressed), nats (log scale)"
 
 
-def frontier(sections: dict[str, Measured]) -> Figure | None:
+def frontier(sections: dict[str, MeasuredSection]) -> Figure | None:
     """Prediction against bytes: over budgets in 16 bits, with the whole prompt in codes, and over storages."""
     if "budgets" not in sections:
         return None
@@ -93,18 +93,28 @@ def frontier(sections: dict[str, Measured]) -> Figure | None:
     return figure
 
 
-def _over_storages(axes: Axes, runs: list[Run]) -> None:
-    for method in dict.fromkeys(run.method for run in runs):
+def _over_storages(axes: Axes, runs: list[FinishedRun]) -> None:
+    methods = dict.fromkeys(run.method for run in runs)
+    stored = [storage for storage in STORAGES if any(run.choice["storage"] == storage for run in runs)]
+    for method in methods:
         own = {run.choice["storage"]: run for run in runs if run.method == method}
-        there = [i for i, storage in enumerate(STORAGES) if storage in own]
-        values = [own[storage].estimate("ppl/kl") for storage in STORAGES if storage in own]
-        _line(axes, next(iter(own.values())), there, values)
+        there = [i for i, storage in enumerate(stored) if storage in own]
+        values = [own[storage].estimate("ppl/kl") for storage in stored if storage in own]
+        shift = 0.7 * (list(methods).index(method) / max(len(methods) - 1, 1) - 0.5)
+        means = np.array([value.mean for value in values])
+        ends = np.abs(np.array([[value.low, value.high] for value in values]).T - means)
+        axes.errorbar(
+            np.array(there) + shift, means, yerr=ends, ls="", ms=5, lw=1.2, label=next(iter(own.values())).title,
+            **look(method),
+        )  # fmt: skip
     megabytes = runs[0].metrics["memory/mb"]
     axes.set(title=f"the same {megabytes:.2g} MB, in other storage", xlabel="how kept tokens are stored")
-    axes.set_xticks(range(len(STORAGES)), STORAGES.values())
+    axes.set_xticks(range(len(stored)), [STORAGES[storage] for storage in stored])
 
 
-def _maps(runs: list[Run], draw: Callable[[Axes, Run], object], width: float, height: float) -> tuple[Figure, object]:
+def _maps(
+    runs: list[FinishedRun], draw: Callable[[Axes, FinishedRun], object], width: float, height: float
+) -> tuple[Figure, object]:
     """Small multiples, one a run, with the mappable that was drawn last."""
     columns = 3
     lines = -(-len(runs) // columns)
@@ -121,20 +131,20 @@ def _maps(runs: list[Run], draw: Callable[[Axes, Run], object], width: float, he
     return figure, drawn
 
 
-def layers_and_heads(sections: dict[str, Measured]) -> Figure | None:
+def layers_and_heads(sections: dict[str, MeasuredSection]) -> Figure | None:
     """Where attention is perturbed: mean AOP of every layer and query head."""
     if "paper" not in sections:
         return None
     runs = [run for run in sections["paper"].runs if run.method in (*MAPPED, "turboquant", "random")]
 
-    def by_head(run: Run) -> pd.DataFrame:
+    def by_head(run: FinishedRun) -> pd.DataFrame:
         rows = run.rows[(run.rows["metric"] == "aop/mean") & run.rows["head"].notna()]
         return rows.groupby(["layer", "head"])["value"].mean().unstack()
 
     grids = {run.method: by_head(run) for run in runs}
     top = max(grid.to_numpy().max() for grid in grids.values())
 
-    def draw(axes: Axes, run: Run):
+    def draw(axes: Axes, run: FinishedRun):
         image = axes.imshow(grids[run.method], vmin=0, vmax=top, cmap="viridis", aspect="auto", origin="lower")
         axes.set(xticks=range(grids[run.method].shape[1]), yticks=range(grids[run.method].shape[0]))
         return image
@@ -142,11 +152,11 @@ def layers_and_heads(sections: dict[str, Measured]) -> Figure | None:
     figure, image = _maps(runs, draw, 2.5, 2.1)
     figure.supxlabel("query head", fontsize=9)
     figure.supylabel("layer", fontsize=9)
-    figure.colorbar(image, ax=figure.axes, label="AOP, mean over documents and positions", shrink=0.8)
+    figure.colorbar(image, ax=figure.axes, label="AOP, mean over windows and positions", shrink=0.8)
     return figure
 
 
-def drift(sections: dict[str, Measured]) -> Figure | None:
+def drift(sections: dict[str, MeasuredSection]) -> Figure | None:
     """AOP by turn, re-compressed and grown, side by side."""
     if "multiturn" not in sections:
         return None
@@ -164,18 +174,18 @@ def drift(sections: dict[str, Measured]) -> Figure | None:
                 _line(axes, run, list(turns.groups), [estimate(values.to_numpy()) for _, values in turns])
         axes.set(xlabel="turn", title=title, ylim=(0, None))
         axes.xaxis.get_major_locator().set_params(integer=True)
-    grid[0].set_ylabel("AOP (bands: 95 % over documents)")
+    grid[0].set_ylabel("AOP (bands: 95 % over windows)")
     _outside(figure, grid[1])
     return figure
 
 
-def kept_tokens(sections: dict[str, Measured]) -> Figure | None:
+def kept_tokens(sections: dict[str, MeasuredSection]) -> Figure | None:
     """Which stretches of a document are kept, by layer."""
     if "paper" not in sections:
         return None
     runs = [run for run in sections["paper"].runs if run.method in MAPPED]
 
-    def draw(axes: Axes, run: Run):
+    def draw(axes: Axes, run: FinishedRun):
         rows = run.rows[(run.rows["metric"] == "kept/share") & (run.rows["document"] == 0)]
         grid = rows.pivot(index="layer", columns="position", values="value")
         width = np.diff(grid.columns[:2])[0]
@@ -186,7 +196,7 @@ def kept_tokens(sections: dict[str, Measured]) -> Figure | None:
         )
 
     figure, image = _maps(runs, draw, 3.1, 1.7)
-    figure.supxlabel("token of the prompt (first document)", fontsize=9)
+    figure.supxlabel("token of the prompt (first window)", fontsize=9)
     figure.supylabel("layer", fontsize=9)
     figure.colorbar(image, ax=figure.axes, label="share kept, mean over KV heads", shrink=0.8)
     return figure
@@ -196,7 +206,7 @@ DEPTHS = 5  # equal parts of the prompt
 SHOWN_BUDGET = "512"
 
 
-def recall_by_depth(sections: dict[str, Measured]) -> Figure | None:
+def recall_by_depth(sections: dict[str, MeasuredSection]) -> Figure | None:
     """Share of needles that are found, by where in the prompt they are."""
     if "retrieval" not in sections:
         return None
@@ -229,13 +239,13 @@ def recall_by_depth(sections: dict[str, Measured]) -> Figure | None:
     return figure
 
 
-def spectra(sections: dict[str, Measured]) -> Figure | None:
+def spectra(sections: dict[str, MeasuredSection]) -> Figure | None:
     """Power of keys over frequency: by layer in the full cache, and what is left of it by method."""
     if "paper" not in sections:
         return None
     runs = {run.method: run for run in sections["paper"].runs}
 
-    def powers(run: Run, metric: str, by: list[str]) -> pd.Series:
+    def powers(run: FinishedRun, metric: str, by: list[str]) -> pd.Series:
         rows = run.rows[run.rows["metric"] == metric]
         return rows.groupby(by)["value"].mean()
 
@@ -261,11 +271,11 @@ def spectra(sections: dict[str, Measured]) -> Figure | None:
     return figure
 
 
-FIGURES: dict[str, tuple[Callable[[dict[str, Measured]], Figure | None], str, str]] = {
+FIGURES: dict[str, tuple[Callable[[dict[str, MeasuredSection]], Figure | None], str, str]] = {
     "layers_and_heads": (layers_and_heads, "paper", "Attention output perturbation by layer and query head."),
     "kept_tokens": (
         kept_tokens, "paper",
-        "Which tokens of the first document are kept, in stretches of 16, by layer; sinks and the recent window are "
+        "Which tokens of the first window are kept, in stretches of 16, by layer; sinks and the recent window are "
         "kept by all.",
     ),
     "spectra": (
@@ -275,9 +285,9 @@ FIGURES: dict[str, tuple[Callable[[dict[str, Measured]], Figure | None], str, st
     ),
     "frontier": (
         frontier, "budgets",
-        "Prediction against bytes; down is better, bands are 95 % over documents. Left: budgets of 128 to 2048 tokens "
-        "in 16 bits, and the whole prompt in codes. Right: an eighth of the full cache's bytes, spent on few tokens in "
-        "16 bits or on more in codes.",
+        "Prediction against bytes; down is better, bars and bands are 95 % over windows. Left: budgets of 128 tokens "
+        "up in 16 bits, and the whole prompt in codes. Right: an eighth of the full cache's bytes, spent on few tokens "
+        "in 16 bits or on more in codes.",
     ),
     "drift": (drift, "multiturn", "Attention output perturbation over turns of the true continuation."),
     "recall_by_depth": (recall_by_depth, "retrieval", "Needles found by their place in the prompt."),

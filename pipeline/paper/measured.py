@@ -4,27 +4,30 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeline.job import Job
+from pipeline.paper.finished import FinishedRun
 from pipeline.paper.placement import Placements
-from pipeline.paper.runs import Run
 from pipeline.paper.sections import Section
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredSection:
     """A section with a run for every job.
 
     Parameters
     ----------
     experiment, title : str
     asked : int
-        Documents that the experiment asks for.
-    runs : list of Run
+        Documents that the section asks for.
+    narrowed : list of str
+        Settings by which the section is less than the whole experiment.
+    runs : list of FinishedRun
     """
 
     experiment: str
     title: str
     asked: int
-    runs: list[Run]
+    narrowed: list[str]
+    runs: list[FinishedRun]
 
     @property
     def counts(self) -> int:
@@ -37,7 +40,7 @@ class Measured:
         if self.counts >= self.asked:
             return None
         return (
-            f"Withheld: measured on {self.counts} documents, and experiment={self.experiment} asks for {self.asked}. "
+            f"Withheld: measured on {self.counts} documents, and the section {self.experiment} asks for {self.asked}. "
             f"Leave document.count alone, or set it to at least {self.asked}."
         )
 
@@ -64,7 +67,9 @@ def _rows_of(run) -> Callable[[], str]:
     return lambda: mlflow.artifacts.load_text(f"{run.info.artifact_uri}/rows.json")
 
 
-def measure(sections: list[Section], placements: Placements, say: Callable[[str], None]) -> tuple[list[Measured], int]:
+def measure(
+    sections: list[Section], placements: Placements, say: Callable[[str], None]
+) -> tuple[list[MeasuredSection], int]:
     """Measure what is missing; the sections with their runs, and how many runs are new.
 
     Jobs that several sections share are measured once. Jobs on the same documents follow one another, those first
@@ -107,6 +112,6 @@ def measure(sections: list[Section], placements: Placements, say: Callable[[str]
         for choice, job in zip(section.choices, section.jobs, strict=True):
             run = there[identity(job, placements.of(job.settings.backend))]
             count, metrics, tags = len(job.windows), dict(run.data.metrics), dict(run.data.tags)
-            runs.append(Run(run.info.run_id, choice, count, metrics, tags, _rows_of(run)))
-        measured.append(Measured(section.experiment, section.title, section.asked, runs))
+            runs.append(FinishedRun(run.info.run_id, choice, count, metrics, tags, _rows_of(run), run.info.start_time))
+        measured.append(MeasuredSection(section.experiment, section.title, section.asked, section.narrowed, runs))
     return measured, len(missing)

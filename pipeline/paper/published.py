@@ -3,7 +3,11 @@
 from functools import cache
 from importlib.resources import files
 
+import numpy as np
 import yaml
+
+from pipeline.paper.finished import FinishedRun
+from pipeline.statistics import Order, order
 
 
 @cache
@@ -15,3 +19,11 @@ def card() -> dict:
 def table(name: str) -> dict[str, dict[str, float]]:
     """The numbers of one published table by method and column."""
     return card()["tables"][name]
+
+
+def agreement(runs: dict[str, FinishedRun], metric: str, name: str, column: str) -> Order:
+    """How far our order of the methods that both have agrees with that of a column of a published table."""
+    numbers = table(name)
+    shared = [m for m in numbers if m in runs and column in numbers[m] and metric in runs[m].documents]
+    values = [runs[m].documents[metric].dropna().to_numpy() for m in shared]
+    return order(values, np.array([numbers[m][column] for m in shared], dtype=float))

@@ -19,9 +19,19 @@ from pipeline.settings.errors import InputError
 
 
 @cache
+def _written() -> dict[str, dict]:
+    return yaml.safe_load(files("pipeline.paper").joinpath("sections.yaml").read_text(encoding="utf-8"))
+
+
 def titles() -> dict[str, str]:
     """Titles of the sections there are, by their experiment, in the order of the document."""
-    return yaml.safe_load(files("pipeline.paper").joinpath("sections.yaml").read_text(encoding="utf-8"))
+    return {experiment: about["title"] for experiment, about in _written().items()}
+
+
+def brief(experiment: str, overrides: list[str]) -> list[str]:
+    """What of an experiment the document measures unless all is asked for, where the overrides don't say it."""
+    given = {o.partition("=")[0] for o in spelled_out(overrides)}
+    return [o for o in _written()[experiment].get("brief", []) if o.partition("=")[0] not in given]
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,9 @@ class Section:
     ----------
     experiment : str
     asked : int
-        Documents that the experiment asks for.
+        Documents that the document asks for.
+    narrowed : list of str
+        Settings by which it is less than the whole experiment.
     choices : list of dict of str to str
         What the experiment varies, for every job.
     jobs : list of Job
@@ -40,6 +52,7 @@ class Section:
 
     experiment: str
     asked: int
+    narrowed: list[str]
     choices: list[dict[str, str]]
     jobs: list[Job]
 
@@ -79,16 +92,18 @@ def applicable(experiment: str, overrides: list[str]) -> list[str]:
     return [o for o in spelled if o in groups or ("." in o.partition("=")[0] and o.partition("=")[0] in known)]
 
 
-def _composed(experiment: str, overrides: list[str]) -> dict:
+def _composed(experiment: str, overrides: list[str], narrowed: list[str]) -> dict:
     """What JSON can hold of a section: the documents that its experiment asks for, the overrides that it takes, and
     the overrides and the configuration of every job.
     """
     taken = applicable(experiment, overrides)
     jobs = [
         {"overrides": job, "config": OmegaConf.to_container(composed(job), resolve=False)}
-        for job in sweep(experiment, [f"tracking.table={experiment}", *taken])
+        for job in sweep(experiment, [f"tracking.table={experiment}", *narrowed, *taken])
     ]
-    return {"asked": int(composed([f"experiment={experiment}"]).document.count), "taken": taken, "jobs": jobs}
+    counted = [o for o in narrowed if o.startswith("document.count=")]
+    asked = int(composed([f"experiment={experiment}", *counted]).document.count)
+    return {"asked": asked, "taken": taken, "narrowed": narrowed, "jobs": jobs}
 
 
 def _conf_hash() -> str:
@@ -96,12 +111,13 @@ def _conf_hash() -> str:
     digest = hashlib.sha256(f"{version('hydra-core')} {version('omegaconf')} {PACKAGE}".encode())
     for path in sorted(Path(conf_dir()).rglob("*.yaml")):
         digest.update(str(path).encode() + path.read_bytes())
-    digest.update(Path(__file__).read_bytes())
+    for path in (Path(__file__), Path(__file__).parent / "sections.yaml"):
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def plan(experiments: list[str], overrides: list[str], memory: Path) -> list[Section]:
-    """The jobs of the sections, each checked.
+def plan(experiments: list[str], overrides: list[str], memory: Path, full: bool = False) -> list[Section]:
+    """The jobs of the sections, each checked; of whole experiments if `full`.
 
     Hydra takes 80 ms to compose a job, so that what was composed is remembered in the file `memory`, as long as no
     configuration file changes.
@@ -125,9 +141,10 @@ def plan(experiments: list[str], overrides: list[str], memory: Path) -> list[Sec
     known = remembered["sweeps"]
     found = {}
     for name in experiments:
-        sought = " ".join([name, *overrides])
+        narrowed = [] if full else brief(name, overrides)
+        sought = " ".join([name, *overrides, "of", *narrowed])
         if sought not in known:
-            known[sought] = _composed(name, overrides)
+            known[sought] = _composed(name, overrides, narrowed)
         found[name] = known[sought]
     for override in spelled_out(overrides):
         if not any(override in section["taken"] for section in found.values()):
@@ -140,5 +157,5 @@ def plan(experiments: list[str], overrides: list[str], memory: Path) -> list[Sec
         settings = [dict(o.split("=", 1) for o in job["overrides"]) for job in section["jobs"]]
         choices = [{key: own[key] for key in varied} for own in settings]
         jobs = [prepare(OmegaConf.create(job["config"])) for job in section["jobs"]]
-        sections.append(Section(name, section["asked"], choices, jobs))
+        sections.append(Section(name, section["asked"], section["narrowed"], choices, jobs))
     return sections

@@ -1,16 +1,28 @@
 """A table: numbers with their intervals, as data and as they are printed."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from pipeline.paper.runs import Run
+from pipeline.paper.finished import FinishedRun
 from pipeline.show.summary import spread
-from pipeline.statistics import Estimate, difference
+from pipeline.statistics import LEVEL, Estimate, differences, estimate, holm, p_value
 
 MISSING = "-"
+STARRED = "* differs from 0 after Holm over all differences of the table."
+LATEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}", "<": r"\textless{}",
+    ">": r"\textgreater{}",
+}  # fmt: skip
+
+
+def latex_text(text: str) -> str:
+    """Text that LaTeX prints as it stands."""
+    return re.sub("|".join(map(re.escape, LATEX)), lambda found: LATEX[found.group()], text)
 
 
 @dataclass(frozen=True)
@@ -38,8 +50,9 @@ class Table:
 
     def latex(self) -> str:
         """A booktabs table with its title as caption."""
-        return self.cells.to_latex(
-            index=False, escape=True, caption=self.title.replace("%", r"\%"), label=f"tab:{self.name}"
+        cells = self.cells.astype(str).map(latex_text).rename(columns=latex_text)
+        return cells.to_latex(
+            index=False, escape=False, caption=latex_text(self.title), label=f"tab:{self.name.replace('_', '-')}"
         )
 
 
@@ -69,19 +82,26 @@ def flat(name: str, value: Estimate | None) -> dict[str, float]:
     return {name: value.mean, f"{name}_low": value.low, f"{name}_high": value.high}
 
 
-def paired(run: Run, reference: Run, metric: str) -> Estimate | None:
-    """Mean difference on the documents that have the metric in both runs."""
-    if metric not in run.documents or metric not in reference.documents:
+def against(run: FinishedRun, reference: FinishedRun | None, metric: str) -> tuple[Estimate, float] | None:
+    """Mean difference on the documents that have the metric in both runs, and its p; None where there is none."""
+    if reference is None or reference is run or not all(metric in r.documents for r in (run, reference)):
         return None
-    both = pd.concat([run.documents[metric], reference.documents[metric]], axis=1).dropna().to_numpy()
-    return difference(both[:, 0], both[:, 1])
+    values = differences(run.documents[metric], reference.documents[metric])
+    return estimate(values), p_value(values)
+
+
+def starred(cells: list[dict[str, str]], p: dict[tuple[int, str], float]) -> None:
+    """Mark the cells, by line and column, whose p after Holm over all of them is at most 5 %."""
+    for (line, column), adjusted in zip(p, holm(p.values()), strict=True):
+        if adjusted <= LEVEL:
+            cells[line][column] += " *"
 
 
 def listing(
-    name: str, title: str, runs: list[Run], heads: dict[str, Callable[[Run], str]], columns: list[Column], note: str,
-    reference: Callable[[Run], Run | None] = lambda run: None,
+    name: str, title: str, runs: list[FinishedRun], heads: dict[str, Callable[[FinishedRun], str]],
+    columns: list[Column], note: str, reference: Callable[[FinishedRun], FinishedRun | None] = lambda run: None,
 ) -> Table:  # fmt: skip
-    """A table with one line a run.
+    """A table with one line a run; differences that survive Holm over the table have a star.
 
     Parameters
     ----------
@@ -90,25 +110,27 @@ def listing(
     reference : function
         The run that differences of a run are taken to; None, or the run itself: a dash.
     """
-    numbers, cells = [], []
-    for run in runs:
-        line = {label: head(run) for label, head in heads.items()}
-        values, printed = dict(line), dict(line)
+    numbers, cells, p = [], [], {}
+    for line, run in enumerate(runs):
+        about = {label: head(run) for label, head in heads.items()}
+        values, printed = dict(about), dict(about)
         for column in columns:
             if column.difference:
-                other = reference(run)
-                value = None if other is None or other is run else paired(run, other, column.metric)
-                key = f"{column.metric}_difference"
+                found = against(run, reference(run), column.metric)
+                value, key = None if found is None else found[0], f"{column.metric}_difference"
+                if found is not None:
+                    p[line, column.label] = values[f"{key}_p"] = found[1]
             else:
                 value, key = run.estimate(column.metric), column.metric
             values |= flat(key, value)
             printed[column.label] = cell(value, column.pattern)
         numbers.append(values | {"run_id": run.run_id})
         cells.append(printed)
-    return Table(name, title, pd.DataFrame(numbers), pd.DataFrame(cells), note)
+    starred(cells, p)
+    return Table(name, title, pd.DataFrame(numbers), pd.DataFrame(cells), f"{note} {STARRED}" if p else note)
 
 
-def grid(name: str, title: str, runs: list[Run], across: str, metric: str, pattern: str, note: str) -> Table:
+def grid(name: str, title: str, runs: list[FinishedRun], across: str, metric: str, pattern: str, note: str) -> Table:
     """A table with one line a method and one column a value of the setting `across`."""
     numbers, cells = [], []
     for method in dict.fromkeys(run.method for run in runs):

@@ -2,16 +2,19 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pandas as pd
 
+from pipeline.paper import published
 from pipeline.paper.beside import PUBLISHED, beside
-from pipeline.paper.measured import Measured
-from pipeline.paper.runs import Run
-from pipeline.paper.table import Column, Table, cell, flat, grid, listing, number
+from pipeline.paper.finished import FinishedRun
+from pipeline.paper.measured import MeasuredSection
+from pipeline.paper.recency import RECENCY
+from pipeline.paper.table import MISSING, Column, Table, cell, flat, grid, listing, number
 from pipeline.statistics import estimate, gap_closed
 
 
-def by_method(runs: list[Run]) -> dict[str, Run]:
+def by_method(runs: list[FinishedRun]) -> dict[str, FinishedRun]:
     """Runs by their method."""
     return {run.method: run for run in runs}
 
@@ -19,16 +22,22 @@ def by_method(runs: list[Run]) -> dict[str, Run]:
 METHOD = {"method": lambda run: run.title}
 
 
-def _tokens(run: Run) -> str:
+def _tokens(run: FinishedRun) -> str:
     return number(run.metrics.get("memory/tokens"), "{:.0f}")
 
 
-def paper(section: Measured) -> list[Table]:
+def latest(runs: dict[str, FinishedRun]) -> Callable[[FinishedRun], FinishedRun | None]:
+    """The reference of differences to the latest tokens."""
+    return lambda run: None if run.method == "full" else runs.get(RECENCY)
+
+
+def paper(section: MeasuredSection) -> list[Table]:
     runs = by_method(section.runs)
     further = [
         Column("mass/mean", "recovered mass"),
         Column("aop/projected_mean", "AOP after W_O"),
         Column("ppl/kl", "KL, nats"),
+        Column("ppl/kl", "KL - StreamingLLM's", "{:+.3f}", difference=True),
         Column("ppl/top1", "top-1"),
         Column("ppl/delta_nll_context", "loss, context", "{:+.3f}"),
     ]
@@ -37,9 +46,11 @@ def paper(section: Measured) -> list[Table]:
         Column("fidelity/value_error", "value error"),
         Column("fidelity/key_spectrum", "spectrum"),
         Column("kept/depth", "mean place"),
+        Column("kept/odd", "odd places"),
         Column("memory/mb_after_generation", "MB after 64"),
-        Column("match/prefix", "prefix", "{:.0f}"),
     ]
+    rebuilt = [column for column in rebuilt if any(column.metric in run.metrics for run in section.runs)]
+    odd = ", share of kept tokens at odd places" if any(c.metric == "kept/odd" for c in rebuilt) else ""
     return [
         *(beside(spec, runs) for spec in PUBLISHED),
         listing(
@@ -47,17 +58,97 @@ def paper(section: Measured) -> list[Table]:
             "Recovered mass is the share of the full run's attention that falls on kept tokens. KL(full || compressed) "
             "and top-1 agreement are over 255 tokens; the loss on context-dependent tokens counts those that 4 sinks "
             "and 64 recent tokens predict worse than the full cache by more than 0.5 nat.",
+            latest(runs),
         ),
         listing(
             "reconstruction", "What the published tables leave out: reconstruction", section.runs, METHOD, rebuilt,
             "Relative errors of keys (before RoPE) and values rebuilt from the cache, distance of the keys' power "
-            "spectra (0 to 1), mean place of kept tokens (0 the prompt's first, 1 its last), MB after 64 generated "
-            "tokens, and tokens decoded before the first that differs from the full cache's (one document).",
+            f"spectra (0 to 1), mean place of kept tokens (0 the prompt's first, 1 its last){odd}, MB after 64 "
+            "generated tokens.",
         ),
     ]  # fmt: skip
 
 
-def baselines(section: Measured) -> list[Table]:
+SHAPES = {"full": "the full cache itself", "turboquant": "every token in packed codes"}
+
+
+def speed(section: MeasuredSection) -> list[Table]:
+    """Speed by the shape of the cache, beside the published speed-ups of the methods that leave it."""
+    theirs = published.table("throughput")
+    numbers, cells = [], []
+    for run in section.runs:
+        pruned = run.method not in SHAPES
+        shape = f"{_tokens(run)} tokens in 16 bits" if pruned else SHAPES[run.method]
+        methods = [m for m in theirs if m != "turboquant"] if pruned else [m for m in theirs if m == run.method]
+        found = run.estimate("throughput/speedup")
+        span = [run.metrics.get(f"throughput/speedup_{end}", np.nan) for end in ("least", "most")]
+        others = sorted(theirs[m]["speedup"] for m in methods)
+        printed = {
+            "cache": shape,
+            "speed-up": cell(found, "{:.2f}"),
+            "least and most": " to ".join(number(end, "{:.2f}") for end in span),
+            "tokens/s": number(run.metrics.get("throughput/tok_s"), "{:.1f}"),
+            "published speed-up": " to ".join(dict.fromkeys(f"{v:.2f}" for v in (others[:1] + others[-1:]))) or MISSING,
+            "published tokens/s": ", ".join(f"{theirs[m]['tok_s']:.1f}" for m in methods) or MISSING,
+        }
+        line = {"cache": shape, **flat("speedup", found), "least": span[0], "most": span[1], "run_id": run.run_id}
+        numbers.append(line | {"tok_s": run.metrics.get("throughput/tok_s")})
+        cells.append(printed)
+    note = (
+        "Decoding against the full cache: medians of pairs that alternate in which cache goes first, means over "
+        f"{section.counts} windows with 95 % intervals, and the mean of the windows' extreme pairs. Methods that keep "
+        "the same number of tokens leave caches of one shape and one speed; WaveletKV stands for all of them, and what "
+        "published speed-ups of one shape differ by is noise. The first row is the noise here. Speeds are of this "
+        "machine and its load."
+    )
+    return [
+        Table(
+            "published_throughput", "Decoding speed by the shape of the cache", pd.DataFrame(numbers),
+            pd.DataFrame(cells), note,
+        )
+    ]  # fmt: skip
+
+
+def seeds(section: MeasuredSection) -> list[Table]:
+    """What is random: means over windows by seed, and their spread beside that over windows."""
+    numbers, cells = [], []
+    for method in dict.fromkeys(run.method for run in section.runs):
+        own = [run for run in section.runs if run.method == method]
+        for metric, label in (("aop/mean", "AOP"), ("ppl/nd", "ND-PPL"), ("ppl/kl", "KL, nats")):
+            means = [run.estimate(metric).mean for run in own]
+            whole = estimate(pd.concat([run.documents[metric] for run in own], axis=1).mean(axis=1).to_numpy())
+            line = {"method": own[0].title, "metric": metric, **flat("mean", whole), "seeds": len(own)}
+            numbers.append(line | {"least": min(means), "most": max(means), "run_id": own[0].run_id})
+            cells.append(
+                {
+                    "method": own[0].title,
+                    "metric": label,
+                    f"mean of {len(own)} seeds": cell(whole, "{:.4f}"),
+                    "least seed": f"{min(means):.4f}",
+                    "greatest seed": f"{max(means):.4f}",
+                }
+            )
+    note = (
+        "Intervals are over windows, of each window's mean over the seeds; least and greatest are means over windows "
+        "of one seed. All other tables use seed 0."
+    )
+    return [Table("seeds", "What chance does", pd.DataFrame(numbers), pd.DataFrame(cells), note)]
+
+
+def recent(section: MeasuredSection) -> list[Table]:
+    """The default recent window beside each method at its best."""
+    tables = []
+    for metric, label in (("aop/mean", "AOP"), ("ppl/kl", "KL, nats")):
+        table = grid(
+            f"recent_{metric.replace('/', '_')}", f"{label} by the number of latest tokens that are always kept",
+            section.runs, "budget.recent", metric, "{:.3f}",
+            "Columns are latest tokens that are kept whatever the scorer says, of a budget of 512; 64 is the default.",
+        )  # fmt: skip
+        tables.append(table)
+    return tables
+
+
+def baselines(section: MeasuredSection) -> list[Table]:
     runs = by_method(section.runs)
     methods = [run for run in section.runs if not run.method.startswith("oracle")]
     ranked = sorted(methods, key=lambda run: run.metrics["ppl/kl"])
@@ -67,17 +158,23 @@ def baselines(section: Measured) -> list[Table]:
         Column("mass/mean", "recovered mass"),
         Column("ppl/nd", "ND-PPL"),
         Column("ppl/kl", "KL, nats"),
-        Column("ppl/kl", "KL - random's", "{:+.3f}", difference=True),
         Column("ppl/top1", "top-1"),
     ]
-    note = "Lowest KL first; the oracles look at the continuation, and are bounds, not methods. Differences are paired."
-    table = listing(
-        "baselines", "Methods, controls and oracles", ordered, METHOD, columns, note, lambda run: runs["random"]
+    note = "Lowest KL first; the oracles look at the continuation, and are bounds, not methods."
+    table = listing("baselines", "Methods, controls and oracles", ordered, METHOD, columns, note)
+    differing = [
+        Column("aop/mean", "AOP", "{:+.3f}", difference=True),
+        Column("ppl/nd", "ND-PPL", "{:+.3f}", difference=True),
+        Column("ppl/kl", "KL, nats", "{:+.3f}", difference=True),
+    ]
+    paired = "Paired differences, below 0 where the method is better."
+    chance = listing(
+        "minus_random", "Differences to random tokens", ordered, METHOD, differing, paired, lambda run: runs["random"]
     )
-    return [table, gaps(ordered, runs)]
+    return [table, chance, gaps(ordered, runs)]
 
 
-def gaps(ordered: list[Run], runs: dict[str, Run]) -> Table:
+def gaps(ordered: list[FinishedRun], runs: dict[str, FinishedRun]) -> Table:
     """Share of the way from random tokens to the oracle that a method goes."""
     metrics = {"aop/mean": "AOP", "ppl/delta_nll": "loss", "ppl/kl": "KL"}
     numbers, cells = [], []
@@ -96,7 +193,7 @@ def gaps(ordered: list[Run], runs: dict[str, Run]) -> Table:
     return Table("gap_closed", title, pd.DataFrame(numbers), pd.DataFrame(cells), note)
 
 
-def budgets(section: Measured) -> list[Table]:
+def budgets(section: MeasuredSection) -> list[Table]:
     metrics = {
         "aop/mean": ("AOP", "{:.3f}"),
         "ppl/kl": ("KL(full || compressed) in nats", "{:.3f}"),
@@ -111,7 +208,7 @@ def budgets(section: Measured) -> list[Table]:
     ]  # fmt: skip
 
 
-def equal_bytes(section: Measured) -> list[Table]:
+def equal_bytes(section: MeasuredSection) -> list[Table]:
     dense = {run.method: run for run in section.runs if run.choice["storage"] == "dense"}
     heads = {**METHOD, "storage": lambda run: run.choice["storage"], "tokens": _tokens}
     columns = [
@@ -131,7 +228,7 @@ def equal_bytes(section: Measured) -> list[Table]:
     return [listing("equal_bytes", title, runs, heads, columns, note, lambda run: dense[run.method])]
 
 
-def ablation(section: Measured) -> list[Table]:
+def ablation(section: MeasuredSection) -> list[Table]:
     default = {run.method: run for run in section.runs if run.choice["variant"].endswith("_default")}
     columns = [
         Column("aop/mean", "AOP"),
@@ -144,12 +241,12 @@ def ablation(section: Measured) -> list[Table]:
         runs = [run for run in section.runs if run.method == method]
         heads = {"variant": lambda run, m=method: run.choice["variant"].removeprefix(f"{m}_").replace("_", " ")}
         title = f"{own.title}, one switch changed"
-        note = "Differences to the default on the same documents, paired: below 0, the change helps."
+        note = "Differences to the default on the same windows, paired: below 0, the change helps."
         tables.append(listing(f"ablation_{method}", title, runs, heads, columns, note, lambda run, o=own: o))
     return tables
 
 
-def multiturn(section: Measured) -> list[Table]:
+def multiturn(section: MeasuredSection) -> list[Table]:
     heads = {**METHOD, "policy": lambda run: run.choice["phase.drift.policy"]}
     columns = [
         Column("drift/aop_first", "AOP, turn 1"),
@@ -165,11 +262,12 @@ def multiturn(section: Measured) -> list[Table]:
     return [listing("multiturn", "Drift over five turns", section.runs, heads, columns, note)]
 
 
-def retrieval(section: Measured) -> list[Table]:
+def retrieval(section: MeasuredSection) -> list[Table]:
     full = cell(section.runs[0].estimate("retrieval/full_recall"), "{:.2f}")
     note = (
         "Share of planted facts that are answered, the question hidden at compression; columns are kept tokens. The "
-        f"full cache: {full}. TurboQuant and the full cache keep every token at any budget."
+        f"full cache: {full}. TurboQuant and the full cache keep every token at any budget. Intervals are the wider of "
+        "Wilson's over questions and the bootstrap's over windows."
     )
     title = "Needle recall over budgets"
     return [grid("retrieval", title, section.runs, "budget.tokens", "retrieval/recall", "{:.2f}", note)]
@@ -183,7 +281,7 @@ BACKGROUNDS = (
 )  # of layers 0, 1, 2, 3, and so on from the tone: conf/model/synthetic
 
 
-def synthetic(section: Measured) -> list[Table]:
+def synthetic(section: MeasuredSection) -> list[Table]:
     numbers, cells = [], []
     for run in section.runs:
         rows = run.rows[(run.rows["metric"] == "planted/recall") & run.rows["layer"].notna()]
@@ -203,7 +301,8 @@ def synthetic(section: Measured) -> list[Table]:
     return [Table("synthetic", "Planted tokens that are kept", pd.DataFrame(numbers), pd.DataFrame(cells), note)]
 
 
-TABLES: dict[str, Callable[[Measured], list[Table]]] = {
-    "paper": paper, "baselines": baselines, "budgets": budgets, "equal_bytes": equal_bytes, "ablation": ablation,
-    "multiturn": multiturn, "retrieval": retrieval, "synthetic": synthetic,
+TABLES: dict[str, Callable[[MeasuredSection], list[Table]]] = {
+    "paper": paper, "speed": speed, "baselines": baselines, "seeds": seeds, "budgets": budgets,
+    "equal_bytes": equal_bytes, "ablation": ablation, "recent": recent, "multiturn": multiturn, "retrieval": retrieval,
+    "synthetic": synthetic,
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Throughput: decoding speed of the compressed and of the full cache, interleaved, and whether they say the same."""
+"""Throughput: decoding speed of the compressed and of the full cache, interleaved."""
 
 import time
 from dataclasses import dataclass
@@ -11,24 +11,20 @@ from spectral_kv.backends.base import Cache
 from spectral_kv.storage.dense import Dense
 
 
-def matching_prefix(one: list[int], other: list[int]) -> int:
-    """Number of tokens before the first that differs."""
-    different = [i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b]
-    return different[0] if different else len(one)
-
-
 @dataclass(frozen=True)
 class Throughput:
     """Greedy decoding after the prompt, timed on the first documents.
 
-    Full and compressed cache take turns, so that both see the same machine; every run has one baseline, its own.
+    Full and compressed cache take turns, in pairs of a fraction of a second, and the one that goes first changes from
+    pair to pair and from document to document: what else the machine does falls on both alike. A document's speed-up
+    is the median of its pairs; every run has one baseline, its own.
 
     Parameters
     ----------
     tokens : int
-        Decoded tokens that are timed, and compared.
+        Decoded tokens that are timed.
     repeats : int
-        How many times each cache is timed.
+        How many pairs are timed.
     warmup : int
         Tokens decoded first, on each cache, outside the clock.
     batch : int
@@ -37,11 +33,11 @@ class Throughput:
         How many documents are timed.
     """
 
-    tokens: int = 128
-    repeats: int = 5
+    tokens: int = 32
+    repeats: int = 6
     warmup: int = 3
     batch: int = 1
-    documents: int = 1
+    documents: int = 5
 
     predicts: ClassVar[bool] = True
 
@@ -68,44 +64,34 @@ class Throughput:
         for cache in caches.values():
             backend.generate(cache.copy(), int(full.continuation[0]), self.warmup)
         seconds: dict[str, list[float]] = {name: [] for name in caches}
-        said: dict[str, list[int]] = {}
         peaks: dict[str, int] = {}
-        for _ in range(self.repeats):
-            for name, cache in caches.items():
+        for pair in range(self.repeats):
+            for name in list(caches)[:: 1 if (pair + context.document) % 2 == 0 else -1]:
                 backend.peak_bytes()
-                said[name], took = self._timed(context, cache)
-                seconds[name].append(took)
+                seconds[name].append(self._timed(context, caches[name]))
                 if (peak := backend.peak_bytes()) is not None:
                     peaks[name] = peak
-        with backend.other_kernel():
-            again = backend.generate(caches["full"].copy(), int(full.continuation[0]), self.tokens)
         speed = {name: self.tokens * self.batch / np.array(s) for name, s in seconds.items()}
         ratio = np.array(seconds["full"]) / np.array(seconds["compressed"])
         values = {
             "throughput/tok_s": np.median(speed["compressed"]),
-            "throughput/tok_s_q25": np.quantile(speed["compressed"], 0.25),
-            "throughput/tok_s_q75": np.quantile(speed["compressed"], 0.75),
             "throughput/full_tok_s": np.median(speed["full"]),
             "throughput/speedup": np.median(ratio),
-            "throughput/speedup_q25": np.quantile(ratio, 0.25),
-            "throughput/speedup_q75": np.quantile(ratio, 0.75),
+            "throughput/speedup_least": ratio.min(),
+            "throughput/speedup_most": ratio.max(),
             "throughput/prefill_s": full.seconds,
             "throughput/compress_s": compressed.seconds,
-            "match/tokens": np.mean(np.array(said["compressed"]) == np.array(said["full"])),
-            "match/prefix": matching_prefix(said["compressed"], said["full"]),
-            "match/noise_floor_tokens": np.mean(np.array(again) == np.array(said["full"])),
-            "match/noise_floor_prefix": matching_prefix(again, said["full"]),
         }
         values |= {f"throughput/{name}_peak_mb": peak / 1e6 for name, peak in peaks.items()}
         return [{"metric": name, "value": float(value)} for name, value in values.items()]
 
-    def _timed(self, context: Context, cache: Cache) -> tuple[list[int], float]:
-        """Decoded tokens and the seconds they took; room to grow is made before the clock starts."""
+    def _timed(self, context: Context, cache: Cache) -> float:
+        """Seconds that decoding took; room to grow is made before the clock starts."""
         backend, first = context.backend, int(context.full.continuation[0])
         copy = cache.copy()
         copy.reserve(self.tokens)
         backend.synchronize()
         start = time.perf_counter()
-        said = backend.generate(copy, first, self.tokens)
+        backend.generate(copy, first, self.tokens)
         backend.synchronize()
-        return said, time.perf_counter() - start
+        return time.perf_counter() - start

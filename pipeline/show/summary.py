@@ -80,6 +80,8 @@ def show(result: Result) -> None:
     console.print(f"{result.documents}; the method reads {result.reads}")
     if result.reused:
         console.print("Measured before with the same code, model and documents; force=true measures again.")
+        if "throughput/speedup" in metrics:
+            console.print("Speeds are those of that time, when the machine may have been busier or less busy.")
     else:
         console.print(
             f"{metrics['time/total_s']:.1f} s; prefill {metrics['time/prefill_s']:.2f} s "

@@ -14,7 +14,7 @@ COORDINATES = ["document", "layer", "head", "turn", "depth", "position", "freque
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """A finished run of MLflow.
 
     Parameters
@@ -29,6 +29,8 @@ class Run:
         Hashes, versions, revision, and the `title` of the method.
     read_rows : function
         Gives the JSON text of the tidy rows; called once, if somebody asks.
+    started : int
+        When, in milliseconds since 1970.
     """
 
     run_id: str
@@ -37,6 +39,7 @@ class Run:
     metrics: dict[str, float]
     tags: dict[str, str]
     read_rows: Callable[[], str] = field(repr=False)
+    started: int = 0
 
     @property
     def method(self) -> str:
@@ -45,6 +48,12 @@ class Run:
     @property
     def title(self) -> str:
         return self.tags["title"]
+
+    @property
+    def name(self) -> str:
+        """The title, and which variant of the method it is."""
+        variant = self.choice.get("variant", "").removeprefix(f"{self.method}_").replace("_", " ")
+        return self.title if variant in ("", "default") else f"{self.title} ({variant})"
 
     @cached_property
     def rows(self) -> pd.DataFrame:
@@ -59,14 +68,15 @@ class Run:
         found = per_document(self.rows)
         if "memory/ratio" in found:
             found["memory/saved"] = 1 - 1 / found["memory/ratio"]
-        if "drift/aop_last" in found:
-            found["drift/aop_change"] = found["drift/aop_last"] - found["drift/aop_first"]
+        if "match/tokens" in found:
+            found["match/percent"] = 100 * found["match/tokens"]
+        if "drift/aop_slope" in found:
+            # change along the least-squares line from the first turn to the last, in the unit of last - first
+            found["drift/aop_line"] = found["drift/aop_slope"] * (self.rows["turn"].max() - 1)
         return found
 
     def estimate(self, metric: str) -> Estimate | None:
-        """Mean over documents with its interval, or of timed repeats their median and quartiles; None: not measured."""
-        if f"{metric}_q25" in self.metrics:
-            return Estimate(self.metrics[metric], self.metrics[f"{metric}_q25"], self.metrics[f"{metric}_q75"])
+        """Mean over documents with its interval; None: not measured."""
         if metric in self.metrics:
             bounds = (self.metrics.get(f"{metric}_{bound}", np.nan) for bound in ("low", "high"))
             return Estimate(self.metrics[metric], *bounds)
