@@ -46,8 +46,8 @@ PUBLISHED = (
         "compression", "Cache compression (full cache / cache; higher is better)", "memory/ratio", "ratio", "ratio",
         "{:.2f}", True, (("mb", "memory/mb", "MB", "{:.2f}"),), False, False,
         "Counted, not sampled: every byte that must live to continue decoding, the full cache in 16 bits. The "
-        "published 7.1 MB are 576 tokens, 512 and 64 generated; its TurboQuant was simulated and saved nothing. MB depend "
-        "on the model and are not comparable.",
+        "published 7.1 MB are 576 tokens, 512 and 64 generated; its TurboQuant was simulated and saved nothing. "
+        "MB depend on the model and are not comparable.",
     ),
     Published(
         "perturbation", "Attention output perturbation (AOP; lower is better)", "aop/mean", "mean", "AOP mean",

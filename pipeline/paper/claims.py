@@ -178,7 +178,7 @@ def none_best(runs: Runs, among: list[str], lower: list[str], higher: list[str])
         elif all(e.verdict == CONTRADICTED for e in rivals):
             found.append(max(rivals, key=lambda e: e.p))
         else:
-            left_open = min((e for e in rivals if e.verdict != CONTRADICTED), key=lambda e: e.p)
+            left_open = min((e for e in rivals if e.verdict != CONTRADICTED), key=_doubt)
             found.append(replace(left_open, verdict=UNDECIDED))
     return found
 

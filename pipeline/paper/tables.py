@@ -169,9 +169,15 @@ def baselines(section: MeasuredSection) -> list[Table]:
     ]
     paired = "Paired differences, below 0 where the method is better."
     chance = listing(
-        "minus_random", "Differences to random tokens", ordered, METHOD, differing, paired, lambda run: runs["random"]
+        "minus_random",
+        "Differences to random tokens",
+        ordered,
+        METHOD,
+        differing,
+        paired,
+        lambda run: runs.get("random"),
     )
-    return [table, chance, gaps(ordered, runs)]
+    return [table, chance, gaps(ordered, runs)] if {"random", "oracle_value"} <= set(runs) else [table]
 
 
 def gaps(ordered: list[FinishedRun], runs: dict[str, FinishedRun]) -> Table:

@@ -51,9 +51,9 @@ def test_the_first_continuation_token_is_not_scored(backend, rng):
     assert np.log(found["ppl/comp"]) == pytest.approx(np.mean(nll), rel=1e-6)
 
 
-def test_every_speed_up_is_against_the_full_cache_of_its_own_run(monkeypatch):
-    """With a clock that says how long each cache takes, the speed-up is the ratio of the two, repeat by repeat."""
-    taken = {"full": iter([4.0, 5.0, 6.0]), "compressed": iter([2.0, 2.0, 2.0])}
+def timed(monkeypatch, taken: dict[str, list[float]], document: int, **settings) -> tuple[dict[str, float], list[str]]:
+    """What the phase makes of a clock that says how long each cache takes, and the order in which they were timed."""
+    clock, asked = {name: iter(seconds) for name, seconds in taken.items()}, []
 
     class Cache(str):
         def copy(self):
@@ -69,13 +69,8 @@ def test_every_speed_up_is_against_the_full_cache_of_its_own_run(monkeypatch):
         def peak_bytes(self):
             return None
 
-        def other_kernel(self):
-            from contextlib import nullcontext
-
-            return nullcontext()
-
     class Fixed:
-        document, backend = 0, Machine()
+        backend = Machine()
 
         class full:
             prefill, continuation, seconds = None, [0], 0.5
@@ -86,11 +81,39 @@ def test_every_speed_up_is_against_the_full_cache_of_its_own_run(monkeypatch):
         class compressor:
             storage = Dense()
 
-    monkeypatch.setattr(Throughput, "_timed", lambda self, context, cache: ([1] * 10, next(taken[str(cache)])))
-    rows = Throughput(tokens=10, repeats=3).measure(Fixed())
-    found = {row["metric"]: row["value"] for row in rows}
+    Fixed.document = document
+    monkeypatch.setattr(Throughput, "_timed", lambda self, context, cache: asked.append(cache) or next(clock[cache]))
+    rows = Throughput(**settings).measure(Fixed())
+    return {row["metric"]: row["value"] for row in rows}, asked
+
+
+def test_every_speed_up_is_against_the_full_cache_of_its_own_run(monkeypatch):
+    """With a clock that says how long each cache takes, the speed-up is the ratio of the two, pair by pair."""
+    taken = {"full": [4.0, 5.0, 6.0], "compressed": [2.0, 2.0, 2.0]}
+    found, _ = timed(monkeypatch, taken, 0, tokens=10, repeats=3)
     assert found["throughput/speedup"] == 2.5
+    assert (found["throughput/speedup_least"], found["throughput/speedup_most"]) == (2.0, 3.0)
     assert found["throughput/full_tok_s"] == 2.0 and found["throughput/tok_s"] == 5.0
+
+
+def test_the_cache_that_is_timed_first_alternates(monkeypatch):
+    """From pair to pair, and from document to document: what favours the second of a pair favours nobody."""
+    ones = {"full": [1.0] * 4, "compressed": [1.0] * 4}
+    orders = {d: timed(monkeypatch, ones, d, repeats=4)[1] for d in (0, 1)}
+    assert orders[0] == ["full", "compressed", "compressed", "full"] * 2
+    assert orders[1] == ["compressed", "full", "full", "compressed"] * 2
+
+
+def test_a_machine_that_slows_down_while_it_is_timed_turns_no_speed_up(monkeypatch):
+    """Every timing takes longer than the one before by a tenth; two equal caches come out equal."""
+    seconds = 1.1 ** np.arange(12)
+    first_of_pair = np.arange(12).reshape(6, 2)
+    first_of_pair[1::2] = first_of_pair[1::2, ::-1]
+    taken = {"full": seconds[first_of_pair[:, 0]], "compressed": seconds[first_of_pair[:, 1]]}
+    found, _ = timed(monkeypatch, taken, 0, repeats=6)
+    assert found["throughput/speedup"] == pytest.approx(1.0, abs=0.005)
+    always_first = np.median(seconds[1::2] / seconds[::2])
+    assert always_first == pytest.approx(1.1)  # what the full cache would seem to gain if it were always first
 
 
 @dataclass(frozen=True)

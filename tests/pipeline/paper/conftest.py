@@ -47,7 +47,12 @@ def made():
             found = estimate(np.array(own))
             bounds = {f"{metric}_low": found.low, f"{metric}_high": found.high}
             recorded |= {metric: found.mean, **{k: v for k, v in bounds.items() if np.isfinite(v)}}
-        tags = {"method": method, "title": TITLES.get(method, method), "identity": f"identity of {method}", "hash.document": "d"}
+        tags = {
+            "method": method,
+            "title": TITLES.get(method, method),
+            "identity": f"identity of {method}",
+            "hash.document": "d",
+        }
         count = max((len(own) for own in values.values()), default=0)
         return FinishedRun(
             f"run-{method}", choice or {"method": method}, count, recorded, tags, lambda: _as_json(table + (rows or []))

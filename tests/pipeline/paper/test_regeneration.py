@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from pipeline.paper.__main__ import main, regenerate
-from pipeline.paper.sections import applicable, plan, titles
+from pipeline.paper.sections import applicable, brief, plan, titles
 from pipeline.settings.errors import InputError
 
 SWEPT = ["method=wavelet,streaming", "budget.tokens=60,100"]
@@ -54,12 +54,15 @@ def test_measures_what_is_missing_and_nothing_twice(settings, tmp_path, monkeypa
 
 
 def test_sections_share_runs(settings, tmp_path, capsys):
-    """WaveletKV at 60 tokens is in `budgets`, and the default of the ablation."""
-    variants = "variant=wavelet_default,wavelet_haar"
+    """WaveletKV at 60 tokens of which the last 16 are kept anyway is in `budgets` and in `recent`."""
     regenerate(["budgets"], [*settings, "method=wavelet", "budget.tokens=60"])
     capsys.readouterr()
-    regenerate(["ablation"], [*settings, variants, "budget.tokens=60"])
+    regenerate(["recent"], [*settings, "method=wavelet", "budget.recent=16,32", "budget.tokens=60"])
     assert "1 configurations measured, 1 were there already" in capsys.readouterr().out
+
+
+def test_variants_stand_beside_their_default(settings, tmp_path):
+    regenerate(["ablation"], [*settings, "variant=wavelet_default,wavelet_haar", "budget.tokens=60"])
     table = tables(tmp_path / "outputs")["ablation_wavelet"].set_index("variant")
     assert table["aop/mean_difference"].isna().to_dict() == {"default": True, "haar": False}
     change = table.loc["haar", "aop/mean"] - table.loc["default", "aop/mean"]
@@ -92,6 +95,23 @@ def test_every_section_is_an_experiment_with_tables():
         assert len(sweep(name, [])) > 5
 
 
+def test_sections_are_parts_of_experiments_unless_all_is_asked_for():
+    assert brief("paper", []) == []
+    assert brief("seeds", []) == ["document.count=8"]
+    method, storage = brief("equal_bytes", ["budget=100"])
+    assert method.startswith("method=full,") and storage == "storage=dense,turboquant_4bit,turboquant_2bit"
+    assert brief("equal_bytes", ["method=tri"]) == [storage]  # what is given goes first
+
+
+def test_a_part_of_an_experiment_says_so_and_is_left_with_full(settings, tmp_path, capsys):
+    given = [*settings, "method=streaming"]
+    regenerate(["budgets"], given)
+    text = (tmp_path / "outputs" / "paper" / "paper.md").read_text()
+    assert "experiment=budgets budget.tokens=128,256,512,1024`" in text and "--full` measures the whole" in text
+    memory = tmp_path / "compositions.json"
+    assert [len(plan(["budgets"], given, memory, full)[0].jobs) for full in (False, True)] == [4, 5]
+
+
 def test_what_was_composed_is_remembered_until_a_configuration_changes(settings, tmp_path, monkeypatch):
     from pipeline.paper import sections
 
@@ -106,7 +126,8 @@ def test_what_was_composed_is_remembered_until_a_configuration_changes(settings,
     monkeypatch.undo()
     monkeypatch.setattr(sections, "_conf_hash", lambda: "another")
     calls = []
-    monkeypatch.setattr(sections, "_composed", lambda *a: calls.append(a) or {"asked": 8, "taken": [], "jobs": []})
+    empty = {"asked": 8, "taken": [], "narrowed": [], "jobs": []}
+    monkeypatch.setattr(sections, "_composed", lambda *a: calls.append(a) or empty)
     with pytest.raises(InputError):  # the stand-in takes no override
         plan(["budgets"], settings, memory)
     assert calls
