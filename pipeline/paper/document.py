@@ -15,7 +15,7 @@ from pipeline.paper import published, recency
 from pipeline.paper.claims import CONTRADICTED, SUPPORTED, UNDECIDED, Verdict, claims, judge
 from pipeline.paper.finished import FinishedRun
 from pipeline.paper.measured import MeasuredSection
-from pipeline.paper.tables import TABLES, Table, by_method
+from pipeline.paper.tables import TABLES, Table
 
 TITLE = "SpectralKV, measured again"
 TRACED = ("git.revision", "git.changed", "hash.model", "hash.document", "hash.code")
@@ -61,19 +61,6 @@ def by_choice(section: MeasuredSection) -> dict[str, FinishedRun]:
 def judged(sections: list[MeasuredSection]) -> list[Verdict]:
     """The verdict on every claim whose runs are there, on as many documents as they should be."""
     return judge(claims(), {s.experiment: by_choice(s) for s in sections if not s.withheld})
-
-
-def pruned(sections: list[MeasuredSection]) -> dict[str, FinishedRun]:
-    """The runs at one budget on the documents of the published comparison, by method."""
-    found: dict[str, FinishedRun] = {}
-    for experiment in ("paper", "baselines"):
-        for section in sections:
-            if section.experiment == experiment and not section.withheld:
-                own = by_method(section.runs)
-                known = {run.tags["hash.document"] for run in found.values()}
-                if not known or {run.tags["hash.document"] for run in own.values()} == known:
-                    found = own | found
-    return found
 
 
 def tally(verdicts: list[Verdict]) -> str:
@@ -276,7 +263,7 @@ def write(sections: list[MeasuredSection], origin: Origin, folder: Path) -> Docu
         )
         for section in sections
     ]  # fmt: skip
-    runs = pruned(sections)
+    runs = recency.pruned(sections)
     found = recency.comparisons(runs)
     document = Document(
         origin, sections, shown, judged(sections), recency.table(found) if found else None,

@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from pipeline.paper import recency
 from pipeline.paper.finished import FinishedRun
 from pipeline.paper.measured import MeasuredSection
-from pipeline.statistics import Estimate, estimate
+from pipeline.statistics import Estimate, differences, estimate
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -202,6 +203,30 @@ def kept_tokens(sections: dict[str, MeasuredSection]) -> Figure | None:
     return figure
 
 
+def windows(sections: dict[str, MeasuredSection]) -> Figure | None:
+    """Differences to the latest tokens, window by window."""
+    runs = recency.pruned(list(sections.values()))
+    found = recency.comparisons(runs)
+    if not found:
+        return None
+    methods = [one.method for one in sorted(found, key=lambda one: one.value.mean) if one.metric == found[0].metric]
+    metrics = list(dict.fromkeys(one.metric for one in found))
+    figure, grid = plt.subplots(
+        1, len(metrics), figsize=(3.2 * len(metrics) + 1, 0.28 * len(methods) + 1.2), sharey=True, squeeze=False
+    )
+    for axes, metric in zip(grid[0], metrics, strict=True):
+        for one in (one for one in found if one.metric == metric):
+            line, style = methods.index(one.method), look(one.method)
+            values = differences(runs[one.method].documents[metric], runs[recency.RECENCY].documents[metric])
+            axes.scatter(values, np.full(len(values), line), s=9, alpha=0.5, lw=0.6, **style)
+            axes.plot([one.value.low, one.value.high], [line - 0.3] * 2, color="#000000", lw=1.2)
+        axes.axvline(0, color="#666666", lw=0.8)
+        axes.set(xlabel=f"{recency.margins()[metric]['label']}, method - StreamingLLM")
+        axes.set_xscale("symlog", linthresh=0.05)
+    grid[0, 0].set_yticks(range(len(methods)), [runs[method].title for method in methods])
+    return figure
+
+
 DEPTHS = 5  # equal parts of the prompt
 SHOWN_BUDGET = "512"
 
@@ -273,6 +298,11 @@ def spectra(sections: dict[str, MeasuredSection]) -> Figure | None:
 
 FIGURES: dict[str, tuple[Callable[[dict[str, MeasuredSection]], Figure | None], str, str]] = {
     "layers_and_heads": (layers_and_heads, "paper", "Attention output perturbation by layer and query head."),
+    "windows": (
+        windows, "paper",
+        "Differences to keeping the latest tokens, one point a window, with the 95 % interval of their mean below; "
+        "left of 0 the method is better. Axes are linear within 0.05 and logarithmic beyond.",
+    ),
     "kept_tokens": (
         kept_tokens, "paper",
         "Which tokens of the first window are kept, in stretches of 16, by layer; sinks and the recent window are "

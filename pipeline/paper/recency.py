@@ -8,6 +8,7 @@ import pandas as pd
 import yaml
 
 from pipeline.paper.finished import FinishedRun
+from pipeline.paper.measured import MeasuredSection
 from pipeline.paper.table import MISSING, Table, flat
 from pipeline.show.summary import spread
 from pipeline.statistics import LEVEL, Equivalence, Estimate, differences, equivalence, estimate, holm, p_value
@@ -48,6 +49,18 @@ class Comparison:
 def margins() -> dict[str, dict]:
     """Label and margin of every metric that is compared, with its date and reason."""
     return yaml.safe_load(files("pipeline.paper").joinpath("margins.yaml").read_text(encoding="utf-8"))
+
+
+def pruned(sections: list[MeasuredSection]) -> dict[str, FinishedRun]:
+    """The runs at one budget on the documents of the published comparison, by method; those of others beside them."""
+    there = {section.experiment: section for section in sections if not section.withheld}
+    found: dict[str, FinishedRun] = {}
+    for experiment in ("paper", "baselines"):
+        own = {run.method: run for run in there[experiment].runs} if experiment in there else {}
+        documents = {run.tags["hash.document"] for run in (*found.values(), *own.values())}
+        if len(documents) == 1:
+            found = own | found
+    return found
 
 
 def comparisons(runs: dict[str, FinishedRun]) -> list[Comparison]:

@@ -160,7 +160,9 @@ def test_files_and_origin(regenerated):
     assert {"published_drift.csv", "published_drift.tex", "prediction.csv"} <= names
     assert "\\toprule" in (folder / "tables" / "published_drift.tex").read_text()
     figures = {path.name for path in (folder / "figures").iterdir()}
-    assert figures == {f"{n}.{e}" for n in ("layers_and_heads", "kept_tokens", "spectra") for e in ("png", "svg")}
+    assert figures == {
+        f"{n}.{e}" for n in ("layers_and_heads", "windows", "kept_tokens", "spectra") for e in ("png", "svg")
+    }
     text = (folder / "paper.md").read_text()
     results = json.loads((folder / "results.json").read_text())
     assert len(results["sections"]["paper"]) == 9
