@@ -222,7 +222,7 @@ def windows(sections: dict[str, MeasuredSection]) -> Figure | None:
             axes.plot([one.value.low, one.value.high], [line - 0.3] * 2, color="#000000", lw=1.2)
         axes.axvline(0, color="#666666", lw=0.8)
         axes.set(xlabel=f"{recency.margins()[metric]['label']}, method - StreamingLLM")
-        axes.set_xscale("symlog", linthresh=0.05)
+        axes.set_xscale("symlog", linthresh=0.1)
     grid[0, 0].set_yticks(range(len(methods)), [runs[method].title for method in methods])
     return figure
 
@@ -301,7 +301,7 @@ FIGURES: dict[str, tuple[Callable[[dict[str, MeasuredSection]], Figure | None], 
     "windows": (
         windows, "paper",
         "Differences to keeping the latest tokens, one point a window, with the 95 % interval of their mean below; "
-        "left of 0 the method is better. Axes are linear within 0.05 and logarithmic beyond.",
+        "left of 0 the method is better. Axes are linear within 0.1 and logarithmic beyond.",
     ),
     "kept_tokens": (
         kept_tokens, "paper",
