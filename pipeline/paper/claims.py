@@ -211,9 +211,14 @@ def claims() -> list[dict]:
     return yaml.safe_load(files("pipeline.paper").joinpath("claims.yaml").read_text(encoding="utf-8"))
 
 
-def needs(claim: dict) -> set[str]:
-    """The sections whose runs decide a claim."""
-    return {test.get("section", "paper") for test in claim["tests"]}
+def needs(claim: dict) -> dict[str, set[str]]:
+    """The sections that decide a claim, and whose runs of them."""
+    found: dict[str, set[str]] = {}
+    for test in claim["tests"]:
+        named = [test[key] for key in ("method", "than") if key in test]
+        named += [name for key in ("methods", "among") for name in test.get(key, [])]
+        found.setdefault(test.get("section", "paper"), set()).update(named)
+    return found
 
 
 def decide(claim: dict, sections: dict[str, Runs]) -> Verdict:
@@ -252,7 +257,11 @@ def _doubt(evidence: Evidence) -> float:
 
 def judge(written: list[dict], sections: dict[str, Runs]) -> list[Verdict]:
     """The verdict on every claim whose runs are there, after Holm over the claims."""
-    verdicts = [decide(claim, sections) for claim in written if needs(claim) <= set(sections)]
+    verdicts = [
+        decide(claim, sections)
+        for claim in written
+        if all(section in sections and names <= set(sections[section]) for section, names in needs(claim).items())
+    ]
     found = []
     for verdict, p in zip(verdicts, holm(v.p for v in verdicts), strict=True):
         if verdict.verdict != UNDECIDED and p > LEVEL:
