@@ -1,0 +1,58 @@
+"""A trained model on several backends: the same tokens kept, the same numbers within rounding.
+
+Skipped where its weights are not: `python -m pipeline.fetch smollm2` brings them.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.job import prepare
+from pipeline.run import execute
+from pipeline.settings.compose import composed
+from pipeline.settings.config import model_settings
+
+pytestmark = pytest.mark.slow
+
+SHORT = [
+    "model=smollm2", "document=book", "document.tokens=1024", "document.continuation=128", "document.count=2",
+    "budget.tokens=256", "phase=[perturbation,perplexity,kept]", "phase.perplexity.tokens=128", "backend.dtype=float32",
+    "phase.perturbation.positions=64", "prefill_cache_gb=0",
+]  # fmt: skip
+METRICS = {"aop/mean": 5e-5, "ppl/nd": 1e-3, "ppl/kl": 1e-3, "kept/depth": 1e-3}
+
+
+@pytest.fixture(autouse=True)
+def weights():
+    file = Path(model_settings(composed(["model=smollm2"])).path).expanduser()
+    if not file.is_file():
+        pytest.skip(f"{file} is not there: python -m pipeline.fetch smollm2")
+
+
+def measured(folder: Path, *overrides: str) -> dict[str, float]:
+    return execute(prepare(composed([*SHORT, f"outputs={folder}", *overrides]))).metrics
+
+
+@pytest.mark.parametrize("method", ["snapkv", "wavelet_tri"])
+def test_cuda_and_cpu_agree_in_four_digits_of_the_perturbation(method, tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    cuda = measured(tmp_path, f"method={method}", "backend.device=cuda")
+    cpu = measured(tmp_path, f"method={method}", "backend.device=cpu")
+    print({name: (cuda[name], cpu[name]) for name in METRICS})
+    assert cpu["aop/mean"] > 0.01
+    for name, tolerance in METRICS.items():
+        assert cuda[name] == pytest.approx(cpu[name], abs=tolerance), name
+
+
+@pytest.mark.parametrize("method", ["snapkv", "wavelet_tri"])
+def test_mlx_and_torch_agree_within_a_thousandth(method, tmp_path):
+    if find_spec("mlx_lm") is None:
+        pytest.skip("needs spectral-kv[mlx]")
+    torch_cpu = measured(tmp_path, f"method={method}", "backend.device=cpu")
+    mlx = measured(tmp_path, f"method={method}", "backend=mlx", "backend.device=cpu", "backend.fast_blas=true")
+    print({name: (mlx[name], torch_cpu[name]) for name in METRICS})
+    for name in METRICS:
+        assert mlx[name] == pytest.approx(torch_cpu[name], abs=1e-3), name
