@@ -12,7 +12,7 @@ setup: .venv/installed  ## Make .venv with the project and its tools.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[pipeline,dev]'
 	touch $@
 
 paper: setup    ## Measure what is missing on the embedded model, write outputs/paper/paper.md, print the verdicts.

@@ -1,0 +1,13 @@
+"""The experiment pipeline: it needs more than the library, which works without it."""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+_MISSING = [name for name in ("hydra", "mlflow", "pandas", "matplotlib") if find_spec(name) is None]
+if _MISSING:
+    _REMEDY = f"the experiment pipeline needs {', '.join(_MISSING)}: pip install 'spectral-kv[pipeline]'"
+    if Path(sys.argv[0]).name in ("-m", "spectral-kv"):  # `python -m pipeline` and the installed command
+        print(f"pipeline: {_REMEDY}", file=sys.stderr)
+        sys.exit(2)
+    raise ImportError(_REMEDY)

@@ -15,8 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 
 import spectral_kv
 from pipeline.documents.base import Asked, content_hash
-from pipeline.settings.config import MLX, PACKAGE, BackendConfig, Settings, check, prefixed
+from pipeline.settings.config import MLX, BackendConfig, Settings, check, prefixed
 from pipeline.settings.errors import InputError
+from pipeline.settings.folders import PACKAGE
 from pipeline.stages.checkpoint import Checkpoint, Weightless, locate
 from pipeline.store.tracking import writable
 from spectral_kv.calibration import QueryStatistics

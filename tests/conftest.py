@@ -11,7 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
 import numpy as np
 import pytest
 
-from pipeline.settings.config import PACKAGE
+from pipeline.settings.folders import PACKAGE
 from pipeline.stages.fast_blas import fast_blas
 from spectral_kv.rope import Rope
 

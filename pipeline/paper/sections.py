@@ -14,8 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from pipeline.job import Job, prepare
 from pipeline.settings.compose import composed, spelled_out, sweep
-from pipeline.settings.config import PACKAGE, conf_dir, register_resolvers
 from pipeline.settings.errors import InputError
+from pipeline.settings.folders import PACKAGE, conf_dir, register_resolvers
 
 
 @cache

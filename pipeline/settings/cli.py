@@ -16,8 +16,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.settings.compose import composed, outermost, spelled_out, sweep
-from pipeline.settings.config import conf_dir, register_resolvers, suggestion
-from pipeline.settings.errors import DiskFull, Exhausted, InputError, Terminated, exhausted
+from pipeline.settings.errors import DiskFull, Exhausted, InputError, Terminated, exhausted, suggestion
+from pipeline.settings.folders import conf_dir, register_resolvers
 
 PLUGINS = {"joblib": "launchers", "submitit_slurm": "launchers", "submitit_local": "launchers", "ray": "ray"}
 SHOW_TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"

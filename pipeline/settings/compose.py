@@ -9,7 +9,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline.settings.config import conf_dir, register_resolvers
+from pipeline.settings.folders import conf_dir, register_resolvers
 
 COSTLY = ("model", "backend", "document")  # a change of model loads one, a change of document prefills
 

@@ -5,7 +5,6 @@ and refuses impossible values when it is made.
 """
 
 import bisect
-import difflib
 import importlib
 import importlib.util
 import math
@@ -19,8 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.documents.base import Documents
-from pipeline.settings.errors import InputError
-from pipeline.settings.manual import manual
+from pipeline.settings.errors import InputError, suggestion
 from pipeline.synthetic.model import SyntheticModel
 from spectral_kv.scorers.base import Scorer
 from spectral_kv.selection import SELECTIONS, Budget
@@ -28,19 +26,6 @@ from spectral_kv.storage.base import Storage
 
 DTYPES = ("float32", "bfloat16", "float16")
 MLX = "spectral_kv.backends.mlx.MLXBackend"
-PACKAGE = Path(__file__).resolve().parents[1]
-
-
-def conf_dir() -> str:
-    """The configuration folder: beside the package in a checkout, inside it in an installed wheel."""
-    shipped = PACKAGE / "conf"
-    return str(shipped if shipped.is_dir() else PACKAGE.parent / "conf")
-
-
-def register_resolvers() -> None:
-    """`${shipped:x}` is the path of a file that comes with the package, `${manual:}` the body of the help text."""
-    OmegaConf.register_new_resolver("shipped", lambda path: str(PACKAGE / path), replace=True)
-    OmegaConf.register_new_resolver("manual", lambda: manual(conf_dir()), replace=True)
 
 
 @dataclass
@@ -246,12 +231,6 @@ def prefixed(message: str, key: str, names: Iterable[str]) -> str:
     """
     bare = "|".join(sorted(names, key=len, reverse=True))
     return re.sub(rf"(?<![\w.])(?:{bare})=", lambda found: f"{key}.{found[0]}", message) if bare else message
-
-
-def suggestion(word: str, known: list[str]) -> str:
-    """`; did you mean x?`, or the list of what there is."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.8)
-    return f"; did you mean {close[0]}?" if close else f": choose one of {', '.join(sorted(known))}"
 
 
 def typed(cls: type, node: DictConfig, key: str, option: str | None = None) -> Any:

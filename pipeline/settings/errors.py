@@ -1,5 +1,6 @@
 """Errors that are for the person at the keyboard."""
 
+import difflib
 import errno
 
 
@@ -40,3 +41,9 @@ def exhausted(error: BaseException, outputs: object) -> Exhausted | None:
             )
         link = link.__cause__ or link.__context__
     return None
+
+
+def suggestion(word: str, known: list[str]) -> str:
+    """`; did you mean x?`, or the list of what there is."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.8)
+    return f"; did you mean {close[0]}?" if close else f": choose one of {', '.join(sorted(known))}"

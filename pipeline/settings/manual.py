@@ -49,4 +49,13 @@ def manual(folder: str) -> str:
             text += [f"  {prefix}.{line}" for line in settings.splitlines()]
     general = root.split("\n\n")[1]
     text += [f"  {line}" for line in general.splitlines()]
-    return "\n".join(text).replace("$", "$$")  # Hydra fills the text in as a string.Template
+    return "\n".join(text)
+
+
+def help_text(folder: str) -> str:
+    """The whole text of `--help`.
+
+    Made here and not by Hydra, which would compose every option of every group first, and take seconds for it.
+    """
+    words = yaml.safe_load((Path(folder) / "hydra" / "help" / "pipeline.yaml").read_text())
+    return f"{words['header']}\n{manual(folder)}\n\n{words['footer']}"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.settings.compose import composed
-from pipeline.settings.config import conf_dir
+from pipeline.settings.folders import conf_dir
 from pipeline.store.search import chosen
 
 NUMBERS = ("aop/mean", "ppl/kl", "memory/bytes")

@@ -9,7 +9,8 @@ import pytest
 
 from pipeline.job import prepare
 from pipeline.settings.compose import composed
-from pipeline.settings.config import check, conf_dir
+from pipeline.settings.config import check
+from pipeline.settings.folders import conf_dir
 from pipeline.stages.compress import foresees, observed
 from pipeline.stages.prefill import FullRun
 from spectral_kv.attention import attention_mass, attention_weights

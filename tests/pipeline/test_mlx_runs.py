@@ -16,8 +16,8 @@ from pipeline.compare import show as table
 from pipeline.job import prepare
 from pipeline.run import Result, execute, loaded
 from pipeline.settings.compose import composed
-from pipeline.settings.config import conf_dir
 from pipeline.settings.errors import InputError
+from pipeline.settings.folders import conf_dir
 from pipeline.show.summary import show
 from pipeline.stages.checkpoint import locate
 from pipeline.stages.compress import Compressor, foresees, observed

@@ -1,9 +1,6 @@
 """The model that ships with the project is what its card says."""
 
 import json
-import subprocess
-import sys
-import zipfile
 
 import numpy as np
 import pytest
@@ -11,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 
 from pipeline.documents.pydoc import Pydoc
-from pipeline.settings.config import PACKAGE
+from pipeline.settings.folders import PACKAGE
 from spectral_kv.backends.torch import TorchBackend
 from spectral_kv.metrics.prediction import log_softmax, negative_log_likelihood
 from spectral_kv.storage.dense import Dense
@@ -72,28 +69,3 @@ def test_corpus_filter_drops_what_the_evaluation_text_says():
     assert clean(f"{shared}\n\n{other}") == f"{other}\n"
     assert clean(other) == "\n"  # said before
     assert (clean.contaminated, clean.repeated) == (1, 1)
-
-
-@pytest.mark.slow
-def test_the_wheel_carries_configuration_and_model(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
-        str(tmp_path),
-        str(PACKAGE.parent),
-    ]
-    subprocess.run(command, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
-    assert {
-        "pipeline/conf/config.yaml",
-        "pipeline/conf/method/tri.yaml",
-        "pipeline/reference_model/checkpoint/model.safetensors",
-    } <= names
-    assert "pipeline/paper/published.yaml" in names and not any(n.startswith("conf/") for n in names)

@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from pipeline.calibrate import observed
-from pipeline.settings.config import PACKAGE
+from pipeline.settings.folders import PACKAGE
 from spectral_kv.backends.torch import TorchBackend
 from spectral_kv.backends.torch_statistics import read_pt
 from spectral_kv.calibration import Accumulator, QueryStatistics

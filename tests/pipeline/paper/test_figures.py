@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from pipeline.paper.figures import look, palette
-from pipeline.settings.config import conf_dir
+from pipeline.settings.folders import conf_dir
 
 
 def test_every_method_has_a_look_of_its_own():

@@ -22,18 +22,36 @@ def call(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
     return end.value.code, lines[0]
 
 
-def test_help_is_a_manual_and_loads_nothing_heavy():
+def imported_by(*arguments: str) -> tuple[str, set[str]]:
+    """What a call prints, and the top-level names of all modules that it imports."""
     code = (
-        "import sys; sys.argv = ['pipeline', '--help']\n"
-        "from pipeline.settings.cli import main\n"
+        f"import atexit, sys; sys.argv = ['pipeline', *{arguments!r}]\n"
+        "atexit.register(lambda: print(*sys.modules, file=sys.stderr))\n"
+        "from pipeline.__main__ import main\n"
         "main()\n"
-        "heavy = {'torch', 'transformers', 'mlflow', 'pandas'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0, result.stderr
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, set(done.stderr.split())
+
+
+HEAVY = {"torch", "transformers", "mlflow", "pandas", "scipy", "numpy", "tokenizers", "spectral_kv"}
+
+
+def test_help_is_a_manual_and_imports_little():
+    """Hydra alone would take most of a second, numpy a quarter of one."""
+    text, modules = imported_by("--help")
     for words in ("* wavelet_tri", "method.levels: 4", "budget.recent: 64", "last tokens, always kept", "Examples"):
-        assert words in result.stdout
+        assert words in text
+    assert not modules & (HEAVY | {"hydra", "omegaconf"})
+    assert len(modules) < 150
+
+
+def test_the_configuration_is_printed_by_hydra_and_its_own_imports():
+    text, modules = imported_by("--cfg", "job", "method=tri")
+    assert "largest_offset: 65536" in text
+    assert not modules & HEAVY
+    assert len(modules) < 500
 
 
 def test_a_sweep_on_the_command_line_gives_a_finished_run_a_budget(small):

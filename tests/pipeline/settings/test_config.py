@@ -6,8 +6,9 @@ import yaml
 
 from pipeline.job import prepare
 from pipeline.settings.compose import composed, spelled_out, sweep
-from pipeline.settings.config import check, conf_dir, prefixed
+from pipeline.settings.config import check, prefixed
 from pipeline.settings.errors import InputError
+from pipeline.settings.folders import conf_dir
 from spectral_kv.storage.quantized_cache import MODULES
 
 CONF = Path(conf_dir())

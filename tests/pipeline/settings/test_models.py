@@ -6,8 +6,9 @@ import pytest
 
 from pipeline.job import prepare
 from pipeline.settings.compose import composed
-from pipeline.settings.config import conf_dir, model_settings
+from pipeline.settings.config import model_settings
 from pipeline.settings.errors import InputError
+from pipeline.settings.folders import conf_dir
 from pipeline.stages.checkpoint import locate
 
 OPTIONS = sorted(file.stem for file in (Path(conf_dir()) / "model").glob("*.yaml"))

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.settings.compose import composed, sweep
-from pipeline.settings.config import check, conf_dir
+from pipeline.settings.config import check
+from pipeline.settings.folders import conf_dir
 
 VARIANTS = sorted(path.stem for path in (Path(conf_dir()) / "variant").glob("*.yaml"))
 
