@@ -97,15 +97,6 @@ def damaged(file: Path | None, outputs: Path) -> Iterator[Finding]:
         yield Finding(what, path=path)
 
 
-def _all_runs(client, experiment: str) -> list:
-    found, token = [], None
-    while token != "":
-        page = client.search_runs([experiment], max_results=1000, page_token=token)
-        found += page
-        token = page.token or ""
-    return found
-
-
 def examine(settings: TrackingConfig, outputs: Path, all_hosts: bool = False) -> list[Finding]:
     """Everything that is wrong with a store and the cache beside it.
 
@@ -119,7 +110,7 @@ def examine(settings: TrackingConfig, outputs: Path, all_hosts: bool = False) ->
         raise InputError(f"there is no store at {file}: set outputs=<the folder of your runs>")
     mlflow = tracking.connect(settings, outputs)
     client = mlflow.MlflowClient()
-    runs = _all_runs(client, tracking.experiment_id())
+    runs = tracking.runs(mlflow)
     return [*unfinished(runs, all_hosts), *incomplete(client, runs), *damaged(file, outputs)]
 
 

@@ -1,23 +1,20 @@
 """A configuration made ready to run: checked, its contents read and hashed. Nothing heavy is imported here."""
 
 import hashlib
-import inspect
 import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-import spectral_kv
 from pipeline.documents.base import Asked, content_hash
 from pipeline.settings.config import MLX, BackendConfig, Settings, check, prefixed
 from pipeline.settings.errors import InputError
-from pipeline.settings.folders import PACKAGE
+from pipeline.sources import code_fingerprint
 from pipeline.stages.checkpoint import Checkpoint, Weightless, locate
 from pipeline.store.tracking import writable
 from spectral_kv.calibration import QueryStatistics
@@ -25,8 +22,9 @@ from spectral_kv.selection import Budget
 from spectral_kv.storage.base import Storage
 from spectral_kv.storage.dense import Dense
 
-DECISIVE = ("torch", "transformers", "numpy", "PyWavelets")  # packages whose version may change a result
-DECISIVE_FOR = {MLX: ("mlx", "mlx-lm")}  # and those of one backend
+# Packages whose version may change a result, and those of one backend or one quantiser.
+DECISIVE = ("torch", "transformers", "numpy", "PyWavelets", "scipy")
+DECISIVE_FOR = {MLX: ("mlx", "mlx-lm"), "quanto": ("optimum-quanto",), "hqq": ("hqq",)}
 # What decides where a result is written or how it is computed, not what it is; contents are hashed instead of paths.
 NOT_IDENTITY = {
     "outputs",
@@ -38,40 +36,9 @@ NOT_IDENTITY = {
     "prefill_cache_least_s",
     "grid",
 }
-# Sources that no number depends on: the tables, the recipe of the model, what is printed, logged or drawn.
-PRESENTATION = {
-    "paper", "reference_model", "show", "store", "compare.py", "doctor.py", "fetch.py", "settings/cli.py",
-    "settings/manual.py",
-}  # fmt: skip
 WEIGHTLESS = "pipeline.synthetic.backend.SyntheticBackend"  # the backend of models without weights
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
-
-
-def code_fingerprint(*objects: object) -> str:
-    """Hash of the sources that produce numbers.
-
-    The library, the pipeline without what only shows or keeps results, and the files that the classes of `objects` are
-    in: a method may live in a project of its own.
-    """
-    digest = hashlib.sha256()
-    for path in sorted({inspect.getfile(type(x)) for x in objects if x is not None}):
-        digest.update(Path(path).read_bytes())
-    library = Path(spectral_kv.__file__).parent
-    for root in (library, PACKAGE):
-        digest.update(_sources(root))
-    return digest.hexdigest()[:16]
-
-
-@cache
-def _sources(root: Path) -> bytes:
-    """Hash of the sources of a package, once a process: it runs what it has imported."""
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if not {relative.parts[0], relative.as_posix()} & PRESENTATION:
-            digest.update(f"{root.name}/{relative.as_posix()}".encode() + path.read_bytes())
-    return digest.digest()
 
 
 @dataclass(frozen=True)
@@ -97,9 +64,10 @@ def not_installed(backend: BackendConfig, reason: object) -> InputError:
     return InputError(f"backend={backend.name} can't be imported ({reason}): {remedy}, or choose backend=torch")
 
 
-def _versions(backend: BackendConfig) -> dict[str, str]:
+def _versions(backend: BackendConfig, storage: Storage) -> dict[str, str]:
+    chosen = (backend._target_, getattr(storage, "library", None))
     try:
-        return {name: version(name) for name in (*DECISIVE, *DECISIVE_FOR.get(backend._target_, ()))}
+        return {name: version(name) for name in (*DECISIVE, *(p for key in chosen for p in DECISIVE_FOR.get(key, ())))}
     except PackageNotFoundError as error:
         raise not_installed(backend, f"no package {error.name}") from None
 
@@ -210,8 +178,10 @@ def prepare(cfg: DictConfig) -> Job:
         [*windows, *(tokens for asked in lookups for one in asked for tokens in (one.question, one.answer))]
     )
     what["prompt"] = settings.documents.tokens
-    what["versions"] = versions = _versions(settings.backend)
-    what["code"] = code_hash = code_fingerprint(settings.method.scorer, settings.storage, *settings.phases.values())
+    what["versions"] = versions = _versions(settings.backend, settings.storage)
+    what["code"] = code_hash = code_fingerprint(
+        settings.backend._target_, settings.method.scorer, settings.storage, *settings.phases.values()
+    )
     what["budget"] = asdict(budget) if budget else None
     if statistics is not None:
         what["statistics"] = statistics.digest

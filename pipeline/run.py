@@ -82,11 +82,20 @@ def placed(config: BackendConfig) -> tuple[str, str]:
     return _backend_class(config).place(config.device, config.dtype)
 
 
+def hardware(device: str) -> str:
+    """What a device is, as far as results depend on it: the kind, and of a CUDA device the model of the GPU."""
+    kind = device.partition(":")[0]
+    if kind != "cuda":
+        return kind
+    import torch
+
+    return f"{kind} {torch.cuda.get_device_name(device)}" if torch.cuda.is_available() else kind
+
+
 def identity(job: Job, place: tuple[str, str] | None = None) -> str:
     """The job's identity on this machine, or at another place: what `auto` stands for decides how results round."""
     device, dtype = place or placed(job.settings.backend)
-    kind = device.partition(":")[0]
-    return hashlib.sha256(f"{job.identity} {kind} {dtype}".encode()).hexdigest()[:24]
+    return hashlib.sha256(f"{job.identity} {hardware(device)} {dtype}".encode()).hexdigest()[:24]
 
 
 def _refuse_code(name: str, checkpoint: Checkpoint | Weightless) -> None:
@@ -262,6 +271,7 @@ def _tags(job: Job, identity: str) -> dict[str, str]:
         "hash.model": job.checkpoint.hash,
         "hash.document": job.document_hash,
         "hash.code": job.code_hash,
+        "hardware": hardware(placed(settings.backend)[0]),
         "method": settings.method.name,
         "title": settings.method.title,
         "timings": timing_note(settings.backend) or "of this machine",

@@ -15,6 +15,7 @@ from pipeline.store.tracking import experiment_id
 ROWS = "rows.json"  # artifact that holds the tidy rows of a run
 LONGEST = 5000  # characters of a parameter or tag
 BATCH = 1000  # metrics that a store takes at once
+PARAMS = 100  # and parameters
 
 
 def _terminate(signum, frame):
@@ -88,7 +89,9 @@ def tracked(mlflow, name: str, params: dict, tags: dict) -> Iterator[Record]:
         run_id, status = None, "FAILED"
         try:
             run_id = client.create_run(experiment_id(), run_name=name, tags=tags).info.run_id
-            client.log_batch(run_id, params=[Param(key, str(value)[:LONGEST]) for key, value in params.items()])
+            logged = [Param(key, str(value)[:LONGEST]) for key, value in params.items()]
+            for start in range(0, len(logged), PARAMS):
+                client.log_batch(run_id, params=logged[start : start + PARAMS])
             yield Record(client, run_id)
             postpone()
             client.set_terminated(run_id, "FINISHED")

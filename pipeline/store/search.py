@@ -59,13 +59,7 @@ def chosen(overrides: list[str]) -> list:
     file = tracking.database(settings, outputs)
     if file is not None and not file.is_file():
         raise InputError(f"there is no store at {file}: set outputs=<the folder of your runs>")
-    client = tracking.connect(settings, outputs).MlflowClient()
-    runs, token = [], None
-    while token != "":
-        page = client.search_runs(
-            [tracking.experiment_id()], "attributes.status = 'FINISHED'", max_results=1000, page_token=token
-        )
-        runs, token = [*runs, *page], page.token or ""
+    runs = tracking.runs(tracking.connect(settings, outputs), "attributes.status = 'FINISHED'")
     newest = {run.data.tags.get(tracking.CONFIGURATION, run.info.run_id): run for run in reversed(runs)}
     found = sorted(newest.values(), key=lambda run: run.info.start_time)
     for key, value in pairs:

@@ -87,6 +87,8 @@ def connect(tracking: TrackingConfig, outputs: Path):
         else:
             with FileLock(outputs / "mlflow.lock"):
                 _experiment_id = _prepared(mlflow, tracking.experiment, outputs, file)
+    except InputError:
+        raise
     except Exception as error:  # of MLflow, its database library, or the database's driver
         raise _unusable(error, tracking, outputs) from error
     _connected = (*key[:-1], file.stat().st_ino if file else None)
@@ -101,9 +103,41 @@ def _prepared(mlflow, experiment: str, outputs: Path, file: Path | None) -> str:
         with sqlite3.connect(file) as store:
             store.execute("PRAGMA journal_mode=WAL")
         store.close()
-    if mlflow.get_experiment_by_name(experiment) is None:
+        if file.parent == outputs:
+            _artifacts_follow(file, (outputs / "artifacts").as_uri())
+    found = mlflow.get_experiment_by_name(experiment)
+    if found is not None and found.lifecycle_stage == "deleted":
+        raise InputError(
+            f"tracking.experiment={experiment} was deleted: bring it back with `MLFLOW_TRACKING_URI="
+            f"{mlflow.get_tracking_uri()} mlflow experiments restore -x {found.experiment_id}`, or choose another name"
+        )
+    if found is None:
         mlflow.create_experiment(experiment, artifact_location=(outputs / "artifacts").as_uri())
     return mlflow.set_experiment(experiment).experiment_id
+
+
+def _artifacts_follow(file: Path, artifacts: str) -> None:
+    """Point the experiments and runs of a copied or moved outputs folder at the artifacts that came with it.
+
+    MLflow records absolute locations only; a location of somebody's own choice, which no outputs folder has, stays.
+    """
+    import sqlite3
+
+    with sqlite3.connect(file) as store:
+        tables = {name for (name,) in store.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if not {"experiments", "runs"} <= tables:
+            return
+        told = store.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
+        for (old,) in told:
+            if old and old != artifacts and old.startswith("file://") and old.endswith("/artifacts"):
+                store.execute(
+                    "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?) WHERE substr(artifact_uri, 1, ?) = ?",
+                    (artifacts, len(old) + 1, len(old) + 1, f"{old}/"),
+                )
+                store.execute(
+                    "UPDATE experiments SET artifact_location = ? WHERE artifact_location = ?", (artifacts, old)
+                )
+    store.close()
 
 
 def _unusable(error: Exception, tracking: TrackingConfig, outputs: Path) -> InputError:
@@ -119,6 +153,13 @@ def _unusable(error: Exception, tracking: TrackingConfig, outputs: Path) -> Inpu
 def experiment_id() -> str:
     """The experiment of the store that `connect` opened last."""
     return _experiment_id
+
+
+def runs(mlflow, filter_string: str = "") -> list:
+    """All runs of the experiment that fit a filter, newest first."""
+    return mlflow.search_runs(
+        experiment_ids=[experiment_id()], filter_string=filter_string, max_results=10**6, output_format="list"
+    )
 
 
 def find_finished(mlflow, identity: str):
@@ -142,16 +183,17 @@ def claim(outputs: Path, identity: str) -> Iterator[None]:
 
 
 @cache
-def _revision() -> dict[str, str]:
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+def revision(folder: Path) -> dict[str, str]:
+    """The commit that a folder of sources is at, and whether files that git knows were changed since."""
+    git = ["git", "-C", str(folder)]
     try:
         head, changed = (
             subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout.strip()
-            for command in (("rev-parse", "HEAD"), ("status", "--porcelain"))
+            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
         )
     except (OSError, subprocess.CalledProcessError):
         return {"git.revision": "unknown (not a git checkout)"}
-    return {"git.revision": head, "git.changed": str(bool(changed)).lower()}
+    return {"git.revision": head, "git.changed": str(bool(changed)).lower(), "mlflow.source.git.commit": head}
 
 
 @cache
@@ -197,6 +239,6 @@ def environment() -> dict[str, str]:
         "command": " ".join(sys.argv[1:])[:4000],
         "mlflow.source.name": Path(sys.argv[0]).name,
         "mlflow.user": getpass.getuser(),
-        **_revision(),
+        **revision(Path(__file__).resolve().parent),
         **_process(os.getpid()),
     }
