@@ -28,7 +28,7 @@ from pipeline.stages.prefill_cache import PrefillCache
 from pipeline.statistics import Estimate, aggregate, per_turn
 from pipeline.store import tracking
 from pipeline.store.record import ROWS, tracked
-from spectral_kv.backends.base import Backend
+from spectral_kv.backends.measuring import MeasuredBackend
 from spectral_kv.scorers.base import Scorer
 from spectral_kv.xp import to_numpy
 
@@ -36,7 +36,7 @@ ROW_COLUMNS = ["document", "layer", "head", "turn", "depth", "position", "freque
 
 # Module state on purpose: the jobs of a sweep run in one process and share the model and the prefills.
 _full_runs = FullRuns()
-_loaded: dict[tuple, Backend] = {}
+_loaded: dict[tuple, MeasuredBackend] = {}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Result:
         )
 
 
-def _backend_class(config: BackendConfig) -> type[Backend]:
+def _backend_class(config: BackendConfig) -> type[MeasuredBackend]:
     module, _, name = config._target_.rpartition(".")
     if getattr(config, "fast_blas", False):
         fast_blas()
@@ -114,7 +114,7 @@ def _refuse_code(name: str, checkpoint: Checkpoint | Weightless) -> None:
         )
 
 
-def loaded(settings: Settings, checkpoint: Checkpoint | Weightless) -> tuple[tuple, Backend]:
+def loaded(settings: Settings, checkpoint: Checkpoint | Weightless) -> tuple[tuple, MeasuredBackend]:
     """The loaded model and what identifies it; one at a time is kept."""
     config = settings.backend
     key = (checkpoint.hash, config._target_, config.device, config.dtype, config.cache_dtype)

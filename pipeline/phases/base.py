@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from pipeline.documents.base import Asked
 from pipeline.stages.compress import Compressed, Compressor
 from pipeline.stages.prefill import FullRun
-from spectral_kv.backends.base import Backend
+from spectral_kv.backends.measuring import MeasuredBackend
 
 Row = dict[str, Any]  # metric, value, and the coordinates that apply: layer, head, turn, depth
 
@@ -15,7 +15,7 @@ Row = dict[str, Any]  # metric, value, and the coordinates that apply: layer, he
 class Context:
     """One document, prefilled and compressed. A phase that feeds tokens does so on `compressed.cache.copy()`."""
 
-    backend: Backend
+    backend: MeasuredBackend
     full: FullRun
     compressed: Compressed
     compressor: Compressor

@@ -4,8 +4,9 @@ import numpy as np
 import torch
 
 from pipeline.synthetic.model import TOPICS, SyntheticModel
-from spectral_kv.backends.base import Extension, Prefill
-from spectral_kv.backends.torch import CompressedCache, TorchBackend
+from spectral_kv.backends.base import Extension, Prefill, Watch
+from spectral_kv.backends.torch import TorchBackend
+from spectral_kv.backends.torch_cache import CompressedCache
 
 
 class SyntheticBackend(TorchBackend):
@@ -36,15 +37,21 @@ class SyntheticBackend(TorchBackend):
         made = self._tensor(self.model.queries(tokens, positions, topics))
         return [self.rope.rotate(x, positions).to(self.dtype) for x in made]
 
-    def prefill(self, tokens: np.ndarray, observe: int) -> Prefill:
+    def prefill(
+        self, tokens: np.ndarray, observe: int, chunk: int | None = None, watch: Watch | None = None
+    ) -> Prefill:
+        """Nothing runs, so there is nothing to do in pieces and nothing to watch but all queries at once."""
         tokens = np.asarray(tokens)
         positions, layers = np.arange(len(tokens)), range(self.shape.layers)
         keys = (self.rope.rotate(self._tensor(self.model.keys(tokens, layer)), positions) for layer in layers)
         values = (self._tensor(self.model.values(tokens, layer)) for layer in layers)
-        start = len(tokens) - observe
+        keys, start = [x.to(self.cache_dtype) for x in keys], len(tokens) - observe
+        if watch is not None:
+            for layer, queries in enumerate(self._queries(tokens, 0, [self.model.asked(tokens)])):
+                watch(layer, queries, keys[layer])
         return Prefill(
             tokens,
-            [x.to(self.cache_dtype) for x in keys],
+            keys,
             [x.to(self.cache_dtype) for x in values],
             self._queries(tokens[start:], start, [self.model.asked(tokens)]),
             torch.empty(0, device=self.device),

@@ -1,6 +1,6 @@
-"""What a backend does for the pipeline."""
+"""What a backend does: run a model, and hold what it cached."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -101,20 +101,26 @@ class Extension:
     queries: list[Array]
 
 
+# Called in every layer, a chunk of the prompt at a time, with the layer's index, the rotated queries
+# [query_heads, chunk, dim] of the chunk, and the keys [kv_heads, seen, dim] of all tokens so far in the cache's dtype.
+# What it returns, an array or a tuple of arrays, is computed before the next chunk is fed.
+Watch = Callable[[int, Array, Array], Any]
+
+
 class Backend(Protocol):
-    """A loaded model and the operations of the pipeline on it. Batch size is one."""
+    """A loaded model and what compression does with it. Batch size is one; `measuring.py` has what only measures."""
 
     shape: ModelShape
     rope: Rope
     scaling: float
 
-    @staticmethod
-    def place(device: str, dtype: str) -> tuple[str, str]:
-        """The device and dtype that `auto` stands for on this machine."""
-        ...
+    def prefill(
+        self, tokens: np.ndarray, observe: int, chunk: int | None = None, watch: Watch | None = None
+    ) -> Prefill:
+        """Run a prompt, whole or `chunk` tokens at a time; remember the queries of its last `observe` tokens.
 
-    def prefill(self, tokens: np.ndarray, observe: int) -> Prefill:
-        """Run a prompt; remember the queries of its last `observe` tokens."""
+        `watch` sees the queries of all of them, and nobody keeps them.
+        """
         ...
 
     def compress(self, prefill: Prefill, kept: list[Array] | None, storage: Storage, batch: int = 1) -> Cache:
@@ -137,29 +143,6 @@ class Backend(Protocol):
         """Feed tokens at the cache's logical position and append them to it."""
         ...
 
-    def grow(self, cache: Cache, tokens: int) -> None:
-        """Append tokens of zeros, for who only counts the bytes: what a token is does not change what it takes."""
-        ...
-
-    def project(self, layer: int, outputs: Array) -> Array | None:
-        """What W_O of a layer makes of attention outputs `[query_heads, positions, dim]`: `[positions, hidden]`.
-
-        None where the model names it otherwise.
-        """
-        ...
-
     def generate(self, cache: Cache, token: int, count: int) -> list[int]:
         """Feed `token`, then decode `count` tokens greedily; those of one sequence if the cache holds several."""
-        ...
-
-    def other_kernel(self) -> AbstractContextManager:
-        """While it lasts, attention is computed by another kernel, which rounds differently."""
-        ...
-
-    def peak_bytes(self) -> int | None:
-        """Most bytes allocated on the device since the last call, or None where nobody counts them."""
-        ...
-
-    def synchronize(self, *results: Any) -> None:
-        """Wait until queued work is done, and `results`, arrays in lists, are computed, so that a clock can be read."""
         ...

@@ -12,7 +12,7 @@ from mlx_lm.models.cache import KVCache
 from mlx_lm.utils import load_model
 from transformers import AutoConfig
 
-from spectral_kv.backends.base import Contents, Extension, ModelShape, Prefill
+from spectral_kv.backends.base import Contents, Extension, ModelShape, Prefill, Watch
 from spectral_kv.backends.mlx_cache import CompressedCache, CompressedLayer
 from spectral_kv.backends.mlx_rope import flattened, make_exact, rotation
 from spectral_kv.backends.suitable import attends_to_all, can_be_unrotated
@@ -120,14 +120,20 @@ class MLXBackend:
             setattr(self._module, ATTENTION, before)
 
     @contextmanager
-    def _observing(self, layers: list) -> Iterator[dict[int, mx.array]]:
-        """Rotated queries `[query_heads, tokens, dim]` of the last forward pass, by the index of the layer's cache."""
-        observed: dict[int, mx.array] = {}
+    def _observing(self, layers: list, watch: Watch | None = None) -> Iterator[dict]:
+        """Rotated queries `[query_heads, tokens, dim]` of the last forward pass, by the index of the layer's cache.
+
+        `watch` sees them as they come, and the keys so far; what it returns is there under `("watch", index)`.
+        """
+        observed = {}
         index = {id(layer): i for i, layer in enumerate(layers)}
         attend = getattr(self._module, ATTENTION)
 
         def function(queries, keys, values, cache=None, **kwargs):
-            observed[index[id(cache)]] = queries[0]
+            layer = index[id(cache)]
+            observed[layer] = queries[0]
+            if watch is not None:
+                observed["watch", layer] = watch(layer, queries[0], keys[0].astype(self.cache_dtype))
             return attend(queries, keys, values, cache=cache, **kwargs)
 
         with self._attending(function):
@@ -136,32 +142,37 @@ class MLXBackend:
     def _ids(self, tokens: np.ndarray) -> mx.array:
         return mx.array(np.asarray(tokens, dtype=np.int32))[None]
 
-    def _feed(self, tokens: np.ndarray, layers: list, observe: int) -> tuple[list[mx.array], list[mx.array]]:
+    def _feed(
+        self, tokens: np.ndarray, layers: list, observe: int, chunk: int = CHUNK, watch: Watch | None = None
+    ) -> tuple[list[mx.array], list[mx.array]]:
         """Run `tokens` in chunks: logits `[chunk, vocabulary]` of every chunk, and each layer's last `observe` queries.
 
         What a chunk adds to the cache is computed before the next; logits only when somebody looks at them.
         """
         logits: list[mx.array] = []
         seen: list[list[mx.array]] = [[] for _ in layers]
-        for start in range(0, len(tokens), CHUNK):
-            ids = self._ids(tokens[start : start + CHUNK])
+        for start in range(0, len(tokens), chunk):
+            ids = self._ids(tokens[start : start + chunk])
             stop = start + ids.shape[1]
-            with self._observing(layers) as observed:
+            with self._observing(layers, watch) as observed:
                 logits.append(self.model(ids, cache=layers)[0])
             unseen = max(len(tokens) - observe - start, 0)
             if stop > start + unseen:
                 for index, queries in enumerate(seen):
                     queries.append(mx.contiguous(observed[index][:, unseen:]))
-            mx.eval([layer.state for layer in layers], [queries[-1:] for queries in seen])
+            gathered = [observed["watch", i] for i in range(len(layers))] if watch else []
+            mx.eval([layer.state for layer in layers], [queries[-1:] for queries in seen], gathered)
         empty = mx.zeros((self.shape.query_heads, 0, self.shape.dim), self.dtype)
         return logits, [mx.concatenate(queries, axis=1) if queries else empty for queries in seen]
 
-    def prefill(self, tokens: np.ndarray, observe: int) -> Prefill:
-        tokens = np.asarray(tokens)
+    def prefill(
+        self, tokens: np.ndarray, observe: int, chunk: int | None = None, watch: Watch | None = None
+    ) -> Prefill:
+        tokens, chunk = np.asarray(tokens), chunk or CHUNK
         layers = [KVCache() for _ in range(self.shape.layers)]
         # The last token goes alone: only its logits are wanted, and mlx-lm computes those of every token it is fed
-        _, before = self._feed(tokens[:-1], layers, max(observe - 1, 0))
-        logits, last = self._feed(tokens[-1:], layers, min(observe, 1))
+        _, before = self._feed(tokens[:-1], layers, max(observe - 1, 0), chunk, watch)
+        logits, last = self._feed(tokens[-1:], layers, min(observe, 1), chunk, watch)
         held = [
             [mx.contiguous(x[0, :, : len(tokens)].astype(self.cache_dtype)) for x in (layer.keys, layer.values)]
             for layer in layers  # of buffers with room to grow

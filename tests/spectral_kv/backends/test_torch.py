@@ -8,10 +8,14 @@ from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     CohereForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
     StableLmConfig,
     StableLmForCausalLM,
 )
@@ -128,7 +132,7 @@ def test_evicting_again_equals_masking_both_sets(backend, model, tokens):
     prefill = backend.prefill(tokens[:200], observe=10)
     cache = backend.compress(prefill, keep(backend, prefill, 60, 0), Dense())
     masks = causal_masks(backend, 300)
-    evict(masks, [cache.positions(i) for i in range(2)], 200)
+    evict(masks, [layer.positions for layer in cache.layers], 200)
     first = backend.extend(cache, tokens[200:240]).logits
     budget = Budget(50, sinks=2, recent=4)
     contents = backend.contents(cache)
@@ -139,9 +143,9 @@ def test_evicting_again_equals_masking_both_sets(backend, model, tokens):
         for i in range(2)
     ]
     again = backend.recompress(cache, [select(Random(3).score(view), budget) for view in views])
-    assert (again.position, again.get_seq_length()) == (240, 50)
-    assert not np.array_equal(again.positions(0)[0], again.positions(0)[1])
-    evict(masks, [again.positions(i) for i in range(2)], 240)
+    assert (again.position, again.layers[0].held) == (240, 50)
+    assert not np.array_equal(*again.layers[0].positions)
+    evict(masks, [layer.positions for layer in again.layers], 240)
     second = backend.extend(again, tokens[240:]).logits
     expected = masked_logits(model, tokens, masks)[200:]
     torch.testing.assert_close(torch.cat([first, second]), expected, atol=1e-4, rtol=1e-4)
@@ -166,15 +170,15 @@ def test_the_rows_go_up_and_down_like_a_saw(backend, tokens):
     trace = []
     for token in tokens[100:180]:
         backend.extend(cache, np.array([token]))
-        trace.append(cache.get_seq_length())
-        if cache.get_seq_length() >= 56:
+        trace.append(cache.layers[0].held)
+        if cache.layers[0].held >= 56:
             contents = backend.contents(cache)
             views = [
                 LayerView(k, v, backend.rope, p, budget.evictable(56), i, (i,))
                 for i, (k, v, p) in enumerate(zip(contents.keys, contents.values, contents.positions, strict=True))
             ]
             cache = backend.recompress(cache, [select(Random(1).score(view), budget) for view in views])
-            assert cache.positions(0).max() == cache.position - 1  # the newest token is never lost
+            assert cache.layers[0].positions.max() == cache.position - 1  # the newest token is never lost
     assert trace == list(range(41, 57)) * 5
     assert cache.position == 180
 
@@ -184,11 +188,86 @@ def test_new_tokens_take_the_logical_position(backend, tokens):
     prefill = backend.prefill(tokens[:200], observe=10)
     cache = backend.compress(prefill, keep(backend, prefill, 60, 0), Dense())
     wrong = cache.copy()
-    assert (cache.position, cache.get_seq_length()) == (200, 60)
-    wrong.position = wrong.get_seq_length()
+    assert (cache.position, cache.layers[0].held) == (200, 60)
+    for layer in wrong.layers:
+        layer.seen = layer.held
     right, shifted = (backend.extend(c, tokens[200:220]).logits for c in (cache, wrong))
     assert (right - shifted).abs().max() > 0.1
-    assert (cache.position, cache.get_seq_length()) == (220, 80)
+    assert (cache.position, cache.layers[0].held) == (220, 80)
+
+
+def test_the_models_own_forward_needs_no_positions(backend, model, tokens):
+    """It asks the cache how long it is, and masks a chunk of several tokens by it, also after eviction."""
+    prefill = backend.prefill(tokens[:200], observe=0)
+    cache = backend.compress(prefill, keep(backend, prefill, 60, 0), Dense())
+    expected = backend.extend(cache.copy(), tokens[200:231]).logits
+    assert (cache.get_seq_length(), cache.get_mask_sizes(31, 0)) == (200, (91, 140))
+    torch.testing.assert_close(logits_of(model, tokens[200:231], past_key_values=cache), expected, atol=1e-4, rtol=1e-4)
+    assert cache.get_seq_length() == cache.position == 231
+
+
+def test_generate_goes_on_from_a_compressed_cache(backend, model, tokens):
+    prefill = backend.prefill(tokens[:200], observe=0)
+    cache = backend.compress(prefill, keep(backend, prefill, 60, 0), Dense())
+    expected = backend.generate(cache.copy(), int(tokens[200]), 12)
+    ids = torch.from_numpy(tokens[:201])[None]
+    said = model.generate(ids, past_key_values=cache, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    assert said[0, 201:].tolist() == expected
+
+
+def test_equal_sequences_are_fed_together(backend, tokens):
+    prefill = backend.prefill(tokens[:200], observe=0)
+    kept = keep(backend, prefill, 60, 0)
+    one, three = (backend.compress(prefill, kept, Dense(), batch) for batch in (1, 3))
+    expected, fed = (backend.extend(cache, tokens[200:210]) for cache in (one, three))
+    torch.testing.assert_close(fed.logits, expected.logits, atol=1e-4, rtol=1e-4)
+    assert three.nbytes == 3 * one.nbytes
+    rows = [torch.arange(40).expand(2, -1)] * 2
+    one, three = (backend.recompress(cache, rows) for cache in (one, three))
+    assert three.nbytes == 3 * one.nbytes
+    again = [backend.extend(cache, tokens[210:220]).logits for cache in (one, three)]
+    torch.testing.assert_close(*again, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 64, 199, 500])
+def test_a_prompt_in_chunks_is_the_prompt_at_once(backend, tokens, chunk):
+    tokens = tokens[:200] if chunk > 1 else tokens[:40]
+    whole, pieces = backend.prefill(tokens, observe=30), backend.prefill(tokens, observe=30, chunk=chunk)
+    torch.testing.assert_close(pieces.logits, whole.logits, atol=1e-4, rtol=1e-4)
+    for part in ("keys", "values", "queries"):
+        for one, other in zip(getattr(pieces, part), getattr(whole, part), strict=True):
+            assert one.shape == other.shape
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [None, 64])
+def test_no_query_outlives_the_prompt_but_those_that_are_asked_for(backend, tokens, chunk):
+    for observe in (0, 1, 70):
+        queries = backend.prefill(tokens, observe, chunk).queries
+        assert [tuple(q.shape) for q in queries] == [(4, observe, 16)] * 2
+        assert all(q.untyped_storage().nbytes() == q.nbytes for q in queries)
+
+
+@pytest.mark.parametrize("chunk", [None, 64])
+def test_who_watches_sees_every_query_with_the_keys_up_to_it(backend, tokens, chunk):
+    seen: dict[int, list] = {0: [], 1: []}
+    prefill = backend.prefill(tokens, 300, chunk, lambda layer, queries, keys: seen[layer].append((queries, keys)))
+    for layer, parts in seen.items():
+        assert len(parts) == (5 if chunk else 1)
+        torch.testing.assert_close(torch.cat([q for q, _ in parts], dim=1), prefill.queries[layer])
+        for number, (queries, keys) in enumerate(parts):
+            stop = number * 64 + queries.shape[1]
+            torch.testing.assert_close(keys, prefill.keys[layer][:, :stop])
+
+
+def test_a_model_that_is_there_already_is_wrapped_and_left_as_it_was(backend, model, tokens):
+    wrapped = TorchBackend.wrap(model)
+    assert (wrapped.shape, wrapped.scaling, wrapped.cache_dtype) == (backend.shape, backend.scaling, torch.float32)
+    one, other = (b.prefill(tokens, observe=10, chunk=100) for b in (wrapped, backend))
+    torch.testing.assert_close(one.logits, other.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(one.queries, other.queries, atol=1e-4, rtol=1e-4)
+    assert wrapped.model is model and model.config._attn_implementation == "eager"
+    assert TorchBackend.wrap(model, "bfloat16").prefill(tokens, observe=0).keys[0].dtype == torch.bfloat16
 
 
 def test_feeding_one_by_one_equals_feeding_at_once(backend, tokens):
@@ -255,7 +334,7 @@ def test_fed_tokens_are_packed_when_they_leave_the_window(wide, rng):
     cache = wide.compress(wide.prefill(tokens[:300], observe=1), None, TurboQuantStorage(recent=32, flush=16))
     for token in tokens[300:]:
         wide.extend(cache, np.array([token]))
-    assert cache.get_seq_length() == 400
+    assert cache.layers[0].held == 400
     dense = 400 * 2 * 4 * wide.shape.dim * 2
     exact = (4 + 32 + 16) * 2 * 4 * wide.shape.dim * 2  # sinks, window and a chunk that waits
     assert cache.nbytes < exact + dense / 7
@@ -268,7 +347,7 @@ def test_an_evicted_packed_cache_stays_close(backend, tokens):
     rows = [torch.stack([torch.arange(0, 100, 2)] * 2)] * 2
     dense, packed = (backend.recompress(cache, rows) for cache in caches)
     assert packed.nbytes < dense.nbytes / 2
-    np.testing.assert_array_equal(packed.positions(1), dense.positions(1))
+    np.testing.assert_array_equal(packed.layers[1].positions, dense.layers[1].positions)
     for one, other in zip(backend.contents(dense).keys, backend.contents(packed).keys, strict=True):
         assert 0 < (one - other).norm() / one.norm() < 0.15
 
@@ -338,3 +417,33 @@ def test_accepts_a_model_in_bfloat16(checkpoint, tokens):
     backend = TorchBackend(str(checkpoint), device="cpu", dtype="bfloat16")
     prefill = backend.prefill(tokens[:200], observe=1)
     assert backend.extend(backend.compress(prefill, None, Dense()), tokens[200:]).logits.isfinite().all()
+
+
+SMALL = {
+    "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+}  # fmt: skip
+
+
+def test_refuses_a_layer_that_does_not_rotate_whichever_it_is():
+    """SmolLM3 leaves the rotation out of every fourth layer."""
+    torch.manual_seed(0)
+    every = SmolLM3ForCausalLM(
+        SmolLM3Config(**SMALL, num_key_value_heads=2, no_rope_layers=[1, 1, 1, 1], pad_token_id=0)
+    )
+    assert TorchBackend.wrap(every.eval()).shape.layers == 4
+    some = SmolLM3ForCausalLM(
+        SmolLM3Config(**SMALL, num_key_value_heads=2, no_rope_layers=[1, 1, 1, 0], pad_token_id=0)
+    )
+    with pytest.raises(
+        ValueError, match="layer 3 of the SmolLM3ForCausalLM rotates keys in another way than its first"
+    ):
+        TorchBackend.wrap(some.eval())
+
+
+def test_refuses_attention_that_can_not_be_observed():
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL)).eval()
+    with pytest.raises(
+        ValueError, match="the GPTNeoXForCausalLM is of type gpt_neox, whose attention can't be observed"
+    ):
+        TorchBackend.wrap(model)
