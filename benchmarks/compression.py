@@ -17,12 +17,13 @@ from pipeline.job import prepare
 from pipeline.run import loaded
 from pipeline.settings.cli import reporting
 from pipeline.settings.compose import composed
-from pipeline.stages.compress import Compressor, observed
+from pipeline.stages.compress import compress
 from pipeline.stages.prefill import FullRun
+from spectral_kv.compressor import Compressor, SharedScores, observed
 
 METHODS = (
     "fourier,wavelet,wavelet_fourier,wavelet_tri,tri,turboquant,random,streaming,knorm,keydiff,snapkv,tova,h2o,"
-    "expected_attention"
+    "observed_attention,expected_attention"
 )
 
 
@@ -39,7 +40,7 @@ def measured(overrides: list[str]) -> pd.DataFrame:
             tokens, scorer = job.settings.documents.tokens, job.settings.method.scorer
             compressor = Compressor(backend, scorer, job.budget, job.settings.storage, job.statistics)
             full = FullRun(backend, window, tokens, observed(scorer, tokens))
-            compressed = compressor.compress(full, index)
+            compressed = compress(compressor, full, SharedScores(), index)
             if index > 0:
                 seconds[job.settings.method.title].append((full.seconds, compressed.seconds))
     rows = []

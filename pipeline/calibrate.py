@@ -11,29 +11,14 @@ Use the result as `model.calibration`.
 
 import argparse
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-
-import numpy as np
 
 from pipeline.job import prepare
 from pipeline.settings.cli import reporting
 from pipeline.settings.compose import composed
 from pipeline.settings.errors import InputError
 from pipeline.show.progress import progress
-from spectral_kv.backends.base import Backend
-from spectral_kv.calibration import Accumulator
-from spectral_kv.xp import float32, to_numpy
-
-
-def observed(backend: Backend, windows: Iterable[np.ndarray]) -> Accumulator:
-    """Sums over the queries of every token of the windows, rotated back."""
-    shape = backend.shape
-    sums = Accumulator(shape.layers, shape.query_heads, shape.dim // 2)
-    for window in windows:
-        for layer, queries in enumerate(backend.prefill(window, observe=len(window)).queries):
-            sums.add(layer, to_numpy(backend.rope.unrotate(float32(queries), np.arange(len(window)))))
-    return sums
+from spectral_kv.calibration import observe
 
 
 def calibrate(overrides: list[str], out: Path | None) -> Path:
@@ -43,7 +28,7 @@ def calibrate(overrides: list[str], out: Path | None) -> Path:
 
     _, backend = loaded(job.settings, job.checkpoint)
     windows = [window[: job.settings.documents.tokens] for window in job.windows]
-    sums = observed(backend, progress(windows, f"calibrating {job.settings.model.name}"))
+    sums = observe(backend, progress(windows, f"calibrating {job.settings.model.name}"), job.settings.backend.chunk)
     path = out or job.settings.outputs / "calibration" / f"{job.settings.model.name}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     sums.statistics(model=job.checkpoint.hash, text=job.settings.documents.source, document=job.document_hash).save(

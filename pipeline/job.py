@@ -125,9 +125,21 @@ def _statistics(settings: Settings, checkpoint: Checkpoint | Weightless) -> Quer
         raise InputError(f"model.calibration={model.calibration} is not a file: {remedy}")
     shape = checkpoint.shape
     try:
-        return QueryStatistics.load(model.calibration, (shape.layers, shape.query_heads, shape.dim // 2))
+        statistics = QueryStatistics.load(model.calibration, (shape.layers, shape.query_heads, shape.dim // 2))
     except ValueError as error:
         raise InputError(f"model.calibration: {error}; {remedy}") from None
+    measured_on = statistics.metadata
+    if measured_on.get("model", checkpoint.hash) != checkpoint.hash:  # the authors' files name no hash
+        raise InputError(
+            f"model.calibration={model.calibration} was measured on other weights (hash {measured_on['model']}) than "
+            f"those of model={model.name} ({checkpoint.hash}): {remedy}"
+        )
+    if measured_on.get("text") == settings.documents.source:
+        raise InputError(
+            f"model.calibration={model.calibration} was measured on {settings.documents.source}, "
+            "which is also what the documents are cut from: choose another document, or calibrate on another text"
+        )
+    return statistics
 
 
 def _budget(settings: Settings, checkpoint: Checkpoint | Weightless) -> Budget | None:

@@ -21,7 +21,7 @@ from pipeline.settings.config import BackendConfig, Settings, prefixed
 from pipeline.settings.errors import InputError, exhausted
 from pipeline.show.progress import progress
 from pipeline.stages.checkpoint import Checkpoint, Weightless
-from pipeline.stages.compress import Compressor, foresees, observed
+from pipeline.stages.compress import compress
 from pipeline.stages.fast_blas import fast_blas
 from pipeline.stages.prefill import FullRuns
 from pipeline.stages.prefill_cache import PrefillCache
@@ -29,6 +29,7 @@ from pipeline.statistics import Estimate, aggregate, per_turn
 from pipeline.store import tracking
 from pipeline.store.record import ROWS, tracked
 from spectral_kv.backends.measuring import MeasuredBackend
+from spectral_kv.compressor import Compressor, foresees, gathers, observed
 from spectral_kv.scorers.base import Scorer
 from spectral_kv.xp import to_numpy
 
@@ -117,7 +118,7 @@ def _refuse_code(name: str, checkpoint: Checkpoint | Weightless) -> None:
 def loaded(settings: Settings, checkpoint: Checkpoint | Weightless) -> tuple[tuple, MeasuredBackend]:
     """The loaded model and what identifies it; one at a time is kept."""
     config = settings.backend
-    key = (checkpoint.hash, config._target_, config.device, config.dtype, config.cache_dtype)
+    key = (checkpoint.hash, config._target_, config.device, config.dtype, config.cache_dtype, config.chunk)
     if key not in _loaded:
         _refuse_code(settings.model.name, checkpoint)
         _loaded.clear()
@@ -174,7 +175,8 @@ def _disk(job: Job) -> PrefillCache | None:
     source = Path(inspect.getfile(_backend_class(config))).read_bytes()
     what = {
         "model": job.checkpoint.hash, "backend": config._target_, "device": device.partition(":")[0], "dtype": dtype,
-        "cache_dtype": config.cache_dtype, "versions": job.versions, "source": hashlib.sha256(source).hexdigest(),
+        "cache_dtype": config.cache_dtype, "chunk": config.chunk, "versions": job.versions,
+        "source": hashlib.sha256(source).hexdigest(),
     }  # fmt: skip
     folder, limit = settings.outputs / "cache" / "prefill", int(settings.prefill_cache_gb * 1e9)
     return PrefillCache(folder, limit, settings.prefill_cache_least_s, what)
@@ -207,12 +209,15 @@ def measure(job: Job) -> Measured:
     rows, origins, prefill_seconds, compress_seconds, kept = [], Counter(), [], [], []
     label = f"{settings.method.title} {job.budget.tokens if job.budget else ''}".strip()
     compressor = Compressor(backend, settings.method.scorer, job.budget, settings.storage, job.statistics)
-    observe, disk = observed(compressor.scorer, settings.documents.tokens), _disk(job)
+    chunk, disk = settings.backend.chunk, _disk(job)
+    observe = 0 if chunk and gathers(compressor.scorer) else observed(compressor.scorer, settings.documents.tokens)
     for index, window in enumerate(progress(job.windows, label)):
-        full, origin = _full_runs.get(key, backend, window, settings.documents.tokens, observe, limit, disk)
+        full, shared, origin = _full_runs.get(
+            key, backend, window, settings.documents.tokens, observe, limit, disk, chunk
+        )
         origins[origin] += 1
         prefill_seconds.append(full.seconds)
-        compressed = compressor.compress(full, index)
+        compressed = compress(compressor, full, shared, index)
         compress_seconds.append(compressed.seconds)
         if index == 0 and compressed.kept is not None:
             kept = [to_numpy(x) for x in compressed.kept]

@@ -2,7 +2,9 @@
 
 import numpy as np
 
-from spectral_kv.xp import Array, like, namespace, softmax, wide
+from spectral_kv.xp import Array, float32, like, namespace, softmax, wide
+
+CHUNK = 128  # queries at a time: weights of all take tokens^2 numbers a head, those of few fit into a CPU's cache
 
 
 def attention_logits(queries: Array, keys: Array, scaling: float, causal: bool = False) -> Array:
@@ -74,3 +76,25 @@ def attention_mass(weights: Array, kv_heads: int) -> Array:
     """
     xp = namespace(weights)
     return xp.mean(xp.reshape(weights, (kv_heads, -1, weights.shape[-1])), axis=1)
+
+
+def attention_received(queries: Array, keys: Array, scaling: float) -> Array:
+    """Weight of every key summed over the queries of the last tokens, `[kv_heads, tokens]`.
+
+    Every query sees what came before it; the mean is over the query heads that share a KV head. Arguments as in
+    `attention_weights`; the weights of all queries are never there at once.
+    """
+    xp = namespace(keys)
+    (kv_heads, tokens, _), (query_heads, count, _) = keys.shape, queries.shape
+    total: Array = 0.0
+    for start in range(0, count, CHUNK):
+        part = queries[:, start : start + CHUNK]
+        seen = tokens - count + start + part.shape[1]
+        logits = attention_logits(part, keys[:, :seen], scaling, causal=True)
+        # the weights summed over queries as one product: dividing all of them first would be most of the work
+        exponentials = xp.exp(logits - xp.max(logits, axis=-1, keepdims=True))
+        shares = xp.reshape(1.0 / xp.sum(exponentials, axis=-1), (kv_heads, 1, -1))
+        mass = xp.matmul(shares, xp.reshape(exponentials, (kv_heads, -1, seen)))[:, 0]
+        unseen = xp.zeros_like(float32(keys[:, seen:, 0]))
+        total = total + xp.concat([mass, unseen], axis=-1)
+    return total / (query_heads // kv_heads)

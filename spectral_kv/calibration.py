@@ -5,11 +5,18 @@ Per layer, query head and RoPE band f, over calibration text: the mean of the un
 """
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from spectral_kv.xp import Array, float32, to_numpy
+
+if TYPE_CHECKING:
+    from spectral_kv.backends.base import Backend
 
 
 @dataclass
@@ -33,7 +40,7 @@ class QueryStatistics:
         """Hash of the numbers."""
         return hashlib.sha256(self.mu.tobytes() + self.modulus.tobytes()).hexdigest()
 
-    def layer(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def of(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """`(mu, modulus)` of one layer, `[query_heads, dim / 2]` each."""
         return self.mu[index], self.modulus[index]
 
@@ -110,3 +117,21 @@ class Accumulator:
             self.modulus / count,
             {k: str(v) for k, v in metadata.items()} | {"tokens": str(self.tokens[0])},
         )
+
+
+def observe(backend: "Backend", windows: Iterable[np.ndarray], chunk: int | None = None) -> Accumulator:
+    """Sums over the queries of every token of the windows `[tokens]`, rotated back.
+
+    They are added up while a window runs, `chunk` tokens at a time (at once if None): nobody keeps them.
+    """
+    shape = backend.shape
+    sums = Accumulator(shape.layers, shape.query_heads, shape.dim // 2)
+
+    def watch(layer: int, queries: Array, keys: Array, values: Array) -> tuple[()]:
+        seen, new = keys.shape[1], queries.shape[1]
+        sums.add(layer, to_numpy(backend.rope.unrotate(float32(queries), np.arange(seen - new, seen))))
+        return ()
+
+    for window in windows:
+        backend.prefill(window, 0, chunk, watch)
+    return sums

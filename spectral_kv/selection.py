@@ -1,6 +1,6 @@
 """From scores to kept tokens: the only place where tokens are chosen."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -41,6 +41,10 @@ class Budget:
                 f"tokens={self.tokens} leaves nothing to choose beside sinks={self.sinks} and recent={self.recent}: "
                 f"give at least {self.sinks + self.recent + 1} tokens, or fewer sinks and recent tokens"
             )
+
+    def with_recent_share(self, share: float) -> "Budget":
+        """The same number of tokens, with this share of what the sinks leave for the most recent ones."""
+        return replace(self, recent=int(share * (self.tokens - self.sinks)))
 
     def evictable(self, tokens: int) -> slice:
         """The positions a scorer decides about: all but sinks and recent window."""

@@ -91,7 +91,7 @@ def measure(
         jobs = identified()
     missing = {i: job for i, job in jobs.items() if i not in there or job[1].settings.force}
     if missing:
-        from pipeline.stages.compress import observed
+        from spectral_kv.compressor import observed
 
         order = list({(job.checkpoint.hash, job.document_hash): None for _, job in missing.values()})
 

@@ -6,12 +6,10 @@ from typing import ClassVar
 import numpy as np
 
 from pipeline.phases.base import Context, Row
-from pipeline.stages.compress import foresees
 from spectral_kv.attention import attention_output
 from spectral_kv.backends.base import Contents, Extension
 from spectral_kv.metrics.perturbation import attention_output_perturbation
 from spectral_kv.metrics.prediction import log_softmax, negative_log_likelihood
-from spectral_kv.storage.dense import Dense
 from spectral_kv.xp import Array, like, to_numpy
 
 POLICIES = ("recompress", "once")
@@ -57,9 +55,9 @@ class Drift:
         return self.turns * self.tokens
 
     def measure(self, context: Context) -> list[Row]:
-        backend, compressor, scorer = context.backend, context.compressor, context.compressor.scorer
-        full = context.full.once(self, lambda: self._on_the_full_cache(context))
-        cache = context.compressed.cache.copy()
+        backend = context.backend
+        full = context.once(self, lambda: self._on_the_full_cache(context))
+        cache = context.compressed_cache()
         rows: list[Row] = []
         for number, (turn, (queries, outputs, loss)) in enumerate(zip(self._turns(context), full, strict=True)):
             kept = self._outputs(context, queries, backend.contents(cache))
@@ -69,17 +67,16 @@ class Drift:
             values = {"drift/aop": np.mean(aop), "drift/delta_nll": rise.mean()}
             rows += [{"turn": number + 1, "metric": m, "value": float(v)} for m, v in values.items()]
             if self.policy == "recompress" and number + 1 < self.turns:
-                future = [q[:, : scorer.positions] for q in full[number + 1][0]] if foresees(scorer) else None
-                cache = compressor.recompress(cache, context.document, ours.queries, future)
+                cache = context.recompressed(cache, ours.queries, future=full[number + 1][0])
         return rows + self._course(rows)
 
     def _turns(self, context: Context) -> list[np.ndarray]:
-        return np.split(context.full.continuation[: self.needs], self.turns)
+        return np.split(context.continuation[: self.needs], self.turns)
 
     def _on_the_full_cache(self, context: Context) -> list[tuple[list[Array], list[Array], Array]]:
         """Of every turn the queries and the attention outputs over all that is before it, one a layer, and the loss."""
         backend = context.backend
-        cache = backend.compress(context.full.prefill, None, Dense())
+        cache = context.full_cache()
         found = []
         for turn in self._turns(context):
             before = backend.contents(cache)

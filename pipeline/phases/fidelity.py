@@ -20,8 +20,8 @@ class Fidelity:
     needs = 0
 
     def measure(self, context: Context) -> list[Row]:
-        prefill, rope = context.full.prefill, context.backend.rope
-        held = context.backend.contents(context.compressed.cache)
+        prefill, rope = context.prefill, context.backend.rope
+        held = context.contents()
         tokens = len(prefill.tokens)
         rows: list[Row] = []
         for layer, positions in enumerate(held.positions):

@@ -29,7 +29,7 @@ class Kept:
             )
 
     def measure(self, context: Context) -> list[Row]:
-        tokens, chosen = len(context.full.prefill.tokens), context.compressed.kept
+        tokens, chosen = len(context.prefill.tokens), context.kept
         starts = np.arange(0, tokens, self.width)
         lengths = np.diff([*starts, tokens])
         rows: list[Row] = []

@@ -6,7 +6,6 @@ from typing import ClassVar
 import numpy as np
 
 from pipeline.phases.base import Context, Row
-from spectral_kv.storage.dense import Dense
 
 
 def matching_prefix(one: list[int], other: list[int]) -> int:
@@ -45,17 +44,16 @@ class Match:
     def measure(self, context: Context) -> list[Row]:
         if context.document >= self.documents:
             return []
-        backend, full = context.backend, context.full
-        first = int(full.continuation[0])
+        backend, first = context.backend, int(context.continuation[0])
 
         def said_by_the_full_cache() -> tuple[list[int], list[int]]:
-            cache = backend.compress(full.prefill, None, Dense())
+            cache = context.full_cache()
             said = backend.generate(cache.copy(), first, self.tokens)
             with backend.other_kernel():
                 return said, backend.generate(cache, first, self.tokens)
 
-        said, again = full.once(("match", self.tokens), said_by_the_full_cache)
-        ours = backend.generate(context.compressed.cache.copy(), first, self.tokens)
+        said, again = context.once(("match", self.tokens), said_by_the_full_cache)
+        ours = backend.generate(context.compressed_cache(), first, self.tokens)
         values = {
             "match/tokens": np.mean(np.array(ours) == np.array(said)),
             "match/prefix": matching_prefix(ours, said),

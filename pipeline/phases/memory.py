@@ -22,11 +22,11 @@ class Memory:
             raise ValueError(f"phase.memory.generated={self.generated} must be at least 1")
 
     def measure(self, context: Context) -> list[Row]:
-        prefill, cache = context.full.prefill, context.compressed.cache
+        prefill, cache = context.prefill, context.compressed_cache()
         full = sum(x.nbytes for x in (*prefill.keys, *prefill.values))
         after = cache.copy()
         context.backend.grow(after, self.generated)
-        kept = len(prefill.tokens) if context.compressed.kept is None else context.compressed.kept[0].shape[-1]
+        kept = len(prefill.tokens) if context.kept is None else context.kept[0].shape[-1]
         values = {
             "memory/bytes": cache.nbytes,
             "memory/mb": cache.nbytes / 1e6,

@@ -45,19 +45,18 @@ class Perplexity:
         return self.tokens
 
     def measure(self, context: Context) -> list[Row]:
-        run = context.full
-        continuation = run.continuation[: self.tokens]
+        continuation = context.continuation[: self.tokens]
 
         def loss(log_probabilities: Array) -> np.ndarray:
             targets = like(continuation[1:], log_probabilities)
             return to_numpy(negative_log_likelihood(log_probabilities, targets)).astype(float)
 
         def loss_near() -> np.ndarray:
-            return loss(log_softmax(run.extended_near(self.tokens, self.sinks, self.recent).logits[:-1]))
+            return loss(log_softmax(context.extended_near(self.tokens, self.sinks, self.recent).logits[:-1]))
 
-        full = run.once(("prediction", self.tokens), lambda: log_softmax(run.extended(self.tokens).logits[:-1]))
-        nll_near = run.once(("loss near", self.tokens, self.sinks, self.recent), loss_near)
-        fed = context.backend.extend(context.compressed.cache.copy(), continuation)
+        full = context.once(("prediction", self.tokens), lambda: log_softmax(context.extended(self.tokens).logits[:-1]))
+        nll_near = context.once(("loss near", self.tokens, self.sinks, self.recent), loss_near)
+        fed = context.backend.extend(context.compressed_cache(), continuation)
         compressed = log_softmax(fed.logits[:-1])
         nll_full, nll = loss(full), loss(compressed)
         rise = float(nll.mean()) - float(nll_full.mean())

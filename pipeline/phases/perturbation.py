@@ -31,17 +31,17 @@ class Perturbation:
         return self.positions
 
     def measure(self, context: Context) -> list[Row]:
-        full, backend, chosen = context.full, context.backend, context.compressed.kept
+        prefill, backend, chosen = context.prefill, context.backend, context.kept
         rows: list[Row] = []
         perturbations, masses, projected = [], [], []
-        held = backend.contents(context.compressed.cache)
-        wholes = full.once(("attention", self.positions), lambda: self._on_the_full_cache(context))
+        held = context.contents()
+        wholes = context.once(("attention", self.positions), lambda: self._on_the_full_cache(context))
         for layer, (queries, whole, log_mass, whole_projected) in enumerate(wholes):
             kept = attention_output(queries, held.keys[layer], held.values[layer], backend.scaling)
             aop = to_numpy(attention_output_perturbation(kept, whole))  # [query_heads, positions]
             mass = np.ones_like(aop)
             if chosen is not None:
-                keys = rows_of(full.prefill.keys[layer], chosen[layer])
+                keys = rows_of(prefill.keys[layer], chosen[layer])
                 mass = to_numpy(recovered_mass(attention_log_mass(queries, keys, backend.scaling), log_mass))
             perturbations.append(aop)
             masses.append(mass)
@@ -73,8 +73,8 @@ class Perturbation:
 
     def _on_the_full_cache(self, context: Context) -> list[tuple[Array, Array, Array, Array | None]]:
         """Of every layer the queries, their attention output over the prompt, its log mass, the output after W_O."""
-        prefill, backend = context.full.prefill, context.backend
-        queries = context.full.extended(self.positions).queries
+        prefill, backend = context.prefill, context.backend
+        queries = context.extended(self.positions).queries
         found = []
         for layer, (q, keys, values) in enumerate(zip(queries, prefill.keys, prefill.values, strict=True)):
             output = attention_output(q, keys, values, backend.scaling)

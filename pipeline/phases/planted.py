@@ -21,11 +21,11 @@ class Planted:
     needs: ClassVar[int] = 0
 
     def measure(self, context: Context) -> list[Row]:
-        tokens, kept = context.full.prefill.tokens, context.compressed.kept
+        tokens, kept = context.prefill.tokens, context.kept
         planted = context.backend.planted(tokens)
         recall = np.ones(context.backend.shape.layers)
         if kept is not None:
-            evictable = context.compressor.budget.evictable(len(tokens))
+            evictable = context.evictable
             planted = planted[(planted >= evictable.start) & (planted < evictable.stop)]
             if not len(planted):
                 return []

@@ -6,7 +6,6 @@ from typing import ClassVar
 import numpy as np
 
 from pipeline.phases.base import Context, Row
-from pipeline.stages.prefill import answer
 from spectral_kv.xp import to_numpy
 
 LEAST_FULL_RECALL = 0.6  # below it the task tells more about the model than about the cache
@@ -31,8 +30,8 @@ class Retrieval:
         for asked in context.lookups:
             count = len(asked.answer)
             said = (
-                answer(context.backend, context.compressed.cache.copy(), asked.question, count),
-                context.full.answer(asked.question, count),
+                context.answer(asked.question, count),
+                context.full_answer(asked.question, count),
             )
             right.append([tokens == asked.answer.tolist() for tokens in said])
         ours, theirs = np.array(right).T
@@ -52,6 +51,6 @@ class Retrieval:
 
 def _kept(context: Context, places: np.ndarray) -> float:
     """Share of the prompt's tokens at `places` `[tokens]` that is kept, over layers and KV heads."""
-    if context.compressed.kept is None:
+    if context.kept is None:
         return 1.0
-    return float(np.mean([np.isin(places, head) for layer in context.compressed.kept for head in to_numpy(layer)]))
+    return float(np.mean([np.isin(places, head) for layer in context.kept for head in to_numpy(layer)]))

@@ -50,8 +50,8 @@ class Spectra:
     def measure(self, context: Context) -> list[Row]:
         if context.document >= self.documents:
             return []
-        prefill, rope = context.full.prefill, context.backend.rope
-        held = context.backend.contents(context.compressed.cache)
+        prefill, rope = context.prefill, context.backend.rope
+        held = context.contents()
         tokens = len(prefill.tokens)
         edges = band_edges(tokens, self.bands)
         middles = np.sqrt(edges[:-1] * (edges[1:] - 1)) / tokens

@@ -10,7 +10,7 @@ import importlib.util
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -141,6 +141,7 @@ class BackendConfig:
     device: str
     dtype: str
     cache_dtype: str
+    chunk: int | None = field(default=None, kw_only=True)
 
     devices: ClassVar[tuple[str, str]] = (r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:<number>")
 
@@ -148,6 +149,8 @@ class BackendConfig:
         pattern, choices = self.devices
         if not re.fullmatch(pattern, self.device):
             raise ValueError(f"backend.device={self.device} is not known to backend={self.name}: choose {choices}")
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"backend.chunk={self.chunk} must be at least 1, or null to feed a prompt at once")
         for name, choices in (("dtype", ("auto", *DTYPES)), ("cache_dtype", DTYPES)):
             if getattr(self, name) not in choices:
                 raise ValueError(

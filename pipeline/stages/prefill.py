@@ -9,6 +9,8 @@ import numpy as np
 
 from pipeline.stages.prefill_cache import PrefillCache
 from spectral_kv.backends.base import Backend, Cache, Extension, Prefill
+from spectral_kv.backends.measuring import MeasuredBackend
+from spectral_kv.compressor import SharedScores
 from spectral_kv.storage.dense import Dense
 from spectral_kv.xp import Array, like
 
@@ -46,24 +48,27 @@ class FullRun:
         How many of the last queries of the prompt are remembered.
     kept : tuple of Prefill and float, optional
         The prefill, and the seconds that it took, if it need not be computed.
+    chunk : int, optional
+        Tokens of the prompt that are fed at once; all if None.
     """
 
     def __init__(
         self,
-        backend: Backend,
+        backend: MeasuredBackend,
         document: np.ndarray,
         tokens: int,
         observe: int,
         kept: tuple[Prefill, float] | None = None,
+        chunk: int | None = None,
     ):
-        self.backend, self.document = backend, document
+        self.backend, self.document, self.chunk = backend, document, chunk
         self.prefill, self.seconds = kept or self._computed(document[:tokens], observe)
         self._found: dict[Hashable, Any] = {}
 
     def _computed(self, prompt: np.ndarray, observe: int) -> tuple[Prefill, float]:
         self.backend.synchronize()
         start = time.perf_counter()
-        prefill = self.backend.prefill(prompt, observe)
+        prefill = self.backend.prefill(prompt, observe, self.chunk)
         self.backend.synchronize()
         return prefill, time.perf_counter() - start
 
@@ -121,22 +126,26 @@ class FullRun:
 
 
 class FullRuns:
-    """Full runs by what determines them, the least recently used dropped when they outgrow a bound."""
+    """Full runs by what determines them, each with the scores that methods share of it.
+
+    The least recently used are dropped when they outgrow a bound.
+    """
 
     def __init__(self):
-        self._runs: OrderedDict[tuple, FullRun] = OrderedDict()
+        self._runs: OrderedDict[tuple, tuple[FullRun, SharedScores]] = OrderedDict()
 
     def get(
         self,
         key: tuple,
-        backend: Backend,
+        backend: MeasuredBackend,
         document: np.ndarray,
         tokens: int,
         observe: int,
         limit: int,
         disk: PrefillCache | None = None,
-    ) -> tuple[FullRun, str]:
-        """The full run of a document of which the first `tokens` are the prompt.
+        chunk: int | None = None,
+    ) -> tuple[FullRun, SharedScores, str]:
+        """The full run of a document of which the first `tokens` are the prompt, and scores of it.
 
         Also whether it was `computed`, `loaded` from disk or `reused`.
 
@@ -144,17 +153,21 @@ class FullRuns:
         bytes.
         """
         key = (key, tokens, document.tobytes())
-        run, origin = self._runs.get(key), "reused"
+        (run, shared), origin = self._runs.get(key, (None, None)), "reused"
         if run is None or run.observed < observe:
             kept = disk and disk.get(document[:tokens], observe, getattr(backend, "device", "cpu"))
             origin = "loaded" if kept else "computed"
-            self._runs[key] = run = FullRun(backend, document, tokens, observe, kept)
+            run, shared = FullRun(backend, document, tokens, observe, kept, chunk), SharedScores()
+            self._runs[key] = run, shared
             if disk and not kept:
                 disk.put(run.prefill, run.seconds)
         self._runs.move_to_end(key)
-        while len(self._runs) > 1 and sum(r.nbytes for r in self._runs.values()) > limit:
+        while len(self._runs) > 1 and sum(self._bytes(*pair) for pair in self._runs.values()) > limit:
             self._runs.popitem(last=False)
-        return run, origin
+        return run, shared, origin
+
+    def _bytes(self, run: FullRun, shared: SharedScores) -> int:
+        return run.nbytes + sum(x.nbytes for x in _arrays(list(shared.found.values())))
 
     def clear(self) -> None:
         self._runs.clear()

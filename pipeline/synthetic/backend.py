@@ -45,14 +45,15 @@ class SyntheticBackend(TorchBackend):
         positions, layers = np.arange(len(tokens)), range(self.shape.layers)
         keys = (self.rope.rotate(self._tensor(self.model.keys(tokens, layer)), positions) for layer in layers)
         values = (self._tensor(self.model.values(tokens, layer)) for layer in layers)
-        keys, start = [x.to(self.cache_dtype) for x in keys], len(tokens) - observe
+        keys, values = ([x.to(self.cache_dtype) for x in arrays] for arrays in (keys, values))
+        start = len(tokens) - observe
         if watch is not None:
             for layer, queries in enumerate(self._queries(tokens, 0, [self.model.asked(tokens)])):
-                watch(layer, queries, keys[layer])
+                watch(layer, queries, keys[layer], values[layer])
         return Prefill(
             tokens,
             keys,
-            [x.to(self.cache_dtype) for x in values],
+            values,
             self._queries(tokens[start:], start, [self.model.asked(tokens)]),
             torch.empty(0, device=self.device),
         )

@@ -102,9 +102,9 @@ class Extension:
 
 
 # Called in every layer, a chunk of the prompt at a time, with the layer's index, the rotated queries
-# [query_heads, chunk, dim] of the chunk, and the keys [kv_heads, seen, dim] of all tokens so far in the cache's dtype.
-# What it returns, an array or a tuple of arrays, is computed before the next chunk is fed.
-Watch = Callable[[int, Array, Array], Any]
+# [query_heads, chunk, dim] of the chunk, and keys and values [kv_heads, seen, dim] of all tokens so far, in the cache's
+# dtype. What it returns, an array or a tuple of arrays, is computed before the next chunk is fed.
+Watch = Callable[[int, Array, Array, Array], Any]
 
 
 class Backend(Protocol):

@@ -123,7 +123,7 @@ class MLXBackend:
     def _observing(self, layers: list, watch: Watch | None = None) -> Iterator[dict]:
         """Rotated queries `[query_heads, tokens, dim]` of the last forward pass, by the index of the layer's cache.
 
-        `watch` sees them as they come, and the keys so far; what it returns is there under `("watch", index)`.
+        `watch` sees them as they come, with keys and values so far; what it returns is there under `("watch", index)`.
         """
         observed = {}
         index = {id(layer): i for i, layer in enumerate(layers)}
@@ -133,7 +133,8 @@ class MLXBackend:
             layer = index[id(cache)]
             observed[layer] = queries[0]
             if watch is not None:
-                observed["watch", layer] = watch(layer, queries[0], keys[0].astype(self.cache_dtype))
+                held = (x[0].astype(self.cache_dtype) for x in (keys, values))
+                observed["watch", layer] = watch(layer, queries[0], *held)
             return attend(queries, keys, values, cache=cache, **kwargs)
 
         with self._attending(function):

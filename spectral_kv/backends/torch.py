@@ -38,7 +38,7 @@ class Observer:
     watch : function, optional
         Sees those of all tokens, as they come: see `spectral_kv.backends.base.Watch`.
     dtype : torch.dtype, optional
-        Of the keys that `watch` sees.
+        Of the keys and values that `watch` sees.
     """
 
     def __init__(self, layers: int, tokens: int, last: int, watch: Watch | None = None, dtype=None):
@@ -46,11 +46,11 @@ class Observer:
         self.seen = [0] * layers
         self.remembered: list[list[torch.Tensor]] = [[] for _ in range(layers)]
 
-    def see(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> None:
-        """Rotated queries `[query_heads, tokens, dim]` of new tokens, and the keys of all up to them."""
+    def see(self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Rotated queries `[query_heads, tokens, dim]` of new tokens, keys and values of all up to them."""
         start, self.seen[layer] = self.seen[layer], self.seen[layer] + queries.shape[1]
         if self.watch is not None:
-            self.watch(layer, queries, keys.to(self.dtype))
+            self.watch(layer, queries, keys.to(self.dtype), values.to(self.dtype))
         forgotten = max(self.first - start, 0)
         # a copy, as a slice would keep all of them alive
         self.remembered[layer].append(queries[:, forgotten:].clone() if forgotten else queries)
@@ -64,7 +64,7 @@ def _observing_attention(module, query, key, value, attention_mask, **kwargs):
     """SDPA that shows the rotated queries to whoever is watching."""
     observer = _observer.get()
     if observer is not None:
-        observer.see(module.layer_idx, query[0], key[0])
+        observer.see(module.layer_idx, query[0], key[0], value[0])
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 

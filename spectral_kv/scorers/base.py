@@ -1,8 +1,8 @@
 """What a scorer gets and what it must say about itself."""
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, lru_cache
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -25,18 +25,25 @@ class LayerView:
         Logical positions of the cached tokens; after an eviction every head has its own.
     evictable : slice
         The positions the budget leaves to the scorer (sinks and recent window are kept anyway).
-    layer : int
-        Index of the layer.
+    scaling : float
+        Factor of the model's attention logits, usually `dim ** -0.5`.
+    index : int
+        Of the layer.
     seed : tuple of int
         Differs between documents and layers; what is random draws from it.
-    scaling : float
-        Factor of the model's attention logits.
     queries : array, [query_heads, observed, dim], optional
         Rotated queries of the last `observed` tokens.
     future : array, [query_heads, positions, dim], optional
         Rotated queries of the tokens that follow; for oracles.
     statistics : QueryStatistics, optional
         Calibrated query statistics of the model.
+    gathered : optional
+        What the scorer's own `gather` returned for earlier queries.
+
+    Raises
+    ------
+    ValueError
+        If nothing may be evicted: then there is nothing to score.
     """
 
     keys: Array
@@ -44,16 +51,37 @@ class LayerView:
     rope: Rope
     positions: np.ndarray
     evictable: slice
-    layer: int = 0
+    _: KW_ONLY
+    scaling: float
+    index: int = 0
     seed: tuple[int, ...] = (0,)
-    scaling: float = 1.0
     queries: Array | None = None
     future: Array | None = None
     statistics: QueryStatistics | None = None
+    gathered: Any = None
+
+    def __post_init__(self):
+        if not len(range(self.tokens)[self.evictable]):
+            raise ValueError(
+                f"none of {self.tokens} tokens may be evicted (evictable is {self.evictable.start} to "
+                f"{self.evictable.stop}): keep them all instead of scoring them"
+            )
 
     @property
     def tokens(self) -> int:
         return self.keys.shape[1]
+
+    def last_queries(self, count: int | None = None) -> Array:
+        """Rotated queries `[query_heads, count, dim]` of the last `count` tokens; of all observed ones if None.
+
+        Fewer where fewer were observed.
+        """
+        if self.queries is None:
+            raise ValueError(
+                "the scorer reads queries and was given none: pass `queries`, those of the last tokens, "
+                "as [query_heads, observed, dim]"
+            )
+        return self.queries if count is None else self.queries[:, max(self.queries.shape[1] - count, 0) :]
 
     @cached_property
     def unrotated(self) -> Array:
@@ -72,7 +100,14 @@ class Scorer(Protocol):
 
     `reads` declares what it looks at: `keys`, `values`, `queries`, `calibration`, `future`. A scorer that reads queries
     has a field `window`, how many of the last prompt tokens' queries it wants (None: all); one that reads the future,
-    a field `positions`, how many tokens of it.
+    a field `horizon`, how many tokens of it.
+
+    A scorer that wants all queries may have `gather(layer)`: what it takes from `layer.queries` on top of
+    `layer.gathered`, an array or a tuple of arrays. It is called while the prompt runs, whose queries then need not be
+    kept; `score` finds the last result in `layer.gathered`, and no queries.
+
+    A scorer whose paper fixes the share of the budget that goes to the most recent tokens has a field `recent_share`,
+    which selection honours; None leaves it to the budget.
     """
 
     reads: ClassVar[tuple[str, ...]]

@@ -3,11 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from spectral_kv.attention import attention_logits
+from spectral_kv.attention import attention_received
 from spectral_kv.scorers.base import LayerView
 from spectral_kv.xp import Array, namespace
-
-CHUNK = 128  # queries at a time: weights of all take tokens^2 numbers a head, those of few fit into a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -18,28 +16,30 @@ class H2O:
     ----------
     window : int, optional
         Sum over the last so many queries only; by default over all.
+    recent_share : float, optional
+        Share of the budget, after the sinks, that goes to the most recent tokens whatever their weight: half, as in the
+        paper. None leaves it to the budget.
     """
 
     window: int | None = None
+    recent_share: float | None = 0.5
 
     reads: ClassVar[tuple[str, ...]] = ("keys", "queries")
 
     def __post_init__(self):
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window} must be at least 1, or unset for all queries")
+        if self.recent_share is not None and not 0 <= self.recent_share < 1:
+            raise ValueError(f"recent_share={self.recent_share} must lie in [0, 1), or be unset for the budget's own")
+
+    def gather(self, layer: LayerView) -> Array:
+        """Weights `[kv_heads, tokens]` summed over `layer.queries` and those gathered before."""
+        mass = attention_received(layer.last_queries(self.window), layer.keys, layer.scaling)
+        if layer.gathered is None:
+            return mass
+        xp = namespace(mass)
+        before = layer.gathered.shape[-1]
+        return xp.concat([mass[:, :before] + layer.gathered, mass[:, before:]], axis=-1)
 
     def score(self, layer: LayerView) -> Array:
-        xp = namespace(layer.keys)
-        kv_heads, tokens, _ = layer.keys.shape
-        count = layer.queries.shape[1]
-        total = xp.zeros_like(layer.key_norms)
-        for start in range(0, count, CHUNK):
-            queries = layer.queries[:, start : start + CHUNK]
-            seen = tokens - count + start + queries.shape[1]
-            logits = attention_logits(queries, layer.keys[:, :seen], layer.scaling, causal=True)
-            # the weights summed over queries as one product: dividing all of them first would be most of the work
-            exponentials = xp.exp(logits - xp.max(logits, axis=-1, keepdims=True))
-            shares = xp.reshape(1.0 / xp.sum(exponentials, axis=-1), (kv_heads, 1, -1))
-            mass = xp.matmul(shares, xp.reshape(exponentials, (kv_heads, -1, seen)))[:, 0]
-            total = total + xp.concat([mass, xp.zeros_like(layer.key_norms[:, seen:])], axis=-1)
-        return total / (layer.queries.shape[0] // kv_heads)
+        return layer.gathered if layer.queries is None and layer.gathered is not None else self.gather(layer)

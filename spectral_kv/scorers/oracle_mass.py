@@ -14,17 +14,17 @@ class OracleMass:
 
     Parameters
     ----------
-    positions : int
+    horizon : int
         Continuation tokens whose queries are looked at; fewer where the continuation is shorter.
     """
 
-    positions: int = 64
+    horizon: int = 64
 
     reads: ClassVar[tuple[str, ...]] = ("keys", "future")
 
     def __post_init__(self):
-        if self.positions < 1:
-            raise ValueError(f"method.positions={self.positions} must be at least 1")
+        if self.horizon < 1:
+            raise ValueError(f"horizon={self.horizon} must be at least 1")
 
     def score(self, layer: LayerView) -> Array:
         return attention_mass(attention_weights(layer.future, layer.keys, layer.scaling), layer.keys.shape[0])

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from spectral_kv.attention import attention_mass, attention_weights
 from spectral_kv.scorers.base import LayerView
-from spectral_kv.xp import Array, namespace
+from spectral_kv.xp import Array, like, namespace
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,11 @@ class SnapKV:
     def score(self, layer: LayerView) -> Array:
         xp = namespace(layer.keys)
         kv_heads, tokens, _ = layer.keys.shape
-        weights = attention_weights(layer.queries, layer.keys, layer.scaling, causal=True)
+        weights = attention_weights(layer.last_queries(self.window), layer.keys, layer.scaling, causal=True)
         before = tokens - weights.shape[1]
-        votes = attention_mass(weights[..., :before], kv_heads)
-        edge = xp.zeros_like(votes[:, : self.kernel // 2])
-        padded = xp.concat([edge, votes, edge], axis=-1)
+        if before == 0:
+            return xp.ones_like(layer.key_norms)
+        edge = like(np.zeros((kv_heads, self.kernel // 2), dtype=np.float32), weights)
+        padded = xp.concat([edge, attention_mass(weights[..., :before], kv_heads), edge], axis=-1)
         pooled = sum(padded[:, i : i + before] for i in range(self.kernel)) / self.kernel
         return xp.concat([pooled, xp.ones_like(layer.key_norms[:, before:])], axis=-1)

@@ -17,6 +17,6 @@ class Tova:
 
     def score(self, layer: LayerView) -> Array:
         xp = namespace(layer.keys)
-        weights = attention_weights(layer.queries, layer.keys, layer.scaling, causal=True)
+        weights = attention_weights(layer.last_queries(self.window), layer.keys, layer.scaling, causal=True)
         mean = xp.mean(weights[:, -1], axis=0, keepdims=True)
         return xp.broadcast_to(mean, (layer.keys.shape[0], layer.tokens))

@@ -67,7 +67,7 @@ class TriAttention:
         """
         if layer.statistics is None:
             raise ValueError("TriAttention needs calibrated query statistics")
-        mu, modulus = layer.statistics.layer(layer.layer)  # [query_heads, dim / 2]
+        mu, modulus = layer.statistics.of(layer.index)  # [query_heads, dim / 2]
         norm = modulus if self.disable_mlr else modulus - np.abs(mu)
         if self.disable_trig:
             mu = np.zeros_like(mu)

@@ -17,9 +17,9 @@ PHASES = ["phase.memory.generated=8", "phase.perturbation.positions=8", "phase.p
 
 @pytest.fixture(scope="session")
 def statistics(checkpoint, tmp_path_factory):
-    """Query statistics of the small model."""
+    """Query statistics of the small model, on other text than it is measured on."""
     folder = tmp_path_factory.mktemp("statistics")
-    overrides = [f"model.path={checkpoint}", f"outputs={folder}", "document=pydoc", *SMALL, *PHASES]
+    overrides = [f"model.path={checkpoint}", f"outputs={folder}", "document=docstrings", *SMALL, *PHASES]
     return calibrate(overrides, folder / "statistics.safetensors")
 
 

@@ -36,14 +36,15 @@ def test_the_first_continuation_token_is_not_scored(backend, rng):
 
     from pipeline.phases.base import Context
     from pipeline.phases.perplexity import Perplexity
-    from pipeline.stages.compress import Compressor
+    from pipeline.stages.compress import compress
     from pipeline.stages.prefill import FullRun
+    from spectral_kv.compressor import Compressor, SharedScores
     from spectral_kv.scorers.streaming import Streaming
     from spectral_kv.selection import Budget
 
     full = FullRun(backend, rng.integers(2, 8000, size=112), 100, observe=1)
     compressor = Compressor(backend, Streaming(), Budget(20, 2, 8), Dense(), None)
-    compressed = compressor.compress(full, 0)
+    compressed = compress(compressor, full, SharedScores(), 0)
     context = Context(backend, full, compressed, compressor, 0, [])
     found = {row["metric"]: row["value"] for row in Perplexity(tokens=12).measure(context)}
     logits = backend.extend(compressed.cache.copy(), full.continuation).logits.double().numpy()

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.calibrate import main, observed
-from spectral_kv.calibration import QueryStatistics
+from pipeline.calibrate import main
+from spectral_kv.calibration import QueryStatistics, observe
 
 
 @pytest.fixture
@@ -40,7 +40,8 @@ def authors_file(tmp_path):
     return tmp_path / "s.pt"
 
 
-def test_statistics_are_of_every_query_of_every_window_before_rotation(backend, rng):
+@pytest.mark.parametrize("chunk", [None, 32])
+def test_statistics_are_of_every_query_of_every_window_before_rotation(backend, rng, chunk):
     """Seen by a hook in front of the rotation; windows of different lengths weigh by their tokens."""
     seen = [[], []]
     hooks = [
@@ -51,7 +52,7 @@ def test_statistics_are_of_every_query_of_every_window_before_rotation(backend, 
     ]
     windows = [rng.integers(2, 8000, size=size) for size in (70, 30, 1)]
     try:
-        statistics = observed(backend, windows).statistics()
+        statistics = observe(backend, windows, chunk).statistics()
     finally:
         for hook in hooks:
             hook.remove()

@@ -11,11 +11,11 @@ from pipeline.job import prepare
 from pipeline.settings.compose import composed
 from pipeline.settings.config import check
 from pipeline.settings.folders import conf_dir
-from pipeline.stages.compress import foresees, observed
 from pipeline.stages.prefill import FullRun
 from spectral_kv.attention import attention_mass, attention_weights
 from spectral_kv.backends.torch import TorchBackend
 from spectral_kv.calibration import QueryStatistics
+from spectral_kv.compressor import foresees, observed
 from spectral_kv.scorers.base import LayerView
 from spectral_kv.scorers.oracle_mass import OracleMass
 from spectral_kv.scorers.tri import TriAttention
@@ -45,11 +45,12 @@ class Document:
         """What a scorer sees of every layer."""
         prefill, evictable = self.full.prefill, BUDGET.evictable(TOKENS)
         queries = self.full.queries(observed(scorer, TOKENS))
-        future = self.full.extended(scorer.positions if foresees(scorer) else FUTURE).queries
+        future = self.full.extended(scorer.horizon if foresees(scorer) else FUTURE).queries
         return [
             LayerView(
-                keys, values, self.backend.rope, np.arange(TOKENS), evictable, layer, (0, layer), self.backend.scaling,
-                queries[layer] if queries else None, future[layer], self.statistics,
+                keys, values, self.backend.rope, np.arange(TOKENS), evictable, scaling=self.backend.scaling,
+                index=layer, seed=(0, layer), queries=queries[layer] if queries else None, future=future[layer],
+                statistics=self.statistics,
             )
             for layer, (keys, values) in enumerate(zip(prefill.keys, prefill.values, strict=True))
         ]  # fmt: skip

@@ -20,15 +20,26 @@ from pipeline.settings.errors import InputError
 from pipeline.settings.folders import conf_dir
 from pipeline.show.summary import show
 from pipeline.stages.checkpoint import locate
-from pipeline.stages.compress import Compressor, foresees, observed
+from pipeline.stages.compress import compress
 from pipeline.stages.prefill import FullRun
 from pipeline.statistics import Estimate
 from pipeline.store.search import show as side_by_side
 from spectral_kv.calibration import QueryStatistics
+from spectral_kv.compressor import Compressor, SharedScores, foresees, observed
 from spectral_kv.xp import to_numpy
 
 METHODS = ["fourier", "wavelet", "wavelet_fourier", "wavelet_tri", "tri", "turboquant"]
-CONTROLS = ["knorm", "keydiff", "snapkv", "tova", "h2o", "expected_attention", "oracle_mass", "oracle_value"]
+CONTROLS = [
+    "knorm",
+    "keydiff",
+    "snapkv",
+    "tova",
+    "h2o",
+    "observed_attention",
+    "expected_attention",
+    "oracle_mass",
+    "oracle_value",
+]
 CONTROLS += ["full", "random", "streaming"]
 # Python code after which MLX can't be found, as where it is not installed
 WITHOUT_MLX = """
@@ -242,12 +253,12 @@ def test_the_reference_model_keeps_the_same_tokens(reference_runs, method):
         scorer = ready.settings.method.scorer
         compressor = Compressor(backend, scorer, ready.budget, ready.settings.storage, ready.statistics)
         full = FullRun(backend, ready.windows[0], 1024, observed(scorer, 1024))
-        kept.append(compressor.compress(full, 0).kept)
+        kept.append(compress(compressor, full, SharedScores(), 0).kept)
     if scorer is None:
         assert kept == [None, None]
         return
-    future = full.extended(scorer.positions).queries if foresees(scorer) else None
-    scores = compressor._scores(full.prefill, 0, full.queries(observed(scorer, 1024)), future)
+    future = full.extended(scorer.horizon).queries if foresees(scorer) else None
+    scores = compressor.scores(full.prefill, 0, full.queries(observed(scorer, 1024)), future)
     middle = ready.budget.evictable(1024)
     for own, *chosen in zip(map(to_numpy, scores), *(map(to_numpy, k) for k in kept), strict=True):
         for head, *rows in zip(own, *chosen, strict=True):

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from pipeline.job import prepare
+from pipeline.run import measure
 from pipeline.settings.compose import composed
 from pipeline.settings.config import TrackingConfig
 from pipeline.settings.errors import InputError
@@ -251,3 +252,35 @@ def test_an_interrupted_run_is_killed_not_finished(tmp_path):
             ids.append(record.run_id)
             action()
     assert {mlflow.get_run(i).info.status for i in ids} == {"KILLED"}
+
+
+def test_refuses_statistics_of_other_weights_and_of_the_text_that_is_measured(small, statistics, tmp_path, checkpoint):
+    prepare(composed([*small, "method=tri"]))
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.25}))
+    with pytest.raises(
+        InputError, match=r"model.calibration=\S+ was measured on other weights \(hash .*: run `python -m"
+    ):
+        prepare(composed([*small, "method=tri", f"model.path={other}"]))
+    with pytest.raises(InputError, match="which is also what the documents are cut from: choose another document"):
+        prepare(composed([*small, "method=tri", "document=docstrings"]))
+    prepare(composed([*small, "method=knorm", "document=docstrings"]))  # which reads no statistics
+    prepare(composed(["method=tri", "model=reference"]))  # the statistics that come with the model are of the model
+
+
+@pytest.mark.parametrize("method", ["h2o", "observed_attention", "expected_attention", "snapkv", "streaming"])
+def test_a_prompt_in_chunks_gives_the_numbers_of_a_prompt_at_once(run, method):
+    whole = run(f"method={method}", "backend.cache_dtype=float32")
+    pieces = run(f"method={method}", "backend.cache_dtype=float32", "backend.chunk=64")
+    assert not pieces.reused
+    for metric in ("aop/mean", "ppl/comp", "mass/mean"):
+        assert pieces.metrics[metric] == pytest.approx(whole.metrics[metric], rel=1e-3)
+
+
+def test_h2o_gives_half_of_the_budget_to_recent_tokens(small):
+    found = measure(prepare(composed([*small, "method=h2o", "budget.sinks=4"])))
+    for layer in found.kept:
+        for head in layer:
+            assert set(range(4)) <= set(head.tolist()) and set(range(200 - 28, 200)) <= set(head.tolist())
+            assert len(head) == 60

@@ -7,11 +7,10 @@ import torch
 from safetensors.numpy import save_file
 from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from pipeline.calibrate import observed
 from pipeline.settings.folders import PACKAGE
 from spectral_kv.backends.torch import TorchBackend
 from spectral_kv.backends.torch_statistics import read_pt
-from spectral_kv.calibration import Accumulator, QueryStatistics
+from spectral_kv.calibration import Accumulator, QueryStatistics, observe
 
 SIZES = dict(
     vocab_size=300,
@@ -98,7 +97,7 @@ def test_observed_queries_turn_back_to_what_the_model_had_before_rotation(family
             assert (unrotated - projected[layer].transpose(0, 1)).abs().max() > 1
         else:  # and one on its product would miss the bias
             assert backend.model.model.layers[layer].self_attn.q_proj.bias.abs().max() > 1
-    measured = observed(backend, [tokens]).statistics()
+    measured = observe(backend, [tokens]).statistics()
     assert measured.metadata == {"tokens": "200"}
     np.testing.assert_allclose(measured.mu, expected.statistics().mu, atol=1e-3)
     np.testing.assert_allclose(measured.modulus, expected.statistics().modulus, atol=1e-3)

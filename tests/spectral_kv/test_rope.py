@@ -92,7 +92,7 @@ def test_cached_keys_turn_back_to_what_the_projection_gave_before_and_after_evic
     prefill = backend.prefill(tokens[:40], observe=1)
     for layer in range(2):
         view = LayerView(
-            prefill.keys[layer], prefill.values[layer], backend.rope, prefill.positions[layer], slice(0, 40)
+            prefill.keys[layer], prefill.values[layer], backend.rope, prefill.positions[layer], slice(0, 40), scaling=1
         )
         torch.testing.assert_close(view.unrotated, plain[layer][0].transpose(0, 1), atol=1e-5, rtol=0)
 
@@ -104,7 +104,7 @@ def test_cached_keys_turn_back_to_what_the_projection_gave_before_and_after_evic
     for layer in range(2):
         positions = contents.positions[layer]
         assert positions.shape == (2, 22) and (positions[0] != positions[1]).any()
-        view = LayerView(contents.keys[layer], contents.values[layer], backend.rope, positions, slice(0, 22))
+        view = LayerView(contents.keys[layer], contents.values[layer], backend.rope, positions, slice(0, 22), scaling=1)
         every = torch.cat(plain[layer])  # [60, kv_heads, dim]
         expected = torch.stack([every[positions[head], head] for head in range(2)])
         torch.testing.assert_close(view.unrotated, expected, atol=1e-5, rtol=0)

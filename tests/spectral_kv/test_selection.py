@@ -113,3 +113,10 @@ def test_refuses_selections_and_windows_that_do_not_exist():
         Budget(100, selection="global")
     with pytest.raises(ValueError, match="negative"):
         Budget(100, sinks=-1)
+
+
+def test_a_share_of_what_sinks_leave_goes_to_the_most_recent():
+    half = Budget(512, sinks=4, recent=64).with_recent_share(0.5)
+    assert (half.tokens, half.sinks, half.recent) == (512, 4, 254)
+    assert Budget(100, sinks=0, recent=64).with_recent_share(0.0).recent == 0
+    assert Budget(6, sinks=4, recent=1).with_recent_share(0.99).recent == 1

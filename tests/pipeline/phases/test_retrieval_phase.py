@@ -9,10 +9,12 @@ import pytest
 from pipeline.compare import documents
 from pipeline.documents.base import Asked
 from pipeline.job import prepare
+from pipeline.phases.base import Context
 from pipeline.phases.retrieval import Retrieval
 from pipeline.run import execute, measure
 from pipeline.settings.compose import composed
 from pipeline.show.summary import show
+from pipeline.stages.compress import Compressed
 from pipeline.stages.prefill import FullRun, FullRuns
 from pipeline.statistics import aggregate
 from spectral_kv.storage.dense import Dense
@@ -21,16 +23,14 @@ NEEDLES = ["document=needles", "phase=retrieval", "document.continuation=60"]
 REFERENCE = [*NEEDLES, "document.tokens=384", "document.count=5", "document.planted=1", "document.questions=1"]
 
 
-def context(ours: list[list[int]], theirs: list[list[int]]) -> SimpleNamespace:
+def context(ours: list[list[int]], theirs: list[list[int]]) -> Context:
     """A context whose caches say these tokens one after the other; every answer is 1, 2."""
     said = iter(ours)
     lookups = [Asked(np.array([i]), np.array([1, 2]), i / 10) for i in range(len(ours))]
-    return SimpleNamespace(
-        lookups=lookups,
-        backend=SimpleNamespace(generate=lambda cache, token, count: next(said)),
-        compressed=SimpleNamespace(cache=SimpleNamespace(copy=lambda: None)),
-        full=SimpleNamespace(answer=lambda question, count: theirs[question[0]]),
-    )
+    backend = SimpleNamespace(generate=lambda cache, token, count: next(said))
+    full = SimpleNamespace(answer=lambda question, count: theirs[question[0]])
+    compressed = Compressed(SimpleNamespace(copy=lambda: None), None, 0.0)
+    return Context(backend, full, compressed, None, 0, lookups)
 
 
 def whole(rows: list[dict]) -> dict[str, float]:
@@ -79,10 +79,10 @@ def test_the_full_cache_says_what_plain_decoding_says_and_is_asked_once(backend,
 
 def test_answers_of_the_full_cache_are_shared_by_the_jobs_of_a_process(backend, rng):
     window, runs = rng.integers(2, 8000, size=60), FullRuns()
-    first, _ = runs.get(("x",), backend, window, 50, 1, limit=10**9)
+    first, scores, _ = runs.get(("x",), backend, window, 50, 1, limit=10**9)
     said = first.answer(window[:3], 2)
-    again, origin = runs.get(("x",), backend, window, 50, 1, limit=10**9)
-    assert origin == "reused" and again.answer(window[:3], 2) is said
+    again, same, origin = runs.get(("x",), backend, window, 50, 1, limit=10**9)
+    assert origin == "reused" and same is scores and again.answer(window[:3], 2) is said
 
 
 def test_a_question_is_asked_of_a_copy(backend, rng):
@@ -95,9 +95,7 @@ def test_a_question_is_asked_of_a_copy(backend, rng):
     spy = SimpleNamespace(
         extend=lambda cache, tokens: (seen.append(cache.position), extend(cache, tokens))[1], generate=backend.generate
     )
-    Retrieval().measure(
-        SimpleNamespace(lookups=[one, two], backend=spy, compressed=SimpleNamespace(cache=cache), full=full)
-    )
+    Retrieval().measure(Context(spy, full, Compressed(cache, None, 0.0), None, 0, [one, two]))
     assert seen == [50, 50] and cache.position == 50
 
 

@@ -118,8 +118,8 @@ def test_a_sweep_is_the_product_of_its_commas_first_key_outermost():
         (["method=snapkv", "method.kernel=4"], ["method.kernel=4", "odd"]),
         (["method=h2o", "method.window=0"], ["method.window=0"]),
         (
-            ["method=expected_attention", "method.future=0"],
-            ["method.future=0", "method.sinks=4 and method.epsilon=0.0001"],
+            ["method=expected_attention", "method.horizon=0"],
+            ["method.horizon=0", "method.sinks=4 and method.epsilon=0.0"],
         ),
         (["method=snapkv", "document.tokens=64"], ["method.window=64", "document.tokens=64"]),
         (["storage=turboquant_4bit", "storage.rotation=dft"], ["storage.rotation=dft", "hadamard"]),
@@ -144,6 +144,7 @@ def test_a_sweep_is_the_product_of_its_commas_first_key_outermost():
         (["method=tri", "method.largest_offset=0"], ["method.largest_offset=0"]),
         (["method=wavelet_tri", "method.tri_weight=2"], ["method.tri_weight=2"]),
         (["backend.device=tpu"], ["backend.device=tpu", "cuda"]),
+        (["backend.chunk=0"], ["backend.chunk=0", "at least 1, or null"]),
         (["backend.cache_dtype=auto"], ["backend.cache_dtype=auto", "bfloat16"]),
     ],
 )

@@ -212,7 +212,7 @@ def test_a_spectral_scorer_finds_all_planted_tokens_in_a_tone_without_noise(scor
     prefill = backend.prefill(window[:TOKENS], 0)
     budget = Budget(200, sinks=4, recent=16)
     middle = budget.evictable(TOKENS)
-    view = LayerView(prefill.keys[TONE], prefill.values[TONE], backend.rope, np.arange(TOKENS), middle)
+    view = LayerView(prefill.keys[TONE], prefill.values[TONE], backend.rope, np.arange(TOKENS), middle, scaling=1)
     planted = backend.planted(window[:TOKENS])
     planted = planted[(planted >= middle.start) & (planted < middle.stop)]
     for head in select(scorer.score(view), budget).numpy():

@@ -111,9 +111,9 @@ def test_only_planted_tokens_that_could_be_evicted_count():
     def measured(kept, planted):
         return Planted().measure(
             SimpleNamespace(
-                full=SimpleNamespace(prefill=SimpleNamespace(tokens=np.arange(20))),
-                compressed=SimpleNamespace(kept=kept),
-                compressor=SimpleNamespace(budget=None if kept is None else Budget(8, sinks=2, recent=4)),
+                prefill=SimpleNamespace(tokens=np.arange(20)),
+                kept=kept,
+                evictable=Budget(8, sinks=2, recent=4).evictable(20),
                 backend=SimpleNamespace(
                     planted=lambda tokens: np.array(planted), shape=SimpleNamespace(layers=len(kept or [0, 0]))
                 ),

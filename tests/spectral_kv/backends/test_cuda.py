@@ -29,7 +29,7 @@ def tokens(rng):
 
 def keep(backend, prefill):
     views = [
-        LayerView(k, v, backend.rope, np.arange(200), BUDGET.evictable(200), i)
+        LayerView(k, v, backend.rope, np.arange(200), BUDGET.evictable(200), scaling=1, index=i)
         for i, (k, v) in enumerate(zip(prefill.keys, prefill.values, strict=True))
     ]
     return [select(Wavelet().score(view), BUDGET) for view in views]

@@ -84,8 +84,8 @@ def apart(found, expected) -> float:
 def views(backend, prefill) -> list[LayerView]:
     return [
         LayerView(
-            prefill.keys[i], prefill.values[i], backend.rope, np.arange(PROMPT), BUDGET.evictable(PROMPT), i, (0, i),
-            backend.scaling, prefill.queries[i],
+            prefill.keys[i], prefill.values[i], backend.rope, np.arange(PROMPT), BUDGET.evictable(PROMPT),
+            scaling=backend.scaling, index=i, seed=(0, i), queries=prefill.queries[i],
         )
         for i in range(backend.shape.layers)
     ]  # fmt: skip
@@ -572,7 +572,7 @@ def test_refuses_attention_it_can_not_observe(checkpoint, monkeypatch):
 @pytest.mark.skipif(mx.is_available(mx.gpu), reason="there is a GPU")
 def test_refuses_a_gpu_that_is_not_there(checkpoint):
     assert MLXBackend.place("auto", "auto") == ("cpu", "float32")
-    with pytest.raises(ValueError, match=r"backend\.device=gpu needs Apple silicon"):
+    with pytest.raises(ValueError, match=r"^device=gpu needs Apple silicon"):
         MLXBackend(str(checkpoint), device="gpu")
 
 

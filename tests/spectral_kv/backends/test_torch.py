@@ -48,7 +48,15 @@ def keep(backend, prefill, kept: int, seed: int) -> list[torch.Tensor]:
     layers = range(backend.shape.layers)
     size = len(prefill.tokens)
     views = [
-        LayerView(prefill.keys[i], prefill.values[i], backend.rope, np.arange(size), budget.evictable(size), i, (0, i))
+        LayerView(
+            prefill.keys[i],
+            prefill.values[i],
+            backend.rope,
+            np.arange(size),
+            budget.evictable(size),
+            scaling=1,
+            seed=(0, i),
+        )
         for i in layers
     ]
     return [select(Random(seed).score(view), budget) for view in views]
@@ -138,7 +146,13 @@ def test_evicting_again_equals_masking_both_sets(backend, model, tokens):
     contents = backend.contents(cache)
     views = [
         LayerView(
-            contents.keys[i], contents.values[i], backend.rope, contents.positions[i], budget.evictable(100), i, (7, i)
+            contents.keys[i],
+            contents.values[i],
+            backend.rope,
+            contents.positions[i],
+            budget.evictable(100),
+            scaling=1,
+            seed=(7, i),
         )
         for i in range(2)
     ]
@@ -157,7 +171,7 @@ def test_keys_of_an_evicted_cache_unrotate_to_what_they_were(backend, tokens):
     whole = backend.rope.unrotate(prefill.keys[0], np.arange(200))
     cache = backend.compress(prefill, keep(backend, prefill, 60, 0), Dense())
     contents = backend.contents(cache)
-    view = LayerView(contents.keys[0], contents.values[0], backend.rope, contents.positions[0], slice(0, 60))
+    view = LayerView(contents.keys[0], contents.values[0], backend.rope, contents.positions[0], slice(0, 60), scaling=1)
     for head in range(2):
         torch.testing.assert_close(view.unrotated[head], whole[head][contents.positions[0][head]], atol=1e-5, rtol=1e-5)
 
@@ -174,7 +188,7 @@ def test_the_rows_go_up_and_down_like_a_saw(backend, tokens):
         if cache.layers[0].held >= 56:
             contents = backend.contents(cache)
             views = [
-                LayerView(k, v, backend.rope, p, budget.evictable(56), i, (i,))
+                LayerView(k, v, backend.rope, p, budget.evictable(56), scaling=1, seed=(i,))
                 for i, (k, v, p) in enumerate(zip(contents.keys, contents.values, contents.positions, strict=True))
             ]
             cache = backend.recompress(cache, [select(Random(1).score(view), budget) for view in views])
@@ -251,13 +265,14 @@ def test_no_query_outlives_the_prompt_but_those_that_are_asked_for(backend, toke
 @pytest.mark.parametrize("chunk", [None, 64])
 def test_who_watches_sees_every_query_with_the_keys_up_to_it(backend, tokens, chunk):
     seen: dict[int, list] = {0: [], 1: []}
-    prefill = backend.prefill(tokens, 300, chunk, lambda layer, queries, keys: seen[layer].append((queries, keys)))
+    prefill = backend.prefill(tokens, 300, chunk, lambda layer, *three: seen[layer].append(three))
     for layer, parts in seen.items():
         assert len(parts) == (5 if chunk else 1)
-        torch.testing.assert_close(torch.cat([q for q, _ in parts], dim=1), prefill.queries[layer])
-        for number, (queries, keys) in enumerate(parts):
+        torch.testing.assert_close(torch.cat([q for q, _, _ in parts], dim=1), prefill.queries[layer])
+        for number, (queries, keys, values) in enumerate(parts):
             stop = number * 64 + queries.shape[1]
             torch.testing.assert_close(keys, prefill.keys[layer][:, :stop])
+            torch.testing.assert_close(values, prefill.values[layer][:, :stop])
 
 
 def test_a_model_that_is_there_already_is_wrapped_and_left_as_it_was(backend, model, tokens):

@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 
+from spectral_kv import attention
 from spectral_kv.rope import Rope
-from spectral_kv.scorers import h2o
 from spectral_kv.scorers.base import LayerView
 from spectral_kv.scorers.expected_attention import ExpectedAttention
 from spectral_kv.scorers.h2o import H2O
 from spectral_kv.scorers.keydiff import KeyDiff
 from spectral_kv.scorers.knorm import Knorm
+from spectral_kv.scorers.observed_attention import ObservedAttention
 from spectral_kv.scorers.snapkv import SnapKV
 from spectral_kv.scorers.tova import Tova
 
@@ -100,14 +101,55 @@ def test_h2o_sums_the_columns_of_the_causal_attention_matrix(tokens, observed, r
 @pytest.mark.parametrize("chunk", [1, 7, 59, 60, 61])
 def test_the_chunk_of_h2o_changes_nothing(chunk, monkeypatch, rng, rope):
     layer = view(rng, rope, 60, 60)
-    monkeypatch.setattr(h2o, "CHUNK", chunk)
+    monkeypatch.setattr(attention, "CHUNK", chunk)
     score = H2O().score(layer)
     np.testing.assert_allclose(score, accumulated(layer), rtol=1e-4)
     np.testing.assert_allclose(score.sum(axis=1), 60, rtol=1e-4)  # every query gives away a weight of one
 
 
-def expected_weights(layer: LayerView, queries: np.ndarray, future: int) -> np.ndarray:
-    """`softmax(mu' k s + s^2 k' Sigma k / 2)` `[query_heads, tokens]` of un-rotated `queries`, in float64."""
+@pytest.mark.parametrize("observed", [60, 25])
+def test_observed_attention_is_the_mean_over_the_queries_that_could_see_the_token(observed, rng, rope):
+    layer = view(rng, rope, 60, observed)
+    able = np.array([sum(token <= 60 - observed + query for query in range(observed)) for token in range(60)])
+    assert able.min() == 1 and able.max() == observed
+    np.testing.assert_allclose(ObservedAttention().score(layer), accumulated(layer) / able, rtol=1e-4)
+
+
+def test_observed_attention_does_not_prefer_what_came_early(rng):
+    """Queries and keys that tell nothing: every query spreads its weight evenly."""
+    layer = view(rng, Rope(np.zeros(DIM // 2)), 60, 60)
+    layer.queries = np.zeros_like(layer.queries)
+    even = [np.mean(1 / np.arange(token + 1, 61)) for token in range(60)]
+    np.testing.assert_allclose(ObservedAttention().score(layer)[0], even, rtol=1e-5)
+    np.testing.assert_allclose(H2O().score(layer)[0], np.array(even) * np.arange(60, 0, -1), rtol=1e-5)
+
+
+GATHERERS = [H2O(), ObservedAttention(), ExpectedAttention(epsilon=0.01)]
+
+
+@pytest.mark.parametrize("scorer", GATHERERS, ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("chunk", [1, 3, 25, 60])
+def test_what_is_gathered_chunk_by_chunk_gives_the_scores_of_all_queries(scorer, chunk, rng, rope):
+    layer = view(rng, rope, 60, 60)
+    gathered = None
+    for start in range(0, 60, chunk):
+        stop = min(start + chunk, 60)
+        seen = LayerView(
+            layer.keys[:, :stop], layer.values[:, :stop], rope, np.arange(stop), slice(None), scaling=SCALING,
+            queries=layer.queries[:, start:stop], gathered=gathered,
+        )  # fmt: skip
+        gathered = scorer.gather(seen)
+    done = LayerView(
+        layer.keys, layer.values, rope, layer.positions, layer.evictable, scaling=SCALING, gathered=gathered
+    )
+    np.testing.assert_allclose(scorer.score(done), scorer.score(layer), rtol=1e-4)
+
+
+def expected_weights(layer: LayerView, queries: np.ndarray, future: int, sinks: int = 0) -> np.ndarray:
+    """`softmax(mu' k s + s^2 k' Sigma k / 2)` `[query_heads, tokens]` of un-rotated `queries`, in float64.
+
+    Over the keys after the sinks.
+    """
     inv_freq = layer.rope.inv_freq
     turn = np.zeros((DIM, DIM))
     for step in range(future):
@@ -123,6 +165,7 @@ def expected_weights(layer: LayerView, queries: np.ndarray, future: int) -> np.n
         mean, covariance = turn @ mean, turn @ covariance @ turn.T
         s, keys = layer.scaling, layer.keys[head // GROUP].astype(np.float64)
         logits = np.array([s * mean @ k + s**2 * k @ covariance @ k / 2 for k in keys])
+        logits[:sinks] = -np.inf
         weights[head] = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
     return weights
 
@@ -133,11 +176,12 @@ def test_expected_attention_equals_its_definition(observed, left_out, epsilon, r
     layer = view(rng, rope, 60, observed)
     unrotated = layer.queries
     layer.queries = rope.rotate(unrotated, np.arange(60 - observed, 60))
-    weights = expected_weights(layer, unrotated[:, left_out:], future=9)
-    score = ExpectedAttention(future=9, sinks=4, epsilon=epsilon).score(layer)
+    weights = expected_weights(layer, unrotated[:, left_out:], future=9, sinks=4)
+    score = ExpectedAttention(horizon=9, sinks=4, epsilon=epsilon).score(layer)
     for kv_head in range(KV_HEADS):
         mean = sum(weights[kv_head * GROUP : (kv_head + 1) * GROUP]) / GROUP
-        for token in range(60):
+        assert (score[kv_head, :4] > score.max(initial=0, where=np.arange(60) >= 4)).all()
+        for token in range(4, 60):
             value = np.linalg.norm(layer.values[kv_head, token].astype(np.float64))
             assert score[kv_head, token] == pytest.approx((mean[token] + epsilon) * value, rel=2e-3)
 
@@ -149,7 +193,7 @@ def test_expected_attention_knows_positions_after_an_eviction(rng, rope):
     layer.positions = np.stack([[*rng.permutation(60)[:20], *range(60, 100)] for _ in range(KV_HEADS)])
     layer.positions[:, :20].sort()
     layer.queries = rope.rotate(unrotated, np.arange(75, 100))
-    score = ExpectedAttention(future=9, epsilon=0.0).score(layer)
+    score = ExpectedAttention(horizon=9, epsilon=0.0).score(layer)
     layer.positions = np.arange(40, 100)  # as the reference reads them: the last one alone
     weights = expected_weights(layer, unrotated, future=9).reshape(KV_HEADS, GROUP, 60).mean(axis=1)
     np.testing.assert_allclose(score, weights * np.linalg.norm(layer.values, axis=-1), rtol=2e-3)
@@ -163,17 +207,17 @@ def test_the_expected_weight_is_that_of_gaussian_queries_at_the_next_position(rn
     layer.values = np.ones_like(layer.values) / DIM**0.5
     at_next = rope.rotate(layer.queries[:, 4:] / 2, np.full(tokens - 4, tokens))
     layer.queries = rope.rotate(layer.queries / 2, np.arange(tokens))
-    score = ExpectedAttention(future=1, epsilon=0.0).score(layer)
-    chosen = np.arange(0, tokens, 50)
+    score = ExpectedAttention(horizon=1, epsilon=0.0).score(layer)
+    chosen = np.arange(50, tokens, 50)
     for kv_head in range(KV_HEADS):
         expected = np.zeros(len(chosen))
         for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
             moments = np.exp(SCALING * at_next[head] @ layer.keys[kv_head].T).mean(axis=0)
-            expected += moments[chosen] / moments.sum() / GROUP
+            expected += moments[chosen] / moments[4:].sum() / GROUP
         np.testing.assert_allclose(score[kv_head, chosen], expected, rtol=0.05)
 
 
-ATTENTIVE = [SnapKV(window=8, kernel=1), Tova(), H2O(), ExpectedAttention()]
+ATTENTIVE = [SnapKV(window=8, kernel=1), Tova(), H2O(), ObservedAttention(), ExpectedAttention(sinks=0)]
 
 
 @pytest.mark.parametrize("scorer", ATTENTIVE, ids=lambda s: type(s).__name__)
@@ -230,7 +274,7 @@ def test_the_queries_of_the_window_do_not_see_what_follows_them(rng):
 def test_shuffled_tokens_have_shuffled_scores(scorer, rng, rope):
     layer = view(rng, rope, 50, 1)
     order = rng.permutation(50)
-    shuffled = LayerView(layer.keys[:, order], layer.values, rope, layer.positions, layer.evictable)
+    shuffled = LayerView(layer.keys[:, order], layer.values, rope, layer.positions, layer.evictable, scaling=1)
     np.testing.assert_allclose(scorer.score(shuffled), scorer.score(layer)[:, order], atol=1e-6)
 
 
@@ -238,9 +282,14 @@ def test_knorm_prefers_short_keys_and_keydiff_looks_at_directions_only(rng, rope
     layer = view(rng, rope, 50, 1)
     before = KeyDiff().score(layer)
     layer.keys[0, 12] *= 0.01
-    assert Knorm().score(LayerView(layer.keys, layer.values, rope, layer.positions, layer.evictable))[0].argmax() == 12
+    assert (
+        Knorm()
+        .score(LayerView(layer.keys, layer.values, rope, layer.positions, layer.evictable, scaling=1))[0]
+        .argmax()
+        == 12
+    )
     layer.keys[:] *= rng.uniform(0.5, 2.0, size=(KV_HEADS, 50, 1)).astype(np.float32)
-    scaled = LayerView(layer.keys, layer.values, rope, layer.positions, layer.evictable)
+    scaled = LayerView(layer.keys, layer.values, rope, layer.positions, layer.evictable, scaling=1)
     np.testing.assert_allclose(KeyDiff().score(scaled), before, atol=1e-5)
 
 
@@ -250,7 +299,10 @@ def test_keydiff_finds_the_key_that_points_away(rng, rope):
     layer.keys[1, 33] *= -1
     assert KeyDiff().score(layer)[1].argmax() == 33
     layer.keys[0, 5] = 0.0  # no direction: neither like the others nor unlike them
-    assert KeyDiff().score(LayerView(layer.keys, layer.values, rope, layer.positions, slice(0, 50)))[0, 5] == 0.0
+    assert (
+        KeyDiff().score(LayerView(layer.keys, layer.values, rope, layer.positions, slice(0, 50), scaling=1))[0, 5]
+        == 0.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -260,7 +312,9 @@ def test_keydiff_finds_the_key_that_points_away(rng, rope):
         (SnapKV, {"kernel": 4}),
         (SnapKV, {"kernel": 0}),
         (H2O, {"window": 0}),
-        (ExpectedAttention, {"future": 0}),
+        (H2O, {"recent_share": 1.0}),
+        (ObservedAttention, {"window": 0}),
+        (ExpectedAttention, {"horizon": 0}),
         (ExpectedAttention, {"sinks": -1}),
         (ExpectedAttention, {"epsilon": -0.1}),
     ],
@@ -278,3 +332,44 @@ def test_scorers_say_what_they_read():
     assert reads.pop("ExpectedAttention") == ("keys", "values", "queries")
     assert set(reads.values()) == {("keys", "queries")}
     assert (SnapKV().window, Tova().window, H2O().window, ExpectedAttention().window) == (64, 1, None, None)
+
+
+def test_snapkv_and_tova_look_at_no_more_queries_than_they_want(rng, rope):
+    layer = view(rng, rope, 60, 60)
+    for scorer, window in ((SnapKV(window=7), 7), (Tova(), 1), (H2O(window=9), 9)):
+        expected = scorer.score(layer)
+        layer_of_few = LayerView(
+            layer.keys, layer.values, rope, layer.positions, layer.evictable, scaling=SCALING,
+            queries=layer.queries[:, -window:],
+        )  # fmt: skip
+        np.testing.assert_array_equal(scorer.score(layer_of_few), expected)
+
+
+@pytest.mark.parametrize("tokens", [4, 7, 8, 9, 10])
+def test_snapkv_scores_every_token_of_a_prompt_hardly_longer_than_its_window(tokens, rng, rope):
+    layer = view(rng, rope, tokens, tokens)
+    score = SnapKV(window=8, kernel=5).score(layer)
+    assert score.shape == (KV_HEADS, tokens) and (score[:, -8:] == 1).all() and (score[:, :-8] < 1).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_expected_attention_says_when_sinks_are_all_there_is(tokens, rng, rope):
+    with pytest.raises(ValueError, match=rf"^sinks=4 leaves no query of {tokens} tokens: lower it"):
+        ExpectedAttention().score(view(rng, rope, tokens, tokens))
+    assert np.isfinite(ExpectedAttention().score(view(rng, rope, 5, 5))).all()
+
+
+@pytest.mark.parametrize("scorer", ATTENTIVE, ids=lambda s: type(s).__name__)
+def test_scorers_that_miss_their_queries_say_so(scorer, rng, rope):
+    layer = view(rng, rope, 60, 60)
+    layer.queries = None
+    with pytest.raises(ValueError, match="reads queries and was given none: pass `queries`"):
+        scorer.score(layer)
+
+
+def test_a_view_says_that_nothing_may_be_evicted_and_wants_the_scaling(rng, rope):
+    layer = view(rng, rope, 10, 1)
+    with pytest.raises(ValueError, match=r"none of 10 tokens may be evicted \(evictable is 4 to 4\): keep them all"):
+        LayerView(layer.keys, layer.values, rope, layer.positions, slice(4, 4), scaling=SCALING)
+    with pytest.raises(TypeError, match="scaling"):
+        LayerView(layer.keys, layer.values, rope, layer.positions, slice(0, 4))

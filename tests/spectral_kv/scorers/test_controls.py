@@ -8,7 +8,9 @@ from spectral_kv.selection import Budget, select
 
 
 def view(rope, seed=(0, 0)) -> LayerView:
-    return LayerView(torch.zeros(2, 100, 16), torch.zeros(2, 100, 16), rope, np.arange(100), slice(4, 90), seed=seed)
+    return LayerView(
+        torch.zeros(2, 100, 16), torch.zeros(2, 100, 16), rope, np.arange(100), slice(4, 90), scaling=1, seed=seed
+    )
 
 
 def test_streaming_keeps_sinks_and_the_last_tokens(rope):

@@ -44,7 +44,9 @@ def layer(rng, rope) -> LayerView:
     statistics = QueryStatistics(mu, np.abs(mu) + 1)
     positions, evictable = np.arange(TOKENS), BUDGET.evictable(TOKENS)
     prompt, future = queries[:, :TOKENS], queries[:, TOKENS:]
-    return LayerView(keys, values, rope, positions, evictable, 0, (0, 0), SCALING, prompt, future, statistics)
+    return LayerView(
+        keys, values, rope, positions, evictable, scaling=SCALING, queries=prompt, future=future, statistics=statistics
+    )
 
 
 def true_mass(layer: LayerView) -> np.ndarray:
@@ -118,6 +120,6 @@ def test_the_prompt_and_its_queries_do_not_count(layer):
 
 @pytest.mark.parametrize("oracle", [OracleMass, OracleValue])
 def test_oracles_read_the_future_and_say_so(oracle):
-    assert "future" in oracle.reads and oracle().positions == 64
-    with pytest.raises(ValueError, match=r"method\.positions=0 must be at least 1"):
-        oracle(positions=0)
+    assert "future" in oracle.reads and oracle().horizon == 64
+    with pytest.raises(ValueError, match=r"(?<!\.)horizon=0 must be at least 1"):
+        oracle(horizon=0)

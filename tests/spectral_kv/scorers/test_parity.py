@@ -1,6 +1,7 @@
 """NumPy, torch and MLX arrays of the same numbers give the same scores, kept tokens and codes."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from spectral_kv.scorers.fourier import Fourier
 from spectral_kv.scorers.h2o import H2O
 from spectral_kv.scorers.keydiff import KeyDiff
 from spectral_kv.scorers.knorm import Knorm
+from spectral_kv.scorers.observed_attention import ObservedAttention
 from spectral_kv.scorers.oracle_mass import OracleMass
 from spectral_kv.scorers.oracle_value import OracleValue
 from spectral_kv.scorers.random import Random
@@ -50,6 +52,7 @@ SCORERS = {
     "keydiff": KeyDiff(),
     "snapkv": SnapKV(window=40),
     "tova": Tova(),
+    "observed_attention": ObservedAttention(),
     "h2o": H2O(),
     "expected_attention": ExpectedAttention(),
     "oracle_mass": OracleMass(FUTURE),
@@ -92,8 +95,9 @@ def view(name: str, make: Callable[[np.ndarray], Array] = np.asarray, dtype: str
     statistics = QueryStatistics(mu, np.abs(mu) + rng.random(mu.shape))
     last = getattr(SCORERS.get(name), "window", None) or TOKENS
     return LayerView(
-        make(keys), make(values), rope, np.arange(TOKENS), BUDGET.evictable(TOKENS), 0, (1, 0), DIM**-0.5,
-        make(queries[:, TOKENS - last : TOKENS].copy()), make(queries[:, TOKENS:].copy()), statistics,
+        make(keys), make(values), rope, np.arange(TOKENS), BUDGET.evictable(TOKENS), scaling=DIM**-0.5, seed=(1, 0),
+        queries=make(queries[:, TOKENS - last : TOKENS].copy()), future=make(queries[:, TOKENS:].copy()),
+        statistics=statistics,
     )  # fmt: skip
 
 
@@ -200,3 +204,15 @@ def test_packed_storage_agrees_through_store_append_and_take(bits, make):
         for a, b, x in zip(ours.load(), theirs.load(), (keys, values), strict=True):
             assert namespace(b) is namespace(make(np.zeros(1))) and np.asarray(b).dtype == np.float16
             assert np.mean(np.abs(np.asarray(b) - a) > 2e-3 * np.ptp(x)) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["h2o", "observed_attention", "expected_attention"])
+def test_what_is_gathered_in_chunks_agrees(name, make):
+    scorer, gathered = SCORERS[name], None
+    layer, expected = view(name, make), SCORERS[name].score(view(name))
+    for start in range(0, TOKENS, 64):
+        stop = min(start + 64, TOKENS)
+        keys, values = layer.keys[:, :stop], layer.values[:, :stop]
+        more = {"scaling": layer.scaling, "queries": layer.queries[:, start:stop], "gathered": gathered}
+        gathered = scorer.gather(LayerView(keys, values, layer.rope, np.arange(stop), slice(None), **more))
+    close(scorer.score(replace(layer, queries=None, gathered=gathered)), expected)

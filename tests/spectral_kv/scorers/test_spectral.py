@@ -40,7 +40,9 @@ def view(x: np.ndarray, rope, evictable: slice | None = None) -> LayerView:
     """A layer whose keys before RoPE are `x` `[kv_heads, tokens, dim]`; values differ from keys."""
     positions = np.arange(x.shape[1])
     x = torch.from_numpy(x.astype(np.float32))
-    return LayerView(rope.rotate(x, positions), x.flip(1), rope, positions, evictable or slice(0, x.shape[1]))
+    return LayerView(
+        rope.rotate(x, positions), x.flip(1), rope, positions, evictable or slice(0, x.shape[1]), scaling=1
+    )
 
 
 @spectral

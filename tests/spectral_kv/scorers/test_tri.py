@@ -23,7 +23,9 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
 
 def view(keys, rope, positions, statistics, evictable=None) -> LayerView:
     keys = torch.from_numpy(np.asarray(keys, dtype=np.float32))
-    return LayerView(keys, keys, rope, positions, evictable or slice(0, keys.shape[1]), statistics=statistics)
+    return LayerView(
+        keys, keys, rope, positions, evictable or slice(0, keys.shape[1]), scaling=1, statistics=statistics
+    )
 
 
 def spread_statistics(rng, query_heads: int, bands: int = 8) -> QueryStatistics:
@@ -127,7 +129,7 @@ def test_the_series_is_the_mean_logit_of_any_queries(path, rope, rng):
 @pytest.mark.parametrize("switches", [{}, {"disable_mlr": True}, {"disable_trig": True}], ids=str)
 def test_all_forms_of_the_formula_agree(switches, layer):
     """Un-rotated keys and distances, rotated keys one distance at a time, and the mean phase of all distances."""
-    mu, modulus = layer.statistics.layer(0)
+    mu, modulus = layer.statistics.of(0)
     z = to_numpy(layer.keys)[..., :8] + 1j * to_numpy(layer.keys)[..., 8:].astype(np.float64)
     z = np.repeat(z, 2, axis=0)  # [query_heads, tokens, bands]
     weight = (modulus if "disable_mlr" in switches else modulus - np.abs(mu))[:, None]
@@ -321,8 +323,8 @@ def test_every_layer_reads_its_own_statistics(layer, rng):
     first, second = spread_statistics(rng, 4), layer.statistics
     both = QueryStatistics(np.concatenate([first.mu, second.mu]), np.concatenate([first.modulus, second.modulus]))
     expected = TriAttention().score(layer)
-    torch.testing.assert_close(TriAttention().score(replace(layer, statistics=both, layer=1)), expected)
-    assert (TriAttention().score(replace(layer, statistics=both, layer=0)) - expected).abs().max() > 0.1
+    torch.testing.assert_close(TriAttention().score(replace(layer, statistics=both, index=1)), expected)
+    assert (TriAttention().score(replace(layer, statistics=both, index=0)) - expected).abs().max() > 0.1
 
 
 def test_with_one_query_head_a_kv_head_its_logits_decide(rope, rng):
