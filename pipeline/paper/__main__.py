@@ -29,7 +29,8 @@ def regenerate(experiments: list[str], overrides: list[str], readme: Path | None
     Parameters
     ----------
     readme : Path, optional
-        A Markdown file that receives a copy of the results between its markers.
+        A Markdown file that receives a copy of the results between its markers, and of the published tables in the
+        folder docs beside it.
     full : bool
         Whether whole experiments are measured.
     """
@@ -55,7 +56,7 @@ def regenerate(experiments: list[str], overrides: list[str], readme: Path | None
     document = write(measured, origin, folder)
     verdicts = document.verdicts
     if readme is not None:
-        refresh(readme, document.excerpt(), folder / "figures")
+        refresh(readme, document.excerpt(), document.published_tables(), folder / "figures")
     total = len({run.run_id for section in measured for run in section.runs})
     for sentence in document.main_result:
         print(f"\n{sentence}")

@@ -205,18 +205,20 @@ class Document:
         )  # fmt: skip
 
     def excerpt(self) -> str:
-        """What another document shows: verdicts, the published tables, and two figures."""
-        tables = [table for section in self.shown for table in section.tables if table.name.startswith("published_")]
+        """What another document shows: the main result, the verdicts, and a figure."""
+        return self._copied("readme.md.j2", [])
+
+    def published_tables(self) -> str:
+        """The published tables beside ours, as a document of its own."""
+        everything = [table for section in self.shown for table in section.tables]
+        tables = [table for table in everything if table.name.startswith("published_")]
+        return self._copied("published_tables.md.j2", tables)
+
+    def _copied(self, template: str, tables: list[Table]) -> str:
         runs = len({run.run_id for section in self.sections for run in section.runs})
         captions = {figure.name: figure.caption for section in self.shown for figure in section.figures}
-        return self.render(
-            "readme.md.j2",
-            tables=tables,
-            captions=captions,
-            runs=runs,
-            timed=timed(self.sections),
-            **asdict(self.origin),
-        )
+        about = {"captions": captions, "runs": runs, "timed": timed(self.sections)}
+        return self.render(template, tables=tables, **about, **asdict(self.origin))
 
 
 def _results(document: Document) -> dict:

@@ -1,4 +1,4 @@
-"""A copy of the verdicts, tables and figures in another document, between two markers."""
+"""A copy of the main result and the verdicts in another document, between two markers, and of tables beside it."""
 
 import shutil
 from pathlib import Path
@@ -6,11 +6,12 @@ from pathlib import Path
 from pipeline.settings.errors import InputError
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
-FIGURES = ("frontier", "kept_tokens")  # that the copy shows, from docs/figures beside the document
+FIGURES = ("frontier", "windows", "kept_tokens")  # that the copies show, from docs/figures beside the document
+TABLES = "published_tables.md"  # in docs beside the document
 
 
-def refresh(path: Path, text: str, figures: Path) -> None:
-    """Replace what stands between the markers of a Markdown file, and the figures in `docs/figures` beside it.
+def refresh(path: Path, text: str, tables: str, figures: Path) -> None:
+    """Replace what stands between the markers of a Markdown file, and the tables and figures in `docs` beside it.
 
     Raises
     ------
@@ -28,5 +29,6 @@ def refresh(path: Path, text: str, figures: Path) -> None:
     path.write_text(f"{before}{BEGIN}\n\n{text.strip()}\n\n{END}{after}", encoding="utf-8")
     folder = path.parent / "docs" / "figures"
     folder.mkdir(parents=True, exist_ok=True)
+    (folder.parent / TABLES).write_text(f"{tables.strip()}\n", encoding="utf-8")
     for name in FIGURES:
         shutil.copyfile(figures / f"{name}.png", folder / f"{name}.png")

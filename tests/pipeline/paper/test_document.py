@@ -194,6 +194,10 @@ def test_with_fewer_documents_than_asked_for_there_is_no_table(store, tmp_path):
 
     placements = Placements(tmp_path / "placements.json")
     (section,) = measure(plan(["paper"], store, tmp_path / "compositions.json"), placements, print)[0]
+    whole = write([section], Origin("m", "d", "s", "c"), tmp_path / "whole")
+    assert whole.excerpt().startswith("**None of the 5 published methods that prune beats keeping the latest tokens")
+    assert "| Key finding 1" in whole.excerpt() and "###" not in whole.excerpt()  # tables have a document of their own
+    assert "## Attention output perturbation (AOP; lower is better)" in whole.published_tables()
     short = replace(section, runs=[*section.runs[:-1], replace(section.runs[-1], count=section.asked - 1)])
     document = write([short], Origin("m", "d", "s", "c"), tmp_path / "short")
     text = (tmp_path / "short" / "paper.md").read_text()
@@ -211,13 +215,14 @@ def test_the_readme_gets_a_copy_between_its_markers(tmp_path):
     figures = tmp_path / "drawn"
     figures.mkdir()
     with pytest.raises(InputError, match="frontier, which was not drawn"):
-        refresh(readme, "new", figures)
-    for name in ("frontier", "kept_tokens"):
+        refresh(readme, "new", "tables", figures)
+    for name in ("frontier", "windows", "kept_tokens"):
         (figures / f"{name}.png").write_bytes(name.encode())
-    refresh(readme, "new", figures)
-    refresh(readme, "newer", figures)
+    refresh(readme, "new", "tables", figures)
+    refresh(readme, "newer", "later tables", figures)
     expected = "# Title\n\n<!-- results -->\n\nnewer\n\n<!-- /results -->\n\nEnd\n"
     assert readme.read_text() == expected
+    assert (tmp_path / "docs" / "published_tables.md").read_text() == "later tables\n"
     assert (tmp_path / "docs" / "figures" / "frontier.png").read_bytes() == b"frontier"
     with pytest.raises(InputError, match="has no <!-- results -->"):
-        refresh(figures / "frontier.png", "new", figures)
+        refresh(figures / "frontier.png", "new", "tables", figures)
