@@ -47,11 +47,16 @@ def pack(codes: Array, bits: int) -> Array:
     return xp.concat([_pack_plane(low, 2), _pack_plane(high, 1)], axis=-1)
 
 
+def planes(packed: Array) -> tuple[Array, Array]:
+    """The low 2 bits `[..., dim / 4]` and the high bits `[..., dim / 8]` of packed 3-bit codes."""
+    split = packed.shape[-1] * 2 // 3
+    return packed[..., :split], packed[..., split:]
+
+
 def unpack(packed: Array, bits: int) -> Array:
     """The inverse of `pack`: bytes `[..., dim * bits / 8]` as codes `[..., dim]`."""
     if bits != 3:
         return _unpack_plane(packed, bits)
     xp = namespace(packed)
-    split = packed.shape[-1] * 2 // 3
-    low, high = _unpack_plane(packed[..., :split], 2), _unpack_plane(packed[..., split:], 1)
+    low, high = (_unpack_plane(plane, width) for plane, width in zip(planes(packed), (2, 1), strict=True))
     return low | xp.bitwise_left_shift(high, xp.full_like(high, 2))

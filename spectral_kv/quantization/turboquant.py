@@ -5,13 +5,58 @@ scalar kept beside the codes folds the norm and a correction of the shrinkage th
 """
 
 from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
 
 from spectral_kv.quantization.codebook import CENTROIDS, codebook
-from spectral_kv.quantization.packing import pack, unpack
+from spectral_kv.quantization.packing import pack, planes
 from spectral_kv.quantization.rotation import ROTATIONS, rounded
 from spectral_kv.xp import Array, constant, float32, namespace, rows
 
 CORRECTIONS = ("plain", "renorm", "unbiased")
+
+
+@cache
+def centroid_table(bits: int) -> np.ndarray:
+    """Centroids of the codes that one look-up decodes, `[entries, codes]`.
+
+    Those in a byte; at 3 bits those whose low bits are in one, with their 4 high bits above it.
+    """
+    stored = np.arange(256 if bits != 3 else 4096)[:, None]
+    if bits != 3:
+        return codebook(bits)[0][stored >> bits * np.arange(8 // bits) & 2**bits - 1]
+    part = np.arange(4)
+    return codebook(3)[0][stored >> 2 * part & 3 | (stored >> 8 + part & 1) << 2]
+
+
+@cache
+def alternate_bits() -> np.ndarray:
+    """Bits 0, 2, 4, 6 of every byte, and bits 1, 3, 5, 7, each as bits 8 to 11, int32 `[256, 2]`."""
+    byte, part = np.arange(256)[:, None, None], np.arange(4)
+    return ((byte >> 2 * part + np.arange(2)[:, None] & 1) << 8 + part).sum(axis=-1).astype(np.int32)
+
+
+def table_index(codes: Array, bits: int) -> tuple[np.ndarray, Array]:
+    """A table of centroids, and what to look up in it for packed codes `[..., bytes]`.
+
+    Entry i of the last axis has the channels i, i + n, i + 2n, ..., n being its length: one look-up for what shifts and
+    masks do in many steps.
+    """
+    xp = namespace(codes)
+    if bits != 3:
+        return centroid_table(bits), xp.astype(codes, xp.int32)
+    low, high = planes(codes)  # channel i + k n has its high bit in byte i mod n/2, at 2k or, where i >= n/2, at 2k + 1
+    pairs = xp.take(constant(alternate_bits(), codes), xp.reshape(xp.astype(high, xp.int32), (-1,)), axis=0)
+    pairs = xp.reshape(pairs, (*high.shape, 2))
+    return centroid_table(3), xp.astype(low, xp.int32) + xp.concat([pairs[..., 0], pairs[..., 1]], axis=-1)
+
+
+@cache
+def back_rotation(rotation: str, dim: int, seed: tuple[int, ...], parts: int) -> np.ndarray:
+    """The rotation by which decoded channels are multiplied, its rows in the order in which the table gives them."""
+    matrix = ROTATIONS[rotation](dim, seed)
+    return np.ascontiguousarray(matrix.reshape(parts, -1, dim).swapaxes(0, 1).reshape(dim, dim))
 
 
 @dataclass(frozen=True)
@@ -148,6 +193,9 @@ class TurboQuant:
     def decode(self, packed: PackedVectors) -> Array:
         """The float32 vectors `[..., heads, tokens, dim]` that the codes stand for."""
         xp = namespace(packed.codes)
-        y = self._centroids(unpack(packed.codes, self.bits)) * float32(packed.scale)[..., None]
-        x = xp.matmul(y, constant(ROTATIONS[self.rotation](y.shape[-1], self.seed), y))
+        table, index = table_index(packed.codes, self.bits)
+        values = xp.take(constant(table, index), xp.reshape(index, (-1,)), axis=0)
+        y = xp.reshape(values, (*packed.codes.shape[:-1], -1))
+        back = constant(back_rotation(self.rotation, y.shape[-1], self.seed, table.shape[1]), y)
+        x = xp.matmul(y * float32(packed.scale)[..., None], back)
         return x if packed.mean is None else x + float32(packed.mean)

@@ -147,6 +147,18 @@ def test_pieces_have_the_bits_of_the_whole(make, data, rotation, dim):
     np.testing.assert_array_equal(np.asarray(quantizer.decode(packed)), np.asarray(quantizer.decode(whole)))
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("center", [False, True])
+def test_vectors_are_the_centroids_of_their_codes_scaled_and_turned_back(make, bits, dim, center):
+    quantizer = TurboQuant(bits, (7,), "renorm", center)
+    packed = quantizer.encode(make(gaussian(2, 50, dim)))
+    centroids = codebook(bits)[0].astype(float)[np.asarray(unpack(packed.codes, bits))]
+    expected = np.asarray(packed.scale)[..., None] * centroids @ ROTATIONS["haar"](dim, (7,)).astype(float)
+    expected += np.asarray(packed.mean) if center else 0.0
+    np.testing.assert_allclose(np.asarray(quantizer.decode(packed)), expected, atol=5e-6)
+
+
 def test_packing_again_what_was_packed_gives_the_same_codes():
     quantizer = TurboQuant(4, (3,), "renorm", center=True)
     packed = quantizer.encode(gaussian(2, 500, 64) + 5)
