@@ -8,7 +8,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from spectral_kv.xp import Array, constant, namespace
+from spectral_kv.xp import Array, constant, like, namespace
+
+TABLE = 4096  # positions: tables of waves grow by so many
 
 
 @lru_cache(maxsize=8)  # the layers of a model share frequencies and, until an eviction, positions
@@ -50,12 +52,23 @@ class Rope:
         """The inverse of `rotate`: keys as they were before their position was written into them."""
         return self._turn(x, positions, -1.0, 1.0 / self.attention_scaling)
 
+    def _waves(self, positions: np.ndarray, direction: float, scale: float) -> tuple[np.ndarray, np.ndarray]:
+        positions, frequencies = (np.asarray(y, dtype=np.float64) for y in (positions, self.inv_freq))
+        return _waves(frequencies.tobytes(), positions.tobytes(), positions.shape, direction, scale)
+
     def _turn(self, x: Array, positions: np.ndarray, direction: float, scale: float) -> Array:
         xp = namespace(x)
-        positions = np.asarray(positions, dtype=np.float64)
-        frequencies = np.asarray(self.inv_freq, dtype=np.float64)
-        waves = _waves(frequencies.tobytes(), positions.tobytes(), positions.shape, direction, scale)
-        cos, sin = (constant(wave, x) for wave in waves)
+        positions = np.asarray(positions)
+        if positions.ndim > 1 and np.issubdtype(
+            positions.dtype, np.integer
+        ):  # after an eviction every head has its own
+            table = self._waves(np.arange(-(-(int(positions.max()) + 1) // TABLE) * TABLE), direction, scale)
+            chosen = like(positions.reshape(-1), x)
+            cos, sin = (
+                xp.reshape(xp.take(constant(wave, x), chosen, axis=0), (*positions.shape, -1)) for wave in table
+            )
+        else:
+            cos, sin = (constant(wave, x) for wave in self._waves(positions, direction, scale))
         half = x.shape[-1] // 2
         a, b = x[..., :half], x[..., half:]
         return xp.concat([a * cos - b * sin, b * cos + a * sin], axis=-1)

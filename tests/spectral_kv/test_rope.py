@@ -1,3 +1,5 @@
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -117,3 +119,19 @@ def test_logits_depend_on_distance_only(rope, rng):
     other = (rope.rotate(q, np.array([1010])) * rope.rotate(k, np.array([1004]))).sum()
     assert near == pytest.approx(far, abs=1e-4)
     assert abs(near - other) > 1e-2
+
+
+def test_positions_of_every_head_are_looked_up_in_one_table(rope, rng, monkeypatch):
+    """Trigonometry is done once for all layers and heads, and gives what it gives position by position."""
+    module = importlib.import_module("spectral_kv.rope")
+    asked = []
+    waves = module._waves
+    monkeypatch.setattr(module, "_waves", lambda *known: (asked.append(known[2]), waves(*known))[1])
+    for _ in range(3):
+        positions = np.sort(rng.integers(0, 9000, size=(2, 50)), axis=1)
+        x = torch.from_numpy(rng.normal(size=(2, 50, 16)).astype(np.float32))
+        found = rope.unrotate(x, positions)
+        for head in range(2):
+            assert torch.equal(found[head], rope.unrotate(x[head], positions[head]))
+    tables = [shape for shape in asked if shape != (50,)]
+    assert set(tables) == {(12288,)} and waves.cache_info().hits >= 2
