@@ -14,7 +14,8 @@ class Kept:
     """Share of every stretch of `width` prompt tokens that is kept, by layer, over KV heads.
 
     Of the first `documents` documents; `position` is the first token of a stretch. `kept/depth` is the mean place of
-    the kept tokens of any document, 0 at the prompt's beginning and 1 at its end.
+    the kept tokens of any document, 0 at the prompt's beginning and 1 at its end. `kept/odd` is the share of odd places
+    among those that the method chose, sinks and recent window left out: half, unless it prefers places on a grid.
     """
 
     width: int = 16
@@ -33,14 +34,19 @@ class Kept:
         starts = np.arange(0, tokens, self.width)
         lengths = np.diff([*starts, tokens])
         rows: list[Row] = []
-        depths = []
+        depths, odd = [], []
         for layer in range(context.backend.shape.layers):
             kept = np.arange(tokens)[None] if chosen is None else to_numpy(chosen[layer])  # [kv_heads, kept]
             depths.append(kept.mean() / (tokens - 1))
+            free = kept[(kept >= context.evictable.start) & (kept < context.evictable.stop)]
+            odd.append(np.mean(free % 2) if len(free) else np.nan)
             if context.document < self.documents:
                 counts = np.bincount(kept.ravel() // self.width, minlength=len(starts))
                 rows += [
                     {"layer": layer, "position": int(start), "metric": "kept/share", "value": float(share)}
                     for start, share in zip(starts, counts / lengths / len(kept), strict=True)
                 ]
-        return [*rows, {"metric": "kept/depth", "value": float(np.mean(depths))}]
+        rows.append({"metric": "kept/depth", "value": float(np.mean(depths))})
+        if not np.isnan(odd).all():
+            rows.append({"metric": "kept/odd", "value": float(np.nanmean(odd))})
+        return rows

