@@ -16,6 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 from spectral_kv.backends.base import Contents, Extension, ModelShape, Prefill, Watch
 from spectral_kv.backends.suitable import attends_to_all, can_be_unrotated, depends_on_length
 from spectral_kv.backends.torch_cache import CompressedCache, CompressedLayer
+from spectral_kv.backends.torch_generation import fed
 from spectral_kv.rope import Rope
 from spectral_kv.storage.base import Storage
 from spectral_kv.xp import rows, to_numpy
@@ -61,11 +62,18 @@ class Observer:
 
 
 def _observing_attention(module, query, key, value, attention_mask, **kwargs):
-    """SDPA that shows the rotated queries to whoever is watching."""
+    """SDPA that shows the rotated queries to whoever is watching, and tells a fed cache layer when it was read."""
     observer = _observer.get()
     if observer is not None:
         observer.see(module.layer_idx, query[0], key[0], value[0])
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    layer = fed.get()
+    if layer is not None:
+        attention_mask = layer.mask(query.shape[-2], attention_mask)
+    result = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if layer is not None:
+        fed.set(None)
+        layer.attended(query, attention_mask)
+    return result
 
 
 AttentionInterface.register(ATTENTION, _observing_attention)

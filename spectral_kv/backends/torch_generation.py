@@ -1,0 +1,287 @@
+"""A cache for transformers' `generate` that compresses itself while the model runs."""
+
+from contextvars import ContextVar
+
+import numpy as np
+import torch
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from spectral_kv.backends.torch_cache import CompressedLayer
+from spectral_kv.compressor import Compressor, observed
+from spectral_kv.storage.dense import DenseTokens
+from spectral_kv.xp import rows, to_numpy
+
+# The layer that was fed, until the attention over what it returned is computed.
+fed: ContextVar["GenerationLayer | None"] = ContextVar("fed", default=None)
+
+
+def stack(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Sequences `[1, heads, tokens, dim]` of different lengths as one batch, zeros on the left."""
+    if len(parts) == 1:
+        return parts[0]
+    longest = max(part.shape[-2] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, 0, longest - part.shape[-2], 0)) for part in parts])
+
+
+class GenerationLayer(CacheLayerMixin):
+    """One layer of a batch of prompts.
+
+    Every sequence is a `CompressedLayer` of its own, without the padding in front of it: what becomes of it does not
+    depend on its neighbours. Attention reads them aligned on the right, and `mask` hides what is empty.
+
+    Parameters
+    ----------
+    compressor : Compressor
+    index : int
+        Of the layer.
+    every : int, optional
+        So many tokens over the budget, tokens are evicted while decoding; None: only after a prompt.
+    """
+
+    is_sliding = False
+
+    def __init__(self, compressor: Compressor, index: int, every: int | None):
+        super().__init__()
+        self.compressor, self.index, self.every = compressor, index, every
+        self.sequences: list[CompressedLayer] = []
+        self.fed_tokens = 0
+        self._prompt: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values before the first attention
+        self._queries: list[torch.Tensor] = []  # one a sequence, of its last tokens, for evictions while decoding
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing waits to be made."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if fed.get() is not None:
+            fed.set(None)
+            raise RuntimeError(
+                "the model does not attend by way of spectral_kv: make the cache after setting the model's attention"
+            )
+        self.is_initialized = True
+        self.fed_tokens += key_states.shape[-2]
+        fed.set(self)
+        if not self.sequences:
+            self._prompt = key_states, value_states
+            return self._prompt
+        grown = [
+            sequence.update(key_states[row : row + 1], value_states[row : row + 1])
+            for row, sequence in enumerate(self.sequences)
+        ]
+        return tuple(stack(list(parts)) for parts in zip(*grown, strict=True))
+
+    def mask(self, new: int, given: torch.Tensor | None) -> torch.Tensor | None:
+        """What `new` tokens see, `[batch, 1, new, held]`: as `given` unless sequences of different lengths are held."""
+        lengths = [sequence.held for sequence in self.sequences]
+        if len(set(lengths)) < 2:
+            return given
+        device = self.compressor.backend.device
+        slots, own = torch.arange(self.held, device=device), torch.arange(self.held - new, self.held, device=device)
+        first = self.held - torch.tensor(lengths, device=device)
+        return ((slots >= first[:, None, None]) & (slots <= own[:, None]))[:, None]
+
+    @torch.no_grad()
+    def attended(self, queries: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Put a prompt away, or evict what is too much, now that attention has read it.
+
+        `queries` `[batch, query_heads, tokens, dim]` are those of the tokens just fed, rotated; `mask`
+        `[batch, 1, tokens, held]`, where there is one, says what they saw.
+        """
+        new = queries.shape[-2]
+        queries = queries.detach()
+        budget = self.compressor.budget
+        if not self.sequences:
+            padding = self._padding(mask, len(queries))
+            self._put_away(queries, padding)
+            self._queries = [queries[row, :, empty:] for row, empty in enumerate(padding)]
+            for row, sequence in enumerate(self.sequences):
+                self._forget(row, evicted=sequence.held < sequence.seen)
+            return
+        if new > 1 and mask is not None and mask.dtype == torch.bool and not bool(mask[:, 0, -1, -new:].all()):
+            raise ValueError("a later prompt has padding: give every sequence of a batch a turn of the same length")
+        if self.compressor.scorer is None:
+            return
+        for row, sequence in enumerate(self.sequences):
+            self._queries[row] = torch.cat([self._queries[row], queries[row]], dim=-2)
+            over = sequence.held - budget.tokens
+            evicts = over > 0 and (new > 1 or (self.every is not None and over >= self.every))
+            if evicts:
+                self.sequences[row] = self._evicted(sequence, self._queries[row])
+            self._forget(row, evicts)
+
+    @staticmethod
+    def _padding(mask: torch.Tensor | None, batch: int) -> list[int]:
+        """Number of empty slots in front of every sequence."""
+        if mask is None:
+            return [0] * batch
+        seen = (mask if mask.dtype == torch.bool else mask == 0)[:, 0, -1].expand(batch, -1)
+        padding = (seen.shape[-1] - seen.sum(dim=-1)).tolist()
+        if any(not bool(row[empty:].all()) for row, empty in zip(seen, padding, strict=True)):
+            raise ValueError("prompts are padded on the right: set tokenizer.padding_side = 'left'")
+        return padding
+
+    def _put_away(self, queries: torch.Tensor, padding: list[int]) -> None:
+        keys, values = self._prompt
+        self._prompt = None
+        compressor, dtype = self.compressor, self.compressor.backend.cache_dtype
+        for row, empty in enumerate(padding):
+            k, v = (x[row, :, empty:].detach().to(dtype) for x in (keys, values))
+            tokens = k.shape[-2]
+            positions = np.arange(tokens)
+            kept = self._chosen(k, v, positions, queries[row, :, empty:])
+            if kept is None:
+                positions = np.tile(positions, (len(k), 1))
+                k, v = k.clone(), v.clone()
+            else:
+                positions = to_numpy(kept)
+                k, v = rows(k, kept), rows(v, kept)
+            stored = compressor.storage.store(k[None], v[None], self.index)
+            self.sequences.append(CompressedLayer(stored, dtype, tokens, positions))
+
+    def _evicted(self, sequence: CompressedLayer, queries: torch.Tensor) -> CompressedLayer:
+        keys, values = (x[0] for x in sequence.stored.load())
+        kept = self._chosen(keys, values, sequence.positions, queries)
+        if kept is None:
+            return sequence
+        positions = np.take_along_axis(sequence.positions, to_numpy(kept), axis=1)
+        return CompressedLayer(sequence.stored.take(kept[None]), sequence.cache_dtype, sequence.seen, positions)
+
+    def _chosen(
+        self, keys: torch.Tensor, values: torch.Tensor, positions: np.ndarray, queries: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Rows of one sequence to keep, `[kv_heads, kept]`, or None for all of them."""
+        compressor = self.compressor
+        if compressor.scorer is None or compressor.budget.tokens >= keys.shape[-2]:
+            return None
+        wanted = observed(compressor.scorer, queries.shape[-2])
+        view = compressor.view(
+            self.index, keys, values, positions, compressor.budget.evictable(keys.shape[-2]),
+            seed=(0, self.index), queries=queries[:, queries.shape[-2] - wanted :] if wanted else None,
+        )  # fmt: skip
+        return compressor.select([compressor.scorer.score(view)])[0]
+
+    def _forget(self, row: int, evicted: bool) -> None:
+        """Drop the queries of a sequence that no eviction while decoding will read.
+
+        What is left are queries of its last tokens, all of which it holds: no more than the recent window after an
+        eviction.
+        """
+        scorer, queries = self.compressor.scorer, self._queries[row]
+        count = 0
+        if self.every is not None and observed(scorer, self.every):
+            count = scorer.window or self.every
+            if evicted:
+                count = min(count, self.compressor.protected.recent)
+        self._queries[row] = queries[:, max(queries.shape[-2] - count, 0) :].clone()
+
+    @property
+    def held(self) -> int:
+        """Slots that attention reads: those of the longest sequence."""
+        return max((sequence.held for sequence in self.sequences), default=0)
+
+    @property
+    def positions(self) -> list[np.ndarray]:
+        """Logical positions `[kv_heads, held]` of what every sequence holds."""
+        return [sequence.positions for sequence in self.sequences]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor that must live to continue decoding."""
+        return sum(x.nbytes for x in (*self._queries, *self.sequences))
+
+    def get_seq_length(self) -> int:
+        """Tokens fed, padding included: where the next one goes."""
+        return self.fed_tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that `query_length` new tokens are masked against, and the position that the first of them stands for.
+
+        The held tokens count as the last ones before the new: each of them is seen by every new token.
+        """
+        return self.held + query_length, self.fed_tokens - self.held
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.sequences, self.fed_tokens, self._prompt, self._queries = [], 0, None, []
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the sequences of these numbers, each as often as it is named."""
+        if self.sequences:
+            self.sequences = [self.sequences[row].copy() for row in indices.tolist()]
+            self._queries = [self._queries[row] for row in indices.tolist()]
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.batch_select_indices(torch.arange(len(self.sequences)).repeat_interleave(repeats))
+
+
+class GenerationCache(Cache):
+    """A cache that holds a budget of tokens of every layer and KV head; `spectral_kv.cache` makes it.
+
+    It is for `model.generate(..., past_key_values=cache)` and for forward calls. A prompt is compressed layer by layer
+    while it runs, so that one layer at a time is whole; so is every later feed of several tokens.
+    """
+
+    def __init__(self, compressor: Compressor, every: int | None = None):
+        self.compressor, self.every = compressor, every
+        layers = [GenerationLayer(compressor, index, every) for index in range(compressor.backend.shape.layers)]
+        super().__init__(layers=layers)
+
+    @property
+    def position(self) -> int:
+        """Tokens fed so far, padding included."""
+        return self.layers[0].fed_tokens
+
+    @property
+    def held(self) -> int:
+        """Tokens that attention reads in every layer and KV head."""
+        return self.layers[0].held
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor that must live to continue decoding."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that is held, by layer and sequence.
+
+        Raises
+        ------
+        ValueError
+            If tokens are held in codes, or queries are remembered for evictions while decoding.
+        """
+        found = {}
+        for index, layer in enumerate(self.layers):
+            if any(queries.nbytes for queries in layer._queries):
+                raise ValueError(f"a cache whose method reads queries while decoding (every={self.every}) isn't saved")
+            for row, sequence in enumerate(layer.sequences):
+                if not isinstance(sequence.stored, DenseTokens):
+                    raise ValueError("only a cache with storage=dense can be saved: quantised tokens can't yet")
+                name = f"{index}.{row}"
+                found[f"{name}.keys"], found[f"{name}.values"] = (x.contiguous() for x in sequence.stored.load())
+                found[f"{name}.positions"] = torch.from_numpy(np.ascontiguousarray(sequence.positions))
+        return found
+
+    def restore(self, tensors: dict[str, torch.Tensor], position: int, seen: list[int]) -> None:
+        """Hold what `tensors` returned, of sequences of `seen` tokens, and continue after `position` fed tokens."""
+        for index, layer in enumerate(self.layers):
+            layer.fed_tokens, layer.is_initialized = position, True
+            shape = self.compressor.backend.shape
+            layer.sequences, layer._queries = [], []
+            for row, tokens in enumerate(seen):
+                keys, values = (tensors[f"{index}.{row}.{part}"].to(self.compressor.backend.device) for part in
+                                ("keys", "values"))  # fmt: skip
+                positions = tensors[f"{index}.{row}.positions"].numpy()
+                layer.sequences.append(CompressedLayer(DenseTokens(keys, values), keys.dtype, tokens, positions))
+                layer._queries.append(keys.new_empty((shape.query_heads, 0, shape.dim)))
+
+    def save(self, path, tokens=None) -> None:
+        """Write it to a safetensors file: see `spectral_kv.load`."""
+        from spectral_kv.backends.torch_cache_file import save
+
+        save(self, path, tokens)

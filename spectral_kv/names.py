@@ -1,0 +1,58 @@
+"""Methods and storages by name: the names of the configuration groups, with the same settings."""
+
+from importlib import import_module
+from typing import Any
+
+METHODS: dict[str, tuple[str, dict[str, Any]] | None] = {
+    "full": None,
+    "expected_attention": ("expected_attention.ExpectedAttention", {}),
+    "fourier": ("fourier.Fourier", {}),
+    "h2o": ("h2o.H2O", {}),
+    "keydiff": ("keydiff.KeyDiff", {}),
+    "knorm": ("knorm.Knorm", {}),
+    "observed_attention": ("observed_attention.ObservedAttention", {}),
+    "oracle_mass": ("oracle_mass.OracleMass", {}),
+    "oracle_value": ("oracle_value.OracleValue", {}),
+    "random": ("random.Random", {}),
+    "snapkv": ("snapkv.SnapKV", {}),
+    "streaming": ("streaming.Streaming", {}),
+    "tova": ("tova.Tova", {}),
+    "tri": ("tri.TriAttention", {}),
+    "turboquant": None,
+    "wavelet": ("wavelet.Wavelet", {}),
+    "wavelet_fourier": ("wavelet_fourier.WaveletFourier", {}),
+    "wavelet_tri": ("wavelet_tri.WaveletTri", {}),
+}
+
+STORAGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense": ("dense.Dense", {}),
+    "hqq_4bit": ("quantized_cache.QuantizedCacheStorage", {"library": "hqq", "bits": 4}),
+    "quanto_2bit": ("quantized_cache.QuantizedCacheStorage", {"library": "quanto", "bits": 2}),
+    "quanto_4bit": ("quantized_cache.QuantizedCacheStorage", {"library": "quanto", "bits": 4}),
+    "turboquant_2bit": ("turboquant.TurboQuantStorage", {"key_bits": 2, "value_bits": 2}),
+    "turboquant_3bit": ("turboquant.TurboQuantStorage", {"key_bits": 3, "value_bits": 3}),
+    "turboquant_4bit": ("turboquant.TurboQuantStorage", {"key_bits": 4, "value_bits": 4}),
+}
+
+
+def _made(group: str, entry: tuple[str, dict[str, Any]]) -> Any:
+    (module, _, name), settings = entry[0].partition("."), entry[1]
+    return getattr(import_module(f"spectral_kv.{group}.{module}"), name)(**settings)
+
+
+def method(name: Any) -> Any:
+    """The scorer of a name, None where every token is kept; a scorer is returned as it is."""
+    if not isinstance(name, str):
+        return name
+    if name not in METHODS:
+        raise ValueError(f"method={name} is not known: choose one of {', '.join(METHODS)}")
+    return METHODS[name] and _made("scorers", METHODS[name])
+
+
+def storage(name: Any) -> Any:
+    """The storage of a name; a storage is returned as it is."""
+    if not isinstance(name, str):
+        return name
+    if name not in STORAGES:
+        raise ValueError(f"storage={name} is not known: choose one of {', '.join(STORAGES)}")
+    return _made("storage", STORAGES[name])

@@ -1,0 +1,136 @@
+"""What a user of transformers calls: see `spectral_kv`."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spectral_kv import names
+from spectral_kv.calibration import QueryStatistics, observe
+from spectral_kv.compressor import Compressor, foresees
+from spectral_kv.scorers.base import Scorer
+from spectral_kv.selection import Budget
+from spectral_kv.storage.base import Storage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from spectral_kv.backends.torch_generation import GenerationCache
+
+STATISTICS = "query_statistics.safetensors"
+
+
+def reference_model() -> Path:
+    """Folder of a small model with a tokenizer that is installed with the library."""
+    return Path(__file__).parents[1] / "pipeline" / "reference_model" / "checkpoint"
+
+
+def cache(
+    model: "PreTrainedModel",
+    method: str | Scorer | None = "wavelet",
+    budget: int | Budget = 512,
+    storage: str | Storage = "dense",
+    every: int | None = None,
+    statistics: QueryStatistics | str | Path | None = None,
+) -> "GenerationCache":
+    """A cache for `model.generate(..., past_key_values=cache)` that keeps to a budget.
+
+    Prompts are compressed layer by layer while they run; the model attends by SDPA from now on, and shows the cache its
+    queries.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        All its layers attend to all tokens. It is used where and in the dtype that it is.
+    method : str or Scorer
+        One of `METHODS`. Oracles can't be used: they read what is not generated yet.
+    budget : int or Budget
+        Tokens that every layer and KV head keeps, the first 4 and the last 64 among them (an eighth of a budget below
+        512). A `Budget` states them itself.
+    storage : str or Storage
+        One of `STORAGES`.
+    every : int, optional
+        While decoding, bring the cache back to its budget whenever it is so many tokens over it. By default what is
+        generated is kept until the next prompt.
+    statistics : QueryStatistics or path, optional
+        For `tri` and `wavelet_tri`: what `calibrate` measured. By default it is looked for in the model's folder.
+
+    Raises
+    ------
+    ValueError
+        If the model, or one of the others, is not suitable.
+    """
+    from spectral_kv.backends.torch import ATTENTION, TorchBackend
+    from spectral_kv.backends.torch_generation import GenerationCache
+
+    scorer, storage = names.method(method), names.storage(storage)
+    if foresees(scorer):
+        raise ValueError(f"method={method} is an oracle, which reads what is not generated yet: choose another method")
+    if every is not None and every < 1:
+        raise ValueError(f"every={every} must be at least 1, or unset to keep what is generated")
+    if not isinstance(budget, Budget):
+        budget = Budget(budget, sinks=min(4, budget // 8), recent=min(64, budget // 8))
+    if budget.selection != "per_layer_perhead":
+        raise ValueError(
+            f"selection={budget.selection} needs all layers at once, and a prompt is compressed layer by layer: "
+            "set selection=per_layer_perhead"
+        )
+    if model.config._attn_implementation != ATTENTION:
+        model.set_attn_implementation("sdpa")
+    backend = TorchBackend.wrap(model)
+    found = _statistics(backend, model, statistics) if scorer is not None and "calibration" in scorer.reads else None
+    model.set_attn_implementation(ATTENTION)
+    return GenerationCache(Compressor(backend, scorer, budget, storage, found), every)
+
+
+def _statistics(backend: Any, model: "PreTrainedModel", given: QueryStatistics | str | Path | None) -> QueryStatistics:
+    if isinstance(given, QueryStatistics):
+        return given
+    path = given
+    if path is None:
+        folder = Path(model.config._name_or_path)
+        shipped = folder.resolve() == reference_model().resolve()
+        path = (folder.parent if shipped else folder) / STATISTICS
+    if not Path(path).is_file():
+        raise ValueError(
+            f"{path} is not there: pass statistics=spectral_kv.calibrate(model, windows), or choose a method that "
+            "needs no calibration"
+        )
+    return QueryStatistics.load(path, (backend.shape.layers, backend.shape.query_heads, backend.shape.dim // 2))
+
+
+def calibrate(model: "PreTrainedModel", windows: Iterable[np.ndarray]) -> QueryStatistics:
+    """Query statistics of a model over token ids `[tokens]` of several texts, for `tri` and `wavelet_tri`.
+
+    Saved as query_statistics.safetensors in the model's folder, they are found from there.
+    """
+    from spectral_kv.backends.torch import TorchBackend
+
+    return observe(TorchBackend.wrap(model), windows).statistics()
+
+
+def load(path: str | Path, model: "PreTrainedModel", tokens: Any = None, **settings: Any) -> "GenerationCache":
+    """A cache that `cache.save(path)` wrote; it continues bit for bit.
+
+    Parameters
+    ----------
+    path : path
+    model : PreTrainedModel
+        The one that the cache is of.
+    tokens : array of int, optional
+        Refuse the cache if these are not the tokens that it was saved with.
+    settings
+        As of `cache`, where they are not those of the default: method, every, statistics. Budget is that of the file.
+
+    Raises
+    ------
+    ValueError
+        If the file holds something else, or the cache of another model, version or text.
+    """
+    from spectral_kv.backends import torch_cache_file
+
+    header = torch_cache_file.header(path, model, tokens)
+    budget = Budget(header["budget"], sinks=header["sinks"], recent=header["recent"])
+    loaded = cache(model, budget=budget, **settings)
+    return torch_cache_file.restored(loaded, path, header)

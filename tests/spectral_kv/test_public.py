@@ -1,0 +1,258 @@
+"""`spectral_kv.cache` inside transformers' own `generate`."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import spectral_kv
+from spectral_kv import names
+from spectral_kv.backends.torch import TorchBackend
+from spectral_kv.compressor import Compressor, observed
+
+SIZES = dict(
+    vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, max_position_embeddings=4096, initializer_range=0.2, bos_token_id=0,
+    eos_token_id=None, pad_token_id=0,
+)  # fmt: skip
+KINDS = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+BUDGET = spectral_kv.Budget(40, sinks=4, recent=8)
+ORDINARY = [name for name in names.METHODS if "oracle" not in name and "tri" not in name]
+
+
+@pytest.fixture(scope="module")
+def models():
+    made = {}
+    for kind, (config, model) in KINDS.items():
+        torch.manual_seed(1)
+        made[kind] = model(config(**SIZES)).eval()
+    return made
+
+
+@pytest.fixture
+def model(models):
+    return models["qwen2"]
+
+
+def prompt(tokens: int, seed: int = 0, batch: int = 1) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).integers(1, 512, (batch, tokens)))
+
+
+def continued(model, ids, cache, count=12, **more):
+    mask = more.pop("attention_mask", torch.ones_like(ids))
+    return model.generate(
+        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=count, do_sample=False, **more
+    )
+
+
+def padded(*prompts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts `[1, tokens]` as a batch, and its mask."""
+    longest = max(p.shape[1] for p in prompts)
+    pads = [longest - p.shape[1] for p in prompts]
+    ids = torch.cat([torch.nn.functional.pad(p, (n, 0)) for p, n in zip(prompts, pads, strict=True)])
+    mask = torch.stack([(torch.arange(longest) >= n).long() for n in pads])
+    return ids, mask
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lengths", [(70,), (70, 23, 51)])
+def test_a_budget_of_all_tokens_gives_the_plain_caches_tokens_over_three_turns(models, kind, lengths):
+    model = models[kind]
+    ids, mask = padded(*(prompt(n, seed=n) for n in lengths))
+    ours, plain = spectral_kv.cache(model, "fourier", budget=1000), DynamicCache()
+    for turn in range(3):
+        got = continued(model, ids, ours, attention_mask=mask)
+        assert torch.equal(got, continued(model, ids, plain, attention_mask=mask))
+        more = prompt(9, seed=turn, batch=len(lengths))
+        ids = torch.cat([got, more], dim=1)
+        mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+
+
+@pytest.mark.parametrize("name", [*ORDINARY, "tri", "wavelet_tri"])
+def test_the_kept_tokens_are_those_of_the_compressor(model, name):
+    ids = prompt(101)
+    statistics = spectral_kv.calibrate(model, [prompt(200, seed=7)[0].numpy()])
+    cache = spectral_kv.cache(model, name, BUDGET, statistics=statistics)
+    model(ids, past_key_values=cache)
+    backend = TorchBackend.wrap(model)
+    compressor = Compressor(backend, names.method(name), BUDGET, names.storage("dense"), statistics)
+    prefill = backend.prefill(ids[0].numpy(), observed(compressor.scorer, 101))
+    for layer, kept in zip(cache.layers, compressor.choose(prefill, 0, prefill.queries), strict=True):
+        assert np.array_equal(layer.positions[0], np.asarray(kept))
+
+
+def masked_forward(model, ids, gone):
+    """Logits of a forward without a cache, where every layer and KV head hides the positions in `gone[layer]`.
+
+    `gone[layer]` is a list of `(first query that no longer sees them, head, positions)`.
+    """
+    from spectral_kv.backends import torch as backend
+
+    tokens = ids.shape[1]
+
+    def hidden(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        groups = query.shape[1] // key.shape[1]
+        mask = torch.ones(tokens, tokens, dtype=torch.bool).tril().repeat(1, query.shape[1], 1, 1)
+        for first, head, positions in gone[module.layer_idx]:
+            mask[:, head * groups : (head + 1) * groups, first:, positions] = False
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), mask, scale=scaling
+        )
+        return out.transpose(1, 2), None
+
+    backend.AttentionInterface.register("hidden", hidden)
+    before = model.config._attn_implementation
+    model.config._attn_implementation = "hidden"
+    try:
+        with torch.no_grad():
+            return model(ids, use_cache=False).logits
+    finally:
+        model.config._attn_implementation = before
+
+
+def missing(cache, first):
+    """What every layer and head no longer holds of the tokens before `first`, for queries from `first` on."""
+    return [
+        [(first, head, sorted(set(range(first)) - set(kept.tolist()))) for head, kept in enumerate(layer.positions[0])]
+        for layer in cache.layers
+    ]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_logits_are_those_of_a_forward_that_hides_the_evicted_tokens(model, seed):
+    lengths = np.random.default_rng(seed).integers(45, 160, 2)
+    first, second = int(lengths[0]), int(lengths[1])
+    ids = prompt(first + second + 40, seed=seed)
+    cache = spectral_kv.cache(model, ("fourier", "snapkv")[seed % 2], BUDGET, every=10)
+    gone = [[], []]
+    with torch.no_grad():
+        parts = [model(ids[:, :first], past_key_values=cache).logits]
+        for start, stop in [(first, first + second), *((i, i + 1) for i in range(first + second, ids.shape[1]))]:
+            for layer, now in zip(gone, missing(cache, start), strict=True):
+                layer += now
+            parts.append(model(ids[:, start:stop], past_key_values=cache).logits)
+    assert cache.position == ids.shape[1]
+    assert cache.held < BUDGET.tokens + 10  # evicted while decoding, four times
+    torch.testing.assert_close(torch.cat(parts, dim=1), masked_forward(model, ids, gone), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("storage", ["dense", "turboquant_4bit"])
+@pytest.mark.parametrize("name", ["fourier", "snapkv", "h2o", "random"])
+def test_a_row_of_a_padded_batch_is_the_prompt_alone(model, name, storage):
+    prompts = [prompt(n, seed=n) for n in (120, 33, 64)]
+    ids, mask = padded(*prompts)
+    settings = dict(budget=BUDGET, storage=storage, every=6)
+    together = continued(model, ids, spectral_kv.cache(model, name, **settings), 30, attention_mask=mask)
+    for row, alone in enumerate(prompts):
+        got = continued(model, alone, spectral_kv.cache(model, name, **settings), 30)
+        assert torch.equal(got[0, alone.shape[1] :], together[row, ids.shape[1] :])
+
+
+def test_beams_and_sampling_run_as_with_the_plain_cache(model):
+    ids = prompt(50)
+    for how in (dict(num_beams=3), dict(do_sample=True, num_return_sequences=2)):
+        results = []
+        for cache in (spectral_kv.cache(model, "fourier", budget=1000), DynamicCache()):
+            torch.manual_seed(3)
+            settings = dict(max_new_tokens=10, attention_mask=torch.ones_like(ids), **how)
+            results.append(model.generate(ids, past_key_values=cache, **settings))
+        assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("name", ["fourier", "snapkv", "h2o"])
+def test_bytes_never_exceed_those_of_the_budget_and_the_interval(model, name):
+    cache, most = spectral_kv.cache(model, name, BUDGET, every=16), 0
+    with torch.no_grad():
+        for token in prompt(400)[0]:
+            model(token.view(1, 1), past_key_values=cache)
+            most = max(most, cache.held)
+    assert most == BUDGET.tokens + 15 and cache.position == 400
+
+
+def test_a_saved_cache_continues_bit_for_bit(model, tmp_path):
+    ids = prompt(90)
+    cache = spectral_kv.cache(model, "fourier", BUDGET)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        cache.save(tmp_path / "cache", tokens=ids)
+        again = spectral_kv.load(tmp_path / "cache", model, tokens=ids, method="fourier")
+        more = prompt(30, seed=5)
+        assert torch.equal(*(model(more, past_key_values=c).logits for c in (cache, again)))
+    assert again.held == BUDGET.tokens
+    assert [p.name for p in tmp_path.iterdir()] == ["cache"]
+
+
+def test_a_cache_of_another_model_or_text_is_refused(models, tmp_path):
+    ids = prompt(90)
+    cache = spectral_kv.cache(models["llama"], "fourier", BUDGET)
+    models["llama"](ids, past_key_values=cache)
+    cache.save(tmp_path / "cache", tokens=ids)
+    with pytest.raises(ValueError, match="another model"):
+        spectral_kv.load(tmp_path / "cache", models["qwen3"])
+    with pytest.raises(ValueError, match="another text"):
+        spectral_kv.load(tmp_path / "cache", models["llama"], tokens=ids + 1)
+    (tmp_path / "broken").write_bytes(b"no cache")
+    with pytest.raises(ValueError, match="does not hold a cache"):
+        spectral_kv.load(tmp_path / "broken", models["llama"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(method="no"), "method=no is not known"),
+        (dict(storage="no"), "storage=no is not known"),
+        (dict(method="oracle_mass"), "is an oracle"),
+        (dict(every=0), "every=0"),
+        (dict(method="tri"), "is not there: pass statistics"),
+        (dict(budget=spectral_kv.Budget(99, selection="per_head")), "needs all layers"),
+    ],
+)
+def test_what_can_not_be_is_refused(model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        spectral_kv.cache(model, **settings)
+
+
+def test_padding_on_the_right_is_refused(model):
+    mask = torch.ones(2, 60, dtype=torch.long)
+    mask[0, 50:] = 0
+    with pytest.raises(ValueError, match="padded on the right"):
+        model(prompt(60, batch=2), attention_mask=mask, past_key_values=spectral_kv.cache(model, "fourier", BUDGET))
+
+
+def test_the_names_are_the_configurations():
+    yaml = pytest.importorskip("yaml")
+    groups = Path(__file__).parents[2] / "conf"
+    for group, table, made in (("method", names.METHODS, names.method), ("storage", names.STORAGES, names.storage)):
+        files = {path.stem: yaml.safe_load(path.read_text()) for path in (groups / group).glob("*.yaml")}
+        assert set(files) == set(table)
+        for name, settings in files.items():
+            settings = settings.get("method", settings)
+            settings = {k: v for k, v in settings.items() if k not in ("name", "title", "defaults")}
+            target = settings.pop("_target_")
+            if group == "storage" and name.startswith(("quanto", "hqq")):
+                pytest.importorskip("optimum.quanto" if name.startswith("quanto") else "hqq")
+            got = made(name)
+            assert target == (got and f"{type(got).__module__}.{type(got).__name__}")
+            for key, value in settings.items():
+                assert getattr(got, key) == (0 if value == "${seed}" else value), (name, key)
+
+
+def test_the_three_lines_on_the_model_that_comes_along():
+    model = AutoModelForCausalLM.from_pretrained(spectral_kv.reference_model())
+    cache = spectral_kv.cache(model, "wavelet_tri", budget=64, storage="turboquant_4bit")
+    assert model.generate(prompt(100), past_key_values=cache, max_new_tokens=5).shape == (1, 105)
