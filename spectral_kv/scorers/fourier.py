@@ -25,7 +25,7 @@ class Fourier(Spectral):
     def __post_init__(self):
         super().__post_init__()
         if not (0 < self.cutoff <= 1 and 0 <= self.taper <= 1):
-            raise ValueError(f"method.cutoff={self.cutoff} and method.taper={self.taper} must lie in (0, 1] and [0, 1]")
+            raise ValueError(f"cutoff={self.cutoff} and taper={self.taper} must lie in (0, 1] and [0, 1]")
 
     def spectral(self, x: Array) -> Array:
         xp = namespace(x)

@@ -43,11 +43,11 @@ class Spectral(ABC):
 
     def __post_init__(self):
         if self.signal not in SIGNALS:
-            raise ValueError(f"method.signal={self.signal} is not known: choose one of {', '.join(SIGNALS)}")
+            raise ValueError(f"signal={self.signal} is not known: choose one of {', '.join(SIGNALS)}")
         if self.sign not in SIGNS:
-            raise ValueError(f"method.sign={self.sign} is not known: choose one of {', '.join(SIGNS)}")
+            raise ValueError(f"sign={self.sign} is not known: choose one of {', '.join(SIGNS)}")
         if self.shuffle_seed is not None and self.shuffle_seed < 0:
-            raise ValueError(f"method.shuffle_seed={self.shuffle_seed} can't be negative: write 0 or more, or null")
+            raise ValueError(f"shuffle_seed={self.shuffle_seed} can't be negative: write 0 or more, or leave it unset")
 
     @abstractmethod
     def spectral(self, x: Array) -> Array:

@@ -53,11 +53,11 @@ class TriAttention:
 
     def __post_init__(self):
         if self.largest_offset < 1:
-            raise ValueError(f"method.largest_offset={self.largest_offset} must be at least 1")
+            raise ValueError(f"largest_offset={self.largest_offset} must be at least 1")
         if self.aggregation not in AGGREGATIONS:
-            raise ValueError(f"method.aggregation={self.aggregation} is not known: choose {' or '.join(AGGREGATIONS)}")
+            raise ValueError(f"aggregation={self.aggregation} is not known: choose {' or '.join(AGGREGATIONS)}")
         if self.path not in PATHS:
-            raise ValueError(f"method.path={self.path} is not known: choose {' or '.join(PATHS)}")
+            raise ValueError(f"path={self.path} is not known: choose {' or '.join(PATHS)}")
 
     def expectation(self, layer: LayerView) -> Array:
         """Expected logit of every key, `[kv_heads, tokens, query heads a KV head]`.

@@ -43,17 +43,13 @@ class Wavelet(Spectral):
     def __post_init__(self):
         super().__post_init__()
         if self.wavelet not in pywt.wavelist(kind="discrete"):
-            raise ValueError(
-                f"method.wavelet={self.wavelet} is not a discrete wavelet of PyWavelets: try db4, haar or sym4"
-            )
+            raise ValueError(f"wavelet={self.wavelet} is not a discrete wavelet of PyWavelets: try db4, haar or sym4")
         if self.mode not in MODES:
-            raise ValueError(f"method.mode={self.mode} is not known: choose one of {', '.join(MODES)}")
+            raise ValueError(f"mode={self.mode} is not known: choose one of {', '.join(MODES)}")
         if self.transform not in TRANSFORMS:
-            raise ValueError(f"method.transform={self.transform} is not known: choose one of {', '.join(TRANSFORMS)}")
+            raise ValueError(f"transform={self.transform} is not known: choose one of {', '.join(TRANSFORMS)}")
         if self.levels < 1 or self.level_decay <= 0:
-            raise ValueError(
-                f"method.levels={self.levels} must be at least 1 and method.level_decay={self.level_decay} above 0"
-            )
+            raise ValueError(f"levels={self.levels} must be at least 1 and level_decay={self.level_decay} above 0")
 
     @property
     def weights(self) -> tuple[float, ...]:

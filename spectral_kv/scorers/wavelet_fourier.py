@@ -58,9 +58,9 @@ class WaveletFourier(Wavelet):
     def __post_init__(self):
         super().__post_init__()
         if not (0 < self.cutoff <= 1 and 0 <= self.taper <= 1):
-            raise ValueError(f"method.cutoff={self.cutoff} and method.taper={self.taper} must lie in (0, 1] and [0, 1]")
+            raise ValueError(f"cutoff={self.cutoff} and taper={self.taper} must lie in (0, 1] and [0, 1]")
         if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise ValueError(f"method.alpha={self.alpha} must lie in [0, 1], or be null")
+            raise ValueError(f"alpha={self.alpha} must lie in [0, 1], or be unset")
 
     def spectral(self, x: Array) -> Array:
         xp = namespace(x)

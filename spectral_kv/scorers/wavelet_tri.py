@@ -28,7 +28,7 @@ class WaveletTri(Wavelet):
         super().__post_init__()
         TriAttention(self.largest_offset)
         if not 0 <= self.tri_weight <= 1:
-            raise ValueError(f"method.tri_weight={self.tri_weight} must lie in [0, 1]")
+            raise ValueError(f"tri_weight={self.tri_weight} must lie in [0, 1]")
 
     reads: ClassVar[tuple[str, ...]] = ("keys", "calibration")
 

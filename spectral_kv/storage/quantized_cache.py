@@ -109,8 +109,8 @@ class QuantizedCacheCodec:
         """
         if dim % self.group_size:
             raise ValueError(
-                f"storage.group_size={self.group_size} does not divide the head dimension {dim}: "
-                f"set storage.group_size={math.gcd(self.group_size, dim)}"
+                f"group_size={self.group_size} does not divide the head dimension {dim}: "
+                f"set group_size={math.gcd(self.group_size, dim)}"
             )
         whole = 8 // self.bits  # both libraries pack codes of different groups into one byte
         return math.ceil(values / self.group_size / whole) * whole
@@ -151,17 +151,17 @@ class QuantizedCacheStorage(Windowed):
     def __post_init__(self):
         super().__post_init__()
         if self.library not in MODULES:
-            raise ValueError(f"storage.library={self.library} is not known: choose quanto or hqq")
+            raise ValueError(f"library={self.library} is not known: choose quanto or hqq")
         if self.bits not in (2, 4):
-            raise ValueError(f"storage.bits={self.bits} must be 2 or 4")
+            raise ValueError(f"bits={self.bits} must be 2 or 4")
         if self.group_size < 2:
-            raise ValueError(f"storage.group_size={self.group_size} must be at least 2")
+            raise ValueError(f"group_size={self.group_size} must be at least 2")
         if not all(find_spec(module) for module in MODULES[self.library]):
-            raise ValueError(f"{self._option} needs the optional packages: pip install 'spectral-kv[quantized]'")
+            raise ValueError(f"{self._title} needs the optional packages: pip install 'spectral-kv[quantized]'")
 
     @property
-    def _option(self) -> str:
-        return f"storage={self.library}_{self.bits}bit"
+    def _title(self) -> str:
+        return f"{self.library} at {self.bits} bits"
 
     def codec(self, layer: int) -> QuantizedCacheCodec:
         return QuantizedCacheCodec(self.library, self.bits, self.group_size)
@@ -169,7 +169,7 @@ class QuantizedCacheStorage(Windowed):
     def store(self, keys: Array, values: Array, layer: int) -> WindowedTokens:
         if not is_torch_array(keys):
             raise ValueError(
-                f"{self._option} holds torch tensors, not {type(keys).__module__}.{type(keys).__name__}: "
-                "choose storage=turboquant_4bit, which holds any array"
+                f"{self._title} holds torch tensors, not {type(keys).__module__}.{type(keys).__name__}: "
+                "choose TurboQuant, which holds any array"
             )
         return super().store(keys, values, layer)

@@ -89,11 +89,9 @@ class TurboQuantStorage(Windowed):
     def __post_init__(self):
         super().__post_init__()
         if self.key_bits not in (2, 3, 4) or self.value_bits not in (2, 3, 4):
-            raise ValueError(
-                f"storage.key_bits={self.key_bits} and storage.value_bits={self.value_bits} must be 2, 3 or 4"
-            )
+            raise ValueError(f"key_bits={self.key_bits} and value_bits={self.value_bits} must be 2, 3 or 4")
         if self.rotation not in ("haar", "hadamard"):
-            raise ValueError(f"storage.rotation={self.rotation} is not known: choose haar or hadamard")
+            raise ValueError(f"rotation={self.rotation} is not known: choose haar or hadamard")
 
     def codec(self, layer: int) -> TurboQuantCodec:
         return TurboQuantCodec(

@@ -103,9 +103,9 @@ class Windowed(ABC):
 
     def __post_init__(self):
         if self.sinks < 0 or self.recent < 0:
-            raise ValueError(f"storage.sinks={self.sinks} and storage.recent={self.recent} can't be negative")
+            raise ValueError(f"sinks={self.sinks} and recent={self.recent} can't be negative")
         if self.flush < 1:
-            raise ValueError(f"storage.flush={self.flush} must be at least 1")
+            raise ValueError(f"flush={self.flush} must be at least 1")
 
     @abstractmethod
     def codec(self, layer: int) -> Codec:
