@@ -1,7 +1,7 @@
 """What a phase gets and what it returns."""
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -12,6 +12,7 @@ from pipeline.stages.prefill import FullRun, answer
 from spectral_kv.backends.base import Cache, Contents, Extension, Prefill
 from spectral_kv.backends.measuring import MeasuredBackend
 from spectral_kv.compressor import Compressor, foresees
+from spectral_kv.scorers.base import Scorer
 from spectral_kv.storage.dense import Dense
 from spectral_kv.xp import Array
 
@@ -53,6 +54,15 @@ class Context:
         """The prompt positions that are neither sinks nor recent window; all where the method keeps all."""
         tokens = len(self.prefill.tokens)
         return self.compressor.protected.evictable(tokens) if self.compressor.scorer else slice(0, tokens)
+
+    @property
+    def scores(self) -> list[Array] | None:
+        """The scores `[kv_heads, tokens]` of every layer by which tokens were kept; None if none were needed."""
+        return self.compressed.scores
+
+    def scores_by(self, scorer: Scorer) -> list[Array]:
+        """What another scorer, one that reads keys and values alone, says of the same prompt."""
+        return replace(self.compressor, scorer=scorer).scores(self.prefill, self.document)
 
     def contents(self) -> Contents:
         """What the compressed cache holds."""

@@ -13,11 +13,15 @@ from spectral_kv.xp import Array
 
 @dataclass(frozen=True)
 class Compressed:
-    """A compressed cache, the kept tokens `[kv_heads, kept]` of every layer (None: all), and the seconds it took."""
+    """A compressed cache, the kept tokens `[kv_heads, kept]` of every layer (None: all), and the seconds it took.
+
+    `scores` `[kv_heads, tokens]` of every layer are those that decided, None where nothing had to be decided.
+    """
 
     cache: Cache
     kept: list[Array] | None
     seconds: float
+    scores: list[Array] | None = None
 
 
 def timed(backend, work: Callable[[], Any]) -> tuple[Any, float]:
@@ -46,7 +50,7 @@ def compress(compressor: Compressor, full: FullRun, shared: SharedScores, docume
         kept = compressor.select(scores)
     cache = compressor.store(prefill, kept)
     backend.synchronize()
-    return Compressed(cache, kept, scoring + time.perf_counter() - start)
+    return Compressed(cache, kept, scoring + time.perf_counter() - start, scores)
 
 
 def _scored(compressor: Compressor, full: FullRun, document: int) -> tuple[list[Array], float]:
