@@ -55,7 +55,12 @@ def documents(result: Result) -> pd.DataFrame:
     """The run's values, one row a document and one column a metric, as MLflow holds them."""
     import mlflow
 
-    rows = mlflow.load_table("rows.json", run_ids=[result.run_id])
+    try:
+        rows = mlflow.load_table("rows.json", run_ids=[result.run_id])
+    except (mlflow.MlflowException, OSError):
+        raise InputError(
+            f"run {result.run_id} has lost its rows.json: call python -m pipeline.doctor, then it is measured again"
+        ) from None
     numbers = {column: pd.to_numeric(rows[column]) for column in ("layer", "turn", "value")}
     return per_document(rows.assign(**numbers))
 
@@ -123,9 +128,13 @@ def compare(overrides: list[str], against: list[str], gap: bool) -> None:
     for result, estimates in zip(results, differences, strict=True):
         log(result, estimates, f"vs_{name}")
     if gap:
+        oracle = ["method=oracle_value"]
+        seen, there = composed([*shared, *oracle]).method.positions, reference.settings.documents.continuation
+        if there < seen:  # the oracle looks at all of a short continuation
+            oracle.append(f"method.positions={there}")
         ends = [
-            documents(execute(prepare(composed([*shared, *against, f"method={m}"]))))
-            for m in ("random", "oracle_value")
+            documents(execute(prepare(composed([*shared, *against, *method]))))
+            for method in (["method=random"], oracle)
         ]
         gaps = compared(tables, GAPS, lambda t, m: gap_closed(t[m].to_numpy(), *(end[m].to_numpy() for end in ends)))
         show("share of the gap from random tokens to the oracle that is closed", results, gaps)

@@ -128,7 +128,9 @@ def loaded(settings: Settings, checkpoint: Checkpoint | Weightless) -> tuple[tup
             _loaded[key] = backend(
                 checkpoint.source, device=config.device, dtype=config.dtype, cache_dtype=config.cache_dtype
             )
-        except (ValueError, OSError, SafetensorError) as error:
+        except (ValueError, OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "mismatch" not in str(error):
+                raise
             reason = prefixed(str(error).strip().split("\n")[0], "backend", ("device", "dtype", "cache_dtype"))
             raise InputError(f"model={settings.model.name} can't be loaded: {reason}") from None
     return key, _loaded[key]

@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="whole experiments, where sections take a part of them")
     parser.add_argument("--refresh", action="store_true", help="measure again what is there already")
     arguments = parser.parse_intermixed_args()
-    experiments = arguments.sections.split(",") if arguments.sections else list(titles())
+    experiments = list(titles()) if arguments.sections is None else arguments.sections.split(",")
     overrides = [*arguments.overrides, *(["force=true"] if arguments.refresh else [])]
     with reporting(sys.argv[1:]):
         regenerate(experiments, overrides, arguments.readme, arguments.full)

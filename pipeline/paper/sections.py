@@ -129,14 +129,14 @@ def plan(experiments: list[str], overrides: list[str], memory: Path, full: bool 
     """
     for name in experiments:
         if name not in titles():
-            raise InputError(f"--sections {name} is not known: choose among {', '.join(titles())}")
+            raise InputError(f"--sections has '{name}', which is not known: choose among {', '.join(titles())}")
     register_resolvers()
     key = _conf_hash()
     try:
         remembered = json.loads(memory.read_text())
     except (OSError, ValueError):
         remembered = {}
-    if remembered.get("key") != key:
+    if not isinstance(remembered, dict) or remembered.get("key") != key:
         remembered = {"key": key, "sweeps": {}}
     known = remembered["sweeps"]
     found = {}

@@ -12,10 +12,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.settings.compose import composed, outermost, spelled_out, sweep
+from pipeline.settings.compose import composed, outermost, refuse_contradictions, refuse_empty, spelled_out, sweep
 from pipeline.settings.errors import DiskFull, Exhausted, InputError, Terminated, exhausted, suggestion
 from pipeline.settings.folders import conf_dir, register_resolvers
 
@@ -42,6 +42,11 @@ def _run(cfg: DictConfig) -> float | None:
     except Exception as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             _say(error)
+        # Hydra would add a line of its own to what `reporting` says
+        words = unwritable(error, Path(cfg.outputs), sys.argv[1:]) if isinstance(error, OSError) else None
+        if words is not None and HydraConfig.get().mode == RunMode.RUN and not SHOW_TRACEBACKS:
+            print(f"pipeline: {words}", file=sys.stderr)
+            sys.exit(2)
         raise
 
 
@@ -66,6 +71,7 @@ def _status(error: Exception) -> int:
 def _measure(cfg: DictConfig) -> float | None:
     from pipeline.job import prepare
 
+    _from_the_start(cfg)
     job = prepare(cfg)  # refuses bad input before anything heavy is imported
     from pipeline.run import execute
     from pipeline.show.summary import show
@@ -75,11 +81,33 @@ def _measure(cfg: DictConfig) -> float | None:
     return result.metrics.get("ppl/delta_nll")
 
 
+PATHS = ("outputs", "checkpoints", "model.path", "model.calibration", "document.path")
+
+
+def _from_the_start(cfg: DictConfig) -> None:
+    """Where Hydra changes into the folder of a job, paths still count from the folder that the command was given in."""
+    if not HydraConfig.initialized() or not HydraConfig.get().job.chdir:
+        return
+    start = Path(HydraConfig.get().runtime.cwd)
+    for key in PATHS:
+        if isinstance(path := OmegaConf.select(cfg, key), str) and path:
+            OmegaConf.update(cfg, key, str(start / Path(path).expanduser()))
+    uri = cfg.tracking.uri
+    if uri and uri.startswith("sqlite:///"):
+        cfg.tracking.uri = f"sqlite:///{start / uri.removeprefix('sqlite:///')}"
+
+
 def _measure_grid(grid: str) -> None:
     """Sweep the settings in `grid` within this job; a failure does not stop the others."""
+    try:
+        words = shlex.split(grid) if isinstance(grid, str) else []
+    except ValueError:
+        words = []
+    if not words:
+        raise InputError(f"grid={grid} can't be read: write settings in quotes, as grid='\"method=tri,snapkv\"'")
     outer = [o for o in HydraConfig.get().overrides.task if not o.startswith("grid=")]
     failures = []
-    for overrides in sweep(None, [*outer, *shlex.split(grid)]):
+    for overrides in sweep(None, [*outer, *words]):
         try:
             _measure(composed(overrides))
         except DiskFull:
@@ -99,7 +127,7 @@ def _known_keys(overrides: list[str]) -> list[str]:
         cfg = hydra.compose("config", overrides=chosen)
 
     def walk(node: DictConfig, prefix: str) -> list[str]:
-        keys = []
+        keys = [] if prefix else sorted(groups)
         for key in node:
             child = node._get_node(key)
             keys += walk(child, f"{prefix}{key}.") if isinstance(child, DictConfig) else [f"{prefix}{key}"]
@@ -114,16 +142,46 @@ def sentence(error: Exception, overrides: list[str]) -> str:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         if group == "hydra/launcher" and option in PLUGINS:
             return f"the {option} launcher is not installed: pip install 'spectral-kv[{PLUGINS[option]}]'"
-        return f"{group}={option} is not known{suggestion(option, list(error.options or []))}"
+        there = list(error.options or []) or [path.stem for path in (Path(conf_dir()) / group).glob("*.yaml")]
+        return f"{group}={option} is not known{suggestion(option, there)}"
     if isinstance(error, OverrideParseException):
+        key, _, value = str(error.override).partition("=")
+        if not value.isascii():
+            return f"{error.override} can't be read: letters beyond ASCII need quotes, write '{key}=\"{value}\"'"
         remedy = "write group=option or setting=value, and quote it if the shell could change it"
         return f"{error.override} can't be read: {remedy}"
     text = str(error)
     if found := re.search(r"Could not (?:override|append to config) '?([\w.@/]+)", text):
         key = found.group(1)
+        phase = key.split(".")[1] if key.startswith("phase.") else ""
+        if (Path(conf_dir()) / "phase" / f"{phase}.yaml").is_file():
+            return f"{key} belongs to a phase that was not chosen: add {phase} to phase=[...], or leave the setting out"
         nearest = suggestion(key, _known_keys(overrides)).split(": choose")[0]
         return f"{key} is not a setting{nearest} (python -m pipeline --cfg job prints all settings)"
+    if found := re.search(r"Ambiguous value for argument '([^']*)'", text):
+        return f"{found[1]} has several values: add -m to sweep over them, or give one"
+    if found := re.search(r"Could not delete (?:from config\. )?'?~?([\w.@/]+)", text):
+        return f"~{found[1]} takes nothing away, there is no such entry: leave it out, or write {found[1]}=null"
+    if found := re.search(r"([\w.@/]+) appears more than once in the final defaults list", text):
+        return f"{found[1].replace('/', '=')} is given twice: name it once"
     return " ".join(text.split("\n")[0].split())
+
+
+def unwritable(error: OSError, outputs: Path, overrides: list[str]) -> str | None:
+    """What is wrong with the folder that a run wanted to write to, if that is what an error is about."""
+    if error.filename is None:
+        return None
+    path = Path(error.filename).absolute()
+    where = next((o for o in overrides if o.startswith(("hydra.run.dir=", "hydra.sweep.dir="))), "")
+    folder = where.partition("=")[2].split("$")[0]
+    if folder and path.is_relative_to(Path(folder).absolute()):
+        return f"{where} can't be written to ({error.strerror}): choose a folder of yours"
+    if not path.is_relative_to(outputs.absolute()):
+        return None
+    file = next((p for p in (path, *path.parents) if p.is_file()), None)
+    if file is not None and file != outputs.absolute():
+        return f"{file} is a file where a folder is needed: move it away, or set outputs=<another folder>"
+    return f"outputs={outputs} can't be written to ({error.strerror}): set outputs=<a folder of yours>"
 
 
 @contextmanager
@@ -153,12 +211,9 @@ def reporting(overrides: list[str]) -> Iterator[None]:
         if (reason := exhausted(error, outputs)) is not None:
             _say(reason)
             sys.exit(1)
-        if error.filename is None or not Path(error.filename).absolute().is_relative_to(outputs.absolute()):
+        if (words := unwritable(error, outputs, overrides)) is None:
             raise
-        print(
-            f"pipeline: outputs={outputs} can't be written to ({error.strerror}): set outputs=<a folder of yours>",
-            file=sys.stderr,
-        )
+        print(f"pipeline: {words}", file=sys.stderr)
         sys.exit(2)
     except Terminated:
         print("pipeline: terminated; finished runs are kept", file=sys.stderr)
@@ -174,4 +229,9 @@ def main() -> None:
     """Entry point of `python -m pipeline`."""
     sys.argv[1:] = outermost(spelled_out(sys.argv[1:]))
     with reporting(sys.argv[1:]):
+        refuse_contradictions(sys.argv[1:])
+        if {"-m", "--multirun"} & set(sys.argv[1:]):
+            refuse_empty(sys.argv[1:])
+        if "hydra.launcher.n_jobs=0" in sys.argv:
+            raise InputError("hydra.launcher.n_jobs=0 starts no process: give 1 or more, or -1 for every core")
         _run()

@@ -3,12 +3,14 @@
 import re
 from contextlib import AbstractContextManager, nullcontext
 from itertools import product
+from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from pipeline.settings.errors import InputError
 from pipeline.settings.folders import conf_dir, register_resolvers
 
 COSTLY = ("model", "backend", "document")  # a change of model loads one, a change of document prefills
@@ -16,7 +18,7 @@ COSTLY = ("model", "backend", "document")  # a change of model loads one, a chan
 
 def spelled_out(overrides: list[str]) -> list[str]:
     """Overrides with `budget=256,512` written as `budget.tokens=256,512`: Hydra has no options named by numbers."""
-    return [re.sub(r"^budget=(?=\d|range\(|choice\()", "budget.tokens=", o) for o in overrides]
+    return [re.sub(r"^budget=(?=\d|\[|range\(|choice\()", "budget.tokens=", o) for o in overrides]
 
 
 def outermost(overrides: list[str]) -> list[str]:
@@ -43,12 +45,60 @@ def _configuration() -> AbstractContextManager:
     return initialize_config_dir(conf_dir(), version_base="1.3")
 
 
+def refuse_contradictions(overrides: list[str]) -> None:
+    """Refuse a variant together with a method that it is no variant of, and outputs without a name.
+
+    Raises
+    ------
+    InputError
+    """
+    given = dict(o.split("=", 1) for o in overrides if "=" in o)
+    if given.get("outputs", "outputs").strip("'\" ") in ("", "null"):
+        raise InputError("outputs is empty: set outputs=<a folder>")
+    file = Path(conf_dir()) / "variant" / f"{given.get('variant')}.yaml"
+    if "method" in given and file.is_file():
+        defaults = OmegaConf.load(file).get("defaults", [])
+        own = next((entry["override /method"] for entry in defaults if "override /method" in entry), None)
+        if own not in (None, given["method"]):
+            raise InputError(
+                f"variant={given['variant']} is one of method={own} and can't go with method={given['method']}: "
+                "leave out one of the two"
+            )
+
+
+def _values(override, words: str) -> list[str]:
+    """What an override sweeps over, or its one value."""
+    if not override.is_sweep_override():
+        return [override.get_value_element_as_str()]
+    values = list(override.sweep_string_iterator())
+    if not values:
+        raise InputError(f"{words} stands for nothing: check the names or the range, or write the values with commas")
+    return values
+
+
+def refuse_empty(overrides: list[str]) -> None:
+    """Refuse a sweep over nothing, which Hydra would finish at once without a word.
+
+    Raises
+    ------
+    InputError
+    """
+    swept = [o for o in overrides if "=glob(" in o or "=range(" in o]
+    if not swept or any(o.startswith("hydra.searchpath") for o in overrides):
+        return
+    with _configuration():
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+        for words, override in zip(swept, parser.parse_overrides(swept), strict=True):
+            _values(override, words)
+
+
 def composed(overrides: list[str]) -> DictConfig:
     """The configuration that `python -m pipeline <overrides>` would run.
 
     A preset names the table that the run is for, as Hydra's own record of choices does there.
     """
     register_resolvers()
+    refuse_contradictions(overrides)
     with _configuration():
         cfg = compose("config", overrides=spelled_out(overrides))
     for override in overrides:
@@ -73,14 +123,16 @@ def sweep(experiment: str | None, overrides: list[str]) -> list[list[str]]:
         for key in preset_params
     }
     for override in outermost(spelled_out(overrides)):
-        key, _, value = override.partition("=")
-        params[key] = value
-    parser = OverridesParser.create()
+        key, given, value = override.partition("=")
+        params[key] = value if value or not given else "''"
+    words = [f"{key}={value}" if value else key for key, value in params.items() if value is not None]
     choices = []
-    for override in parser.parse_overrides([f"{key}={value}" for key, value in params.items() if value is not None]):
-        name = override.get_key_element()
-        values = (
-            override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_element_as_str()]
-        )
-        choices.append([f"{name}={value}" for value in values])
+    with _configuration():
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+        for word, override in zip(words, parser.parse_overrides(words), strict=True):
+            name = override.get_key_element()
+            if override.is_delete():
+                choices.append([word])
+                continue
+            choices.append([f"{name}={value}" for value in _values(override, word)])
     return [[*preset, *job] for job in product(*choices)]

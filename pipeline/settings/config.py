@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from pipeline.documents.base import Documents
 from pipeline.settings.errors import InputError, suggestion
@@ -129,6 +129,11 @@ class BudgetConfig:
                 self._holds(tokens, key)
             except ValueError as error:
                 raise InputError(str(error)) from None
+        elif tokens > prompt:
+            raise InputError(
+                f"budget.tokens={tokens} is more than the document.tokens={prompt} tokens of a prompt: "
+                "give at most as many, or choose method=full"
+            )
         return Budget(tokens, self.sinks, self.recent, self.selection)
 
 
@@ -177,6 +182,10 @@ class TrackingConfig:
     sweep: str | None = None
     figures: bool = True
 
+    def __post_init__(self):
+        if not self.experiment.strip():
+            raise ValueError("tracking.experiment is empty: give it a name")
+
 
 @dataclass
 class GeneralConfig:
@@ -191,6 +200,13 @@ class GeneralConfig:
     prefill_cache_least_s: float
 
     def __post_init__(self):
+        if not self.outputs.strip():
+            raise ValueError("outputs is empty: set outputs=<a folder>")
+        if odd := sorted(set("?#%") & set(self.outputs)):
+            raise ValueError(
+                f"outputs={self.outputs} has a {odd[0]} in it, "
+                "which the address of a database can't have: choose another name"
+            )
         for name in ("prefill_memory_gb", "prefill_cache_gb"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be a number of GB, 0 or more")
@@ -236,6 +252,14 @@ def prefixed(message: str, key: str, names: Iterable[str]) -> str:
     return re.sub(rf"(?<![\w.])(?:{bare})=", lambda found: f"{key}.{found[0]}", message) if bare else message
 
 
+def _possible(key: str, name: str, value: object) -> None:
+    """Refuse numbers that no setting can mean."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{key}={value} is no number to work with: give a finite one")
+    if (name == "seed" or name.endswith("_seed")) and isinstance(value, int) and value < 0:
+        raise InputError(f"{key}={value} can't be negative: give a seed of 0 or more")
+
+
 def typed(cls: type, node: DictConfig, key: str, option: str | None = None) -> Any:
     """An instance of dataclass `cls` from the node at `key` (of the chosen `option`).
 
@@ -250,6 +274,7 @@ def typed(cls: type, node: DictConfig, key: str, option: str | None = None) -> A
     schema = OmegaConf.structured(cls)
     OmegaConf.set_readonly(schema, False)
     for name, value in values.items():
+        _possible(f"{key}.{name}".removeprefix("."), name, value)
         try:
             schema[name] = value
         except OmegaConfBaseException as error:
@@ -293,8 +318,21 @@ def model_settings(cfg: DictConfig) -> ModelConfig:
 
 
 def _fits(scorer: Scorer | None, documents: Documents) -> None:
-    """Refuse a scorer that looks at more queries than the prompts have."""
-    if scorer is None or "queries" not in scorer.reads or scorer.window is None:
+    """Refuse a scorer that looks at more queries, at more of the future or at longer waves than the documents have."""
+    if scorer is None:
+        return
+    if "future" in scorer.reads and scorer.positions > documents.continuation:
+        raise InputError(
+            f"method.positions={scorer.positions} tokens of the future are more than "
+            f"document.continuation={documents.continuation}: lower the former, or raise the latter"
+        )
+    levels = getattr(scorer, "levels", 0)
+    if isinstance(levels, int) and 2**levels > documents.tokens:
+        raise InputError(
+            f"method.levels={levels} looks for changes over 2^{levels} tokens and document.tokens={documents.tokens}: "
+            f"give at most {documents.tokens.bit_length() - 1} levels, or longer documents"
+        )
+    if "queries" not in scorer.reads or scorer.window is None:
         return
     if scorer.window >= documents.tokens:
         raise InputError(
@@ -311,6 +349,15 @@ def check(cfg: DictConfig) -> Settings:
         Names the key and the remedy.
     """
     method = cfg.method
+    try:
+        title = method.title
+    except InterpolationKeyError as error:
+        lacking = re.search(r"'([\w.]+)'", str(error))
+        raise InputError(
+            f"method={method.name} is named by {lacking[1] if lacking else 'the storage'}, which "
+            f"storage={cfg.storage.name} does not have: "
+            "choose storage=turboquant_4bit, or method=full with this storage"
+        ) from None
     if method._target_ is None:
         extra = set(method) - {"name", "title", "_target_"}
         if extra:
@@ -337,7 +384,7 @@ def check(cfg: DictConfig) -> Settings:
         raise InputError(f"backend._target_={backend._target_} can't be found: write the full path of a class")
     general = typed(GeneralConfig, OmegaConf.create({f.name: cfg.get(f.name) for f in fields(GeneralConfig)}), "")
     return Settings(
-        method=MethodConfig(method.name, method.title, scorer),
+        method=MethodConfig(method.name, title, scorer),
         model=_model(cfg.model),
         budget=None if scorer is None else typed(BudgetConfig, cfg.budget, "budget"),
         storage=target(cfg.storage, "storage", "name"),

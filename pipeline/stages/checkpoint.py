@@ -4,12 +4,14 @@ import hashlib
 import json
 import os
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import ClassVar
 from urllib.parse import urlparse
 
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from pipeline.documents.chat import Chat
@@ -105,9 +107,14 @@ class Checkpoint:
 
     def bos(self) -> int:
         """The BOS token that the configuration names."""
-        bos = self.config.get("bos_token_id")
+        bos, vocabulary = self.config.get("bos_token_id"), self.shape.vocabulary
         if not isinstance(bos, int):
             raise InputError(f"model.bos=true but {self.folder}/config.json names no bos_token_id: set model.bos=false")
+        if vocabulary and not 0 <= bos < vocabulary:
+            raise InputError(
+                f"model.bos=true but bos_token_id={bos} of {self.folder}/config.json is none of its {vocabulary} "
+                "tokens: set model.bos=false"
+            )
         return bos
 
 
@@ -191,6 +198,47 @@ def _given(model: ModelConfig) -> Path:
     return path
 
 
+SIZES = (
+    "num_hidden_layers", "num_attention_heads", "hidden_size", "num_key_value_heads", "head_dim", "vocab_size",
+    "max_position_embeddings",
+)  # fmt: skip
+
+
+def _plausible(folder: Path, config: dict) -> None:
+    """Refuse sizes that no decoder has."""
+    for name in SIZES:
+        size = config.get(name)
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise InputError(
+                f"{folder}/config.json: {name}={size} must be a whole number above 0: save the checkpoint again"
+            )
+    heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
+    if kv_heads and heads % kv_heads:
+        raise InputError(
+            f"{folder}/config.json: num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}: "
+            "save the checkpoint again"
+        )
+
+
+def _same_vocabulary(checkpoint: Checkpoint, last: int) -> None:
+    """Refuse a tokenizer whose `last` token, or weights whose embedding, the configuration does not know."""
+    size, folder = checkpoint.config.get("vocab_size"), checkpoint.folder
+    if size is None:
+        return
+    if last >= size:
+        raise InputError(
+            f"{folder}/tokenizer.json has tokens up to {last} and config.json a vocab_size={size}: "
+            "take both from one model"
+        )
+    for path in sorted(folder.glob("*.safetensors")):
+        with suppress(SafetensorError, OSError), safe_open(path, "numpy") as weights:
+            for name in weights.keys():  # noqa: SIM118 - it is no dictionary
+                if name.endswith("embed_tokens.weight") and (rows := weights.get_slice(name).get_shape()[0]) != size:
+                    raise InputError(
+                        f"{path} embeds {rows} tokens and config.json has vocab_size={size}: take both from one model"
+                    )
+
+
 def locate(
     model: ModelConfig | SyntheticConfig, checkpoints: Path, prompt: int, continuation: int
 ) -> Checkpoint | Weightless:
@@ -234,9 +282,11 @@ def locate(
         raise InputError(
             f"{folder}/config.json names no {sorted(missing)[0]}: it is not the configuration of a decoder"
         )
+    _plausible(folder, checkpoint.config)
     try:
-        checkpoint.tokenizer.get_vocab_size()
+        last = max(checkpoint.tokenizer.get_vocab().values(), default=0)
     except Exception as error:  # the tokenizers library raises plain Exception
         raise InputError(f"{folder}/tokenizer.json can't be read ({error}): save the tokenizer again") from None
+    _same_vocabulary(checkpoint, last)
     _fits_context(model.name, checkpoint.config.get("max_position_embeddings"), prompt, continuation)
     return checkpoint

@@ -5,23 +5,30 @@ import logging
 import os
 import platform
 import socket
+import ssl
+import struct
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
+from http.client import HTTPException
 from importlib.metadata import version
 from pathlib import Path
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlparse
+from urllib.request import urlopen
 
 import psutil
 from filelock import FileLock
 
 from pipeline.settings.config import TrackingConfig
 from pipeline.settings.errors import InputError
-from pipeline.stages.checkpoint import reachable
 
 PACKAGES = ("torch", "transformers", "numpy", "PyWavelets", "hydra-core", "mlflow")
+PATIENCE = 5  # seconds until a server that says nothing counts as not there
+PORTS = {"postgresql": 5432, "postgres": 5432, "mysql": 3306, "mssql": 1433}
 CONFIGURATION = "identity"  # tag that holds the hash of everything that determines a result
 
 _connected: tuple | None = None  # the store that mlflow points to: opening one takes most of a second
@@ -54,7 +61,31 @@ def store_uri(tracking: TrackingConfig, outputs: Path) -> str:
 def database(tracking: TrackingConfig, outputs: Path) -> Path | None:
     """The sqlite file of the store, if it is one."""
     uri = store_uri(tracking, outputs)
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
+
+
+def _answers(uri: str) -> bool:
+    """Whether somebody speaks at the address of a store: MLflow itself would wait for minutes.
+
+    PostgreSQL and MySQL are asked in the first words of their protocols.
+    """
+    url = urlparse(uri)
+    try:
+        if url.scheme in ("http", "https"):
+            with suppress(HTTPError), urlopen(f"{uri.rstrip('/')}/health", timeout=PATIENCE):
+                pass
+            return True
+        port = url.port or PORTS.get(url.scheme.partition("+")[0])
+        if port is None or not url.hostname:  # a file, or a socket of this machine
+            return True
+        with socket.create_connection((url.hostname, port), timeout=PATIENCE) as line:
+            if url.scheme.startswith("postgresql"):
+                line.sendall(struct.pack("!ii", 8, 80877103))  # a request for encryption, answered by one letter
+            return url.scheme.startswith("mssql") or bool(line.recv(1))
+    except URLError as error:
+        return isinstance(error.reason, ssl.SSLError)  # MLflow has settings of its own for certificates
+    except (OSError, HTTPException):
+        return False
 
 
 def connect(tracking: TrackingConfig, outputs: Path):
@@ -78,7 +109,7 @@ def connect(tracking: TrackingConfig, outputs: Path):
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints what it then raises
-    if uri.startswith(("http://", "https://")) and not reachable(uri):
+    if not _answers(uri):
         raise InputError(f"tracking.uri={uri} can't be reached: start the server, or set tracking.uri=null")
     try:
         mlflow.set_tracking_uri(uri)

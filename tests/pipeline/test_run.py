@@ -99,8 +99,8 @@ def test_perplexity_of_part_of_the_continuation_is_still_exact_for_the_full_cach
     assert metrics["ppl/full"] != run("method=full").metrics["ppl/full"]
 
 
-def test_a_prompt_no_longer_than_sinks_and_recent_window_is_kept_whole(run):
-    metrics = run("method=wavelet", "document.tokens=20", "budget=80").metrics
+def test_a_prompt_no_longer_than_the_budget_is_kept_whole(run):
+    metrics = run("method=wavelet", "document.tokens=20", "budget=20", "budget.recent=15").metrics
     assert (metrics["memory/tokens"], metrics["aop/max"], metrics["ppl/nd"]) == (20, 0, 0)
 
 

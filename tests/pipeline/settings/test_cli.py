@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -129,3 +130,17 @@ def test_the_model_is_the_outermost_loop_whatever_the_order(monkeypatch, capsys,
     assert all("Qwen" in line for line in lines[:4]) and all("model=reference" in line for line in lines[4:])
     if not preset:  # a preset has its own order for the rest
         assert ["9000" in line for line in lines[4:]] == [True, True, False, False]
+
+
+def test_a_folder_of_its_own_for_every_job_keeps_one_store(small, tmp_path, monkeypatch, capsys):
+    """With hydra.job.chdir relative outputs still count from where the command was given."""
+    outputs = Path(next(o for o in small if o.startswith("outputs=")).removeprefix("outputs="))
+    monkeypatch.chdir(tmp_path)
+    settings = [o for o in small if not o.startswith(("outputs=", "phase."))]
+    arguments = ["outputs=outputs", "hydra.job.chdir=true", "phase=memory", "method=random"]
+    monkeypatch.setattr(sys, "argv", ["pipeline", *settings, *arguments])
+    cli.main()
+    assert [path.parent for path in tmp_path.rglob("mlflow.db")] == [outputs]
+    assert len(list((outputs / "artifacts").iterdir())) == 1
+    assert f"sqlite:///{outputs}/mlflow.db" in capsys.readouterr().out
+    os.chdir(tmp_path)

@@ -192,3 +192,27 @@ def test_every_setting_has_a_comment_or_a_telling_name():
                 continue
             line = next(x for x in text.splitlines() if x.strip().startswith(f"{key}:"))
             assert "#" in line or "${" in line, f"{path}: {key}"
+
+
+@pytest.mark.parametrize(
+    "storage, title",
+    [
+        ([], "TurboQuant-4bit"),
+        (["storage=turboquant_2bit"], "TurboQuant-2bit"),
+        (["storage.value_bits=2"], "TurboQuant-4+2bit"),
+    ],
+)
+def test_turboquant_is_called_by_what_it_stores(storage, title):
+    assert check(composed(["method=turboquant", *storage])).method.title == title
+
+
+def test_a_pattern_stands_for_the_options_that_fit_it():
+    methods = {job[0] for job in sweep(None, ["method=glob(wavelet_*)"])}
+    assert methods == {"method=wavelet_fourier", "method=wavelet_tri"}
+
+
+def test_a_database_with_settings_of_its_own_is_the_file(tmp_path):
+    from pipeline.store.tracking import TrackingConfig, database
+
+    uri = f"sqlite:///{tmp_path}/q.db?timeout=30"
+    assert database(TrackingConfig(uri, "e"), tmp_path) == tmp_path / "q.db"
