@@ -205,6 +205,7 @@ MALFORMED = {
 }
 PROGRAMS = {"compare:": compare.main, "paper:": regenerate.main}
 FOREIGN = (
+    (r"run [0-9a-f]{32} ", "run <run> "),
     (r"localhost:\d{4,5}", "localhost:<port>"),
     (r"(choose among ).*", r"\1..."),  # words of other libraries, which change with their versions
     (r"(can't be (?:used|loaded|read)[^()]*)\(.*\)(: )", r"\1(...)\2"),
