@@ -28,11 +28,18 @@ def calibrate(overrides: list[str], out: Path | None) -> Path:
 
     _, backend = loaded(job.settings, job.checkpoint)
     windows = [window[: job.settings.documents.tokens] for window in job.windows]
-    sums = observe(backend, progress(windows, f"calibrating {job.settings.model.name}"), job.settings.backend.chunk)
+    sums = observe(
+        backend, progress(windows, f"calibrating {job.settings.model.name}", logged=True), job.settings.backend.chunk
+    )
     path = out or job.settings.outputs / "calibration" / f"{job.settings.model.name}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    sums.statistics(model=job.checkpoint.hash, text=job.settings.documents.source, document=job.document_hash).save(
-        path
+    statistics = sums.statistics(
+        model=job.checkpoint.hash, text=job.settings.documents.source, document=job.document_hash
+    )
+    statistics.save(path)
+    print(
+        f"{statistics.metadata['tokens']} tokens in {len(windows)} windows of {job.settings.documents.source}",
+        file=sys.stderr,
     )
     return path
 

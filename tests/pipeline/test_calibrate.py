@@ -1,10 +1,14 @@
+import hashlib
 import sys
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline.calibrate import main
+from pipeline.calibrate import calibrate, main
+from pipeline.settings.compose import composed
+from pipeline.settings.folders import PACKAGE
+from pipeline.stages.gguf import CONVERTER
 from spectral_kv.calibration import QueryStatistics, observe
 
 
@@ -99,3 +103,18 @@ def test_says_in_a_sentence_what_it_cannot_convert(found, command, tmp_path, cap
 def test_refuses_to_convert_without_a_place_or_with_settings(more, command, authors_file, capsys):
     assert command("--from-pt", authors_file, *more) == 2
     assert "give --out and no overrides" in capsys.readouterr().err
+
+
+def test_a_log_shows_progress_and_how_much_text_was_used(small, tmp_path, capsys):
+    """Two windows of 200 tokens are asked for, and two are read."""
+    calibrate([*small, "document=docstrings", "document.count=2"], tmp_path / "s.safetensors")
+    said = capsys.readouterr().err
+    assert ": 1 of 2, " in said and ": 2 of 2, " in said
+    assert "400 tokens in 2 windows of the standard library's docstrings" in said
+
+
+def test_the_statistics_of_smollm2_ship_and_are_of_text_that_is_not_evaluated():
+    shipped = QueryStatistics.load(PACKAGE / "query_statistics" / "smollm2.safetensors", (30, 9, 32))
+    assert shipped.metadata["tokens"] == str(16 * 4096) and shipped.metadata["text"] == "the calibration text"
+    sha256 = composed(["model=smollm2"]).model.sha256
+    assert shipped.metadata["model"] == hashlib.sha256(f"{sha256} {CONVERTER}".encode()).hexdigest()[:16]
