@@ -6,8 +6,8 @@
     python -m pipeline.reference_model.measure needles --length 4096 --kind chain
     python -m pipeline.reference_model.measure sinks
 
-The text is Python's language reference, which the model never saw as CPython 3.11 has it. Further arguments are settings as for
-`python -m pipeline`, so that any model can be measured the same way.
+The text is Python's language reference, which the model never saw as CPython 3.11 has it. Further arguments are
+settings as for `python -m pipeline`, so that any model can be measured the same way.
 """
 
 import argparse

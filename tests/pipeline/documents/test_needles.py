@@ -168,6 +168,7 @@ def test_lines_end_where_a_token_begins_or_ends_with_a_newline():
 
 
 SETTINGS = [
+    "budget.tokens=100",
     "document=needles",
     "document.tokens=400",
     "document.continuation=60",
