@@ -11,7 +11,11 @@ from spectral_kv.scorers.h2o import H2O
 from spectral_kv.selection import Budget
 
 ROOT = Path(spectral_kv.__file__).parent
-FOREIGN = re.compile(r"\b(method|budget|storage|phase|backend|model|document|tracking)(\.\w+)?=|-m pipeline|\bconf/")
+# `method=` and `storage=` are parameters of the library's own functions too
+FOREIGN = re.compile(
+    r"\b(method|budget|storage|phase|backend|model|document|tracking)\.\w+="
+    r"|\b(phase|backend|document)=|-m pipeline|\bconf/"
+)
 
 
 def texts(source: str) -> list[str]:
