@@ -118,20 +118,24 @@ def _refuse_code(name: str, checkpoint: Checkpoint | Weightless) -> None:
 def loaded(settings: Settings, checkpoint: Checkpoint | Weightless) -> tuple[tuple, MeasuredBackend]:
     """The loaded model and what identifies it; one at a time is kept."""
     config = settings.backend
-    key = (checkpoint.hash, config._target_, config.device, config.dtype, config.cache_dtype, config.chunk)
+    key = (
+        checkpoint.hash, config._target_, config.device, config.dtype, config.cache_dtype, config.chunk, config.engine,
+    )  # fmt: skip
     if key not in _loaded:
         _refuse_code(settings.model.name, checkpoint)
         _loaded.clear()
         _full_runs.clear()
         backend = _backend_class(config)
+        arguments = {"device": config.device, "dtype": config.dtype, "cache_dtype": config.cache_dtype}
+        if config.engine is not None:
+            arguments["engine"] = config.engine
         try:
-            _loaded[key] = backend(
-                checkpoint.source, device=config.device, dtype=config.dtype, cache_dtype=config.cache_dtype
-            )
+            _loaded[key] = backend(checkpoint.source, **arguments)
         except (ValueError, OSError, SafetensorError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "mismatch" not in str(error):
                 raise
-            reason = prefixed(str(error).strip().split("\n")[0], "backend", ("device", "dtype", "cache_dtype"))
+            fields = ("device", "dtype", "cache_dtype", "engine")
+            reason = prefixed(str(error).strip().split("\n")[0], "backend", fields)
             raise InputError(f"model={settings.model.name} can't be loaded: {reason}") from None
     return key, _loaded[key]
 

@@ -12,6 +12,7 @@ import numpy as np
 from spectral_kv.backends.base import Backend, Cache, Contents, Prefill
 from spectral_kv.calibration import QueryStatistics
 from spectral_kv.scorers.base import LayerView, Scorer
+from spectral_kv.scorers.together import scores as scores_of_layers
 from spectral_kv.selection import Budget, select_layers
 from spectral_kv.storage.base import Storage
 from spectral_kv.xp import Array, like
@@ -134,17 +135,16 @@ class Compressor:
             `layers` of a finished `Gathering`; then no queries are needed.
         """
         evictable = self.budget.evictable(cached.keys[0].shape[-2])
-        return [
-            self.scorer.score(
-                self.view(
-                    layer, *content, evictable, seed=(document, layer),
-                    queries=queries[layer] if queries else None,
-                    future=future[layer] if future else None,
-                    gathered=gathered[layer] if gathered else None,
-                )
+        views = [
+            self.view(
+                layer, *content, evictable, seed=(document, layer),
+                queries=queries[layer] if queries else None,
+                future=future[layer] if future else None,
+                gathered=gathered[layer] if gathered else None,
             )
             for layer, content in enumerate(zip(cached.keys, cached.values, cached.positions, strict=True))
         ]  # fmt: skip
+        return scores_of_layers(self.scorer, views)
 
     def scored_by(self, document: int) -> Hashable:
         """All that scores of a document depend on but the document itself: a key for `SharedScores`."""

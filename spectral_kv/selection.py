@@ -1,10 +1,11 @@
 """From scores to kept tokens: the only place where tokens are chosen."""
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
-from spectral_kv.xp import Array, float32, like, namespace, stable_order
+from spectral_kv.xp import Array, constant, float32, largest, like, namespace
 
 SELECTIONS = ("per_layer_perhead", "per_head")
 
@@ -78,14 +79,26 @@ def select(scores: Array, budget: Budget) -> Array:
     if bool(xp.any(xp.isnan(candidates))):
         raise ValueError("a scorer returned NaN; scores must be numbers for every evictable token")
     quota = budget.tokens - budget.sinks - budget.recent
-    chosen = xp.sort(stable_order(-candidates)[:, :quota], axis=-1) + middle.start
-    first = like(np.tile(np.arange(middle.start), (heads, 1)), scores)
-    last = like(np.tile(np.arange(middle.stop, tokens), (heads, 1)), scores)
-    return xp.concat([xp.astype(first, chosen.dtype), chosen, xp.astype(last, chosen.dtype)], axis=-1)
+    chosen = largest(candidates, quota) + middle.start
+    first, last = (
+        xp.broadcast_to(xp.astype(constant(_span(*ends), scores), chosen.dtype), (heads, ends[1] - ends[0]))
+        for ends in ((0, middle.start), (middle.stop, tokens))
+    )
+    return xp.concat([first, chosen, last], axis=-1)
+
+
+@lru_cache(maxsize=32)
+def _span(start: int, stop: int) -> np.ndarray:
+    return np.arange(start, stop)
 
 
 def select_layers(scores: list[Array], budget: Budget) -> list[Array]:
     """Kept token indices `[kv_heads, kept]` of every layer from their scores `[kv_heads, tokens]`."""
     if budget.selection == "per_head":
         return [select(sum(float32(s) for s in scores) / len(scores), budget)] * len(scores)
-    return [select(s, budget) for s in scores]
+    if len({tuple(s.shape) for s in scores}) > 1:
+        return [select(s, budget) for s in scores]
+    heads = scores[0].shape[0]
+    joined = namespace(scores[0]).concat(list(scores), axis=0)  # one question to a device, not one a layer
+    kept = select(joined, budget)
+    return [kept[heads * i : heads * (i + 1)] for i in range(len(scores))]

@@ -12,7 +12,19 @@ from array_api_compat import array_namespace as namespace
 
 Array = Any  # a NumPy, torch or MLX array
 
-__all__ = ["Array", "constant", "float32", "like", "namespace", "rows", "softmax", "stable_order", "to_numpy", "wide"]
+__all__ = [
+    "Array",
+    "constant",
+    "float32",
+    "largest",
+    "like",
+    "namespace",
+    "rows",
+    "softmax",
+    "stable_order",
+    "to_numpy",
+    "wide",
+]
 
 
 def like(values: np.ndarray, x: Array) -> Array:
@@ -76,6 +88,20 @@ def stable_order(x: Array) -> Array:
     if xp.__name__.startswith("mlx"):  # always stable, and takes no keyword to say so
         return xp.argsort(x, axis=-1)
     return xp.argsort(x, axis=-1, stable=True)
+
+
+def largest(x: Array, count: int) -> Array:
+    """Indices of the `count` largest numbers of the last axis, ascending; of equal ones those that come first."""
+    xp = namespace(x)
+    if not hasattr(x, "detach"):
+        return xp.sort(stable_order(-x)[..., :count], axis=-1)
+    # torch: a sort takes longer than to find the last that counts and everything above it
+    edge = x.topk(count, dim=-1, sorted=True).values[..., -1:]
+    above, equal = x > edge, x == edge
+    chosen = above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+    place = xp.where(chosen, chosen.cumsum(-1) - 1, count)
+    found = place.new_empty((*x.shape[:-1], count + 1))  # the last column takes those that are not chosen
+    return found.scatter_(-1, place, xp.arange(x.shape[-1], device=x.device).expand(place.shape))[..., :count]
 
 
 def rows(x: Array, chosen: Array) -> Array:

@@ -19,6 +19,11 @@ class Throughput:
     pair to pair and from document to document: what else the machine does falls on both alike. A document's speed-up
     is the median of its pairs; every run has one baseline, its own.
 
+    Beside milliseconds a step stands `x_floor`, that time over the one in which the device copies the bytes that the
+    step has to read once, weights and live cache. Where the backend decodes by captured steps or from codes, the same
+    pairs are timed by the model's eager forward passes as well: `eager_speedup` is what other tables call speed-up. On
+    a GPU it is near 1 whatever is evicted, because the host, which starts a thousand kernels a step, sets the pace.
+
     Parameters
     ----------
     tokens : int
@@ -64,6 +69,8 @@ class Throughput:
         for cache in caches.values():
             backend.generate(cache.copy(), int(full.continuation[0]), self.warmup)
         seconds: dict[str, list[float]] = {name: [] for name in caches}
+        eager: dict[str, list[float]] = {name: [] for name in caches}
+        stepped = any(backend.steps(cache) for cache in caches.values())
         peaks: dict[str, int] = {}
         for pair in range(self.repeats):
             for name in list(caches)[:: 1 if (pair + context.document) % 2 == 0 else -1]:
@@ -71,6 +78,9 @@ class Throughput:
                 seconds[name].append(self._timed(context, caches[name]))
                 if (peak := backend.peak_bytes()) is not None:
                     peaks[name] = peak
+                if stepped:
+                    with backend.eagerly():
+                        eager[name].append(self._timed(context, caches[name]))
         speed = {name: self.tokens * self.batch / np.array(s) for name, s in seconds.items()}
         ratio = np.array(seconds["full"]) / np.array(seconds["compressed"])
         values = {
@@ -82,6 +92,14 @@ class Throughput:
             "throughput/prefill_s": full.seconds,
             "throughput/compress_s": compressed.seconds,
         }
+        for prefix, name in (("", "compressed"), ("full_", "full")):
+            step = np.median(seconds[name]) / self.tokens
+            values[f"throughput/{prefix}ms_step"] = 1e3 * step
+            if (floor := backend.floor_seconds(caches[name])) is not None:
+                values[f"throughput/{prefix}x_floor"] = step / floor
+        if stepped:
+            values["throughput/eager_tok_s"] = self.tokens * self.batch / np.median(eager["compressed"])
+            values["throughput/eager_speedup"] = np.median(np.array(eager["full"]) / np.array(eager["compressed"]))
         values |= {f"throughput/{name}_peak_mb": peak / 1e6 for name, peak in peaks.items()}
         return [{"metric": name, "value": float(value)} for name, value in values.items()]
 
@@ -89,7 +107,7 @@ class Throughput:
         """Seconds that decoding took; room to grow is made before the clock starts."""
         backend, first = context.backend, int(context.full.continuation[0])
         copy = cache.copy()
-        copy.reserve(self.tokens)
+        backend.ready(copy, self.tokens)
         backend.synchronize()
         start = time.perf_counter()
         backend.generate(copy, first, self.tokens)

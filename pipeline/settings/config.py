@@ -147,7 +147,9 @@ class BackendConfig:
     dtype: str
     cache_dtype: str
     chunk: int | None = field(default=None, kw_only=True)
+    engine: str | None = field(default=None, kw_only=True)  # None: the backend knows but one way to decode
 
+    engines: ClassVar[tuple[str, ...]] = ("auto", "eager", "graph")
     devices: ClassVar[tuple[str, str]] = (r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:<number>")
 
     def __post_init__(self):
@@ -156,6 +158,8 @@ class BackendConfig:
             raise ValueError(f"backend.device={self.device} is not known to backend={self.name}: choose {choices}")
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"backend.chunk={self.chunk} must be at least 1, or null to feed a prompt at once")
+        if self.engine is not None and self.engine not in self.engines:
+            raise ValueError(f"backend.engine={self.engine} is not known: choose one of {', '.join(self.engines)}")
         for name, choices in (("dtype", ("auto", *DTYPES)), ("cache_dtype", DTYPES)):
             if getattr(self, name) not in choices:
                 raise ValueError(

@@ -26,6 +26,25 @@ class MeasuredBackend(Backend, Protocol):
         """
         ...
 
+    def ready(self, cache: Cache, tokens: int) -> None:
+        """Make all that decoding `tokens` tokens needs, so that nothing but decoding falls under a clock."""
+        ...
+
+    def steps(self, cache: Cache) -> bool:
+        """Whether a cache is decoded otherwise than by forward passes of the model, as by `eagerly`."""
+        ...
+
+    def eagerly(self) -> AbstractContextManager:
+        """While it lasts, tokens are decoded by forward passes of the model."""
+        ...
+
+    def floor_seconds(self, cache: Cache) -> float | None:
+        """The time in which the device copies what a step has to read once: weights, and what the cache holds.
+
+        None where nobody measures it.
+        """
+        ...
+
     def other_kernel(self) -> AbstractContextManager:
         """While it lasts, attention is computed by another kernel, which rounds differently."""
         ...

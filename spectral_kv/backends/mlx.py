@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +249,18 @@ class MLXBackend:
 
     def other_kernel(self) -> AbstractContextManager:
         return self._attending(explicit_attention)
+
+    def ready(self, cache: Any, tokens: int) -> None:
+        cache.reserve(tokens)
+
+    def steps(self, cache: Any) -> bool:
+        return False
+
+    def eagerly(self) -> AbstractContextManager:
+        return nullcontext()
+
+    def floor_seconds(self, cache: Any) -> None:
+        return None
 
     def peak_bytes(self) -> int:
         peak = mx.get_peak_memory()

@@ -1,8 +1,11 @@
 """The torch backend: any full-attention causal model of transformers, on CPU or CUDA."""
 
+import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cached_property
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ from spectral_kv.backends.base import Contents, Extension, ModelShape, Prefill, 
 from spectral_kv.backends.suitable import attends_to_all, can_be_unrotated, depends_on_length
 from spectral_kv.backends.torch_cache import CompressedCache, CompressedLayer
 from spectral_kv.backends.torch_generation import fed
+from spectral_kv.engine.decoding import Engine
 from spectral_kv.rope import Rope
 from spectral_kv.storage.base import Storage
 from spectral_kv.xp import rows, to_numpy
@@ -96,6 +100,8 @@ class TorchBackend:
         Of weights and arithmetic: `float32`, `bfloat16`, `float16`, or `auto` for float32 on CPU and bfloat16 on CUDA.
     cache_dtype : str
         Of cached keys and values.
+    engine : str
+        How tokens are decoded: `auto`, `eager` or `graph`, see `spectral_kv.engine.decoding.Engine`.
 
     Raises
     ------
@@ -104,7 +110,14 @@ class TorchBackend:
         prompt.
     """
 
-    def __init__(self, folder: str, device: str = "auto", dtype: str = "auto", cache_dtype: str = "bfloat16"):
+    def __init__(
+        self,
+        folder: str,
+        device: str = "auto",
+        dtype: str = "auto",
+        cache_dtype: str = "bfloat16",
+        engine: str = "auto",
+    ):
         self._settle(device, dtype, cache_dtype)
         disable_progress_bar()
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -113,10 +126,10 @@ class TorchBackend:
         )  # fmt: skip
         if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers
             raise ValueError(f"{folder} has no weights for {missing[0]} and {len(missing) - 1} more: save it again")
-        self._adopt(model.to(self.device).eval(), folder)
+        self._adopt(model.to(self.device).eval(), folder, engine)
 
     @classmethod
-    def wrap(cls, model: PreTrainedModel, cache_dtype: str | None = None) -> "TorchBackend":
+    def wrap(cls, model: PreTrainedModel, cache_dtype: str | None = None, engine: str = "auto") -> "TorchBackend":
         """A backend around a model that is loaded already, where and in what dtype it is.
 
         Nothing of the model changes but, while this backend runs it, how attention is computed.
@@ -125,14 +138,16 @@ class TorchBackend:
         ----------
         cache_dtype : str, optional
             Of cached keys and values; by default that of the model.
+        engine : str
+            How tokens are decoded, as for a folder.
         """
         backend = cls.__new__(cls)
         backend.device, backend.dtype = model.device, model.dtype
         backend.cache_dtype = getattr(torch, cache_dtype) if cache_dtype else model.dtype
-        backend._adopt(model, f"the {type(model).__name__}")
+        backend._adopt(model, f"the {type(model).__name__}", engine)
         return backend
 
-    def _adopt(self, model: PreTrainedModel, name: str) -> None:
+    def _adopt(self, model: PreTrainedModel, name: str, engine: str) -> None:
         """Take a model that suits; refuse any other."""
         self.model, config = model, model.config
         attends_to_all(config, name)
@@ -153,6 +168,7 @@ class TorchBackend:
             config.vocab_size,
         )
         can_be_unrotated(self, name)
+        self.engine = Engine(model, engine)
 
     @staticmethod
     def place(device: str, dtype: str) -> tuple[str, str]:
@@ -210,18 +226,28 @@ class TorchBackend:
     def compress(
         self, prefill: Prefill, kept: list[torch.Tensor] | None, storage: Storage, batch: int = 1
     ) -> CompressedCache:
+        if kept is None:
+            contents = [(k.clone(), v.clone()) for k, v in zip(prefill.keys, prefill.values, strict=True)]
+            positions = [np.tile(p, (self.shape.kv_heads, 1)) for p in prefill.positions]
+        else:
+            contents = self._taken(prefill, kept)
+            positions = list(to_numpy(torch.stack(kept)))  # one question to the device
         layers = []
-        for index, (keys, values) in enumerate(zip(prefill.keys, prefill.values, strict=True)):
-            if kept is None:
-                keys, values = keys.clone(), values.clone()
-                positions = np.tile(prefill.positions[index], (len(keys), 1))
-            else:
-                keys, values = rows(keys, kept[index]), rows(values, kept[index])
-                positions = to_numpy(kept[index])
-            keys, values = (x.repeat(batch, 1, 1, 1) if batch > 1 else x[None] for x in (keys, values))
+        for index, pair in enumerate(contents):
+            keys, values = (x.repeat(batch, 1, 1, 1) if batch > 1 else x[None] for x in pair)
             stored = storage.store(keys, values, index)
-            layers.append(CompressedLayer(stored, self.cache_dtype, len(prefill.tokens), positions))
+            layers.append(CompressedLayer(stored, self.cache_dtype, len(prefill.tokens), positions[index]))
         return CompressedCache(layers, batch)
+
+    def _taken(self, prefill: Prefill, kept: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Kept keys and values of every layer."""
+        if prefill.keys[0].is_cuda and find_spec("triton"):
+            from spectral_kv.engine.scoring import kept_rows, suits
+
+            if suits(prefill.keys) and suits(prefill.values):
+                return list(zip(*kept_rows(prefill.keys, prefill.values, torch.stack(kept)), strict=True))
+        pairs = zip(prefill.keys, prefill.values, kept, strict=True)
+        return [(rows(keys, chosen), rows(values, chosen)) for keys, values, chosen in pairs]
 
     def contents(self, cache: CompressedCache) -> Contents:
         loaded = [[x[0] for x in layer.stored.load()] for layer in cache.layers]
@@ -262,14 +288,55 @@ class TorchBackend:
 
     def generate(self, cache: CompressedCache, token: int, count: int) -> list[int]:
         ids = torch.full((cache.batch, 1), token, device=self.device)
+        if self.engine.reason(cache.layers) is None:
+            return self.engine.generate(cache.layers, ids[:, 0], count)[:, 0].tolist()
         generated = []
         for _ in range(count):  # tokens stay on the device, so that steps can be queued
             ids = self._forward(ids, cache, last=1).argmax(dim=-1)
             generated.append(ids[0, 0])
         return torch.stack(generated).tolist() if generated else []
 
-    def other_kernel(self) -> AbstractContextManager:
-        return sdpa_kernel(SDPBackend.MATH)
+    def ready(self, cache: CompressedCache, tokens: int) -> None:
+        if self.steps(cache):
+            self.engine.ready(cache.layers, tokens)
+        else:
+            cache.reserve(tokens)
+
+    def steps(self, cache: CompressedCache) -> bool:
+        return self.engine.reason(cache.layers) is None
+
+    @contextmanager
+    def eagerly(self) -> Iterator[None]:
+        engine, self.engine = self.engine, Engine(self.model, "eager")
+        try:
+            yield
+        finally:
+            self.engine = engine
+
+    def floor_seconds(self, cache: CompressedCache) -> float:
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        weights = sum(p.nbytes for p in self.model.parameters())
+        if head is not None and head.weight is not embedding.weight:
+            weights -= embedding.weight.nbytes  # a step reads a row of it
+        return (weights + cache.nbytes) / self._copy_bandwidth
+
+    @cached_property
+    def _copy_bandwidth(self) -> float:
+        """Bytes a second, read and written, of a copy that no cache holds."""
+        source = torch.ones(1 << (29 if self.device.type == "cuda" else 25), dtype=torch.float32, device=self.device)
+        target, seconds = torch.empty_like(source), []
+        for _ in range(5):
+            self.synchronize()
+            start = time.perf_counter()
+            target.copy_(source)
+            self.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return 2 * source.nbytes / float(np.median(seconds))
+
+    @contextmanager
+    def other_kernel(self) -> Iterator[None]:
+        with self.eagerly(), sdpa_kernel(SDPBackend.MATH):
+            yield
 
     def peak_bytes(self) -> int | None:
         if self.device.type != "cuda":

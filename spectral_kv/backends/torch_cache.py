@@ -106,6 +106,10 @@ class CompressedLayer(CacheLayerMixin):
         """Bytes that the allocator holds for the layer, room to grow included."""
         return sum(x.nbytes for x in self._buffers) if self._buffers else self.stored.nbytes
 
+    def hold(self, stored: Stored, seen: int) -> None:
+        """Hold `stored`, which may be views of someone else's buffers, after `seen` tokens in all."""
+        self.stored, self.seen, self._buffers = stored, seen, []
+
     def copy(self) -> "CompressedLayer":
         """A layer that can be extended without touching this one; it makes buffers of its own when it grows."""
         return CompressedLayer(self.stored, self.cache_dtype, self.seen, self.positions)

@@ -8,6 +8,7 @@ import torch
 
 from spectral_kv.engine.forward import Blocks, Modules
 from spectral_kv.engine.held import Held, HeldCoded, HeldDense
+from spectral_kv.engine.lookup import PARTS
 from spectral_kv.storage.dense import DenseTokens
 from spectral_kv.storage.turboquant import TurboQuantStorage
 from spectral_kv.storage.windowed import WindowedTokens
@@ -64,14 +65,27 @@ class Engine:
         if coded and stored.storage.recent == 0:
             return "a recent window of 0 tokens leaves no room for the token that is fed"
         dim = (stored.recent[0] if coded else stored.keys).shape[-1]
-        if self.device.type == "cuda" and (dim < 16 or dim & (dim - 1)):
-            return f"a head dimension of {dim} is not a power of two from 16 on"
+        least = 16  # channels of a matrix product, of which codes give a part at a time
+        if coded:
+            least *= max(PARTS[bits] for bits in (stored.storage.key_bits, stored.storage.value_bits))
+        if self.device.type == "cuda" and (dim < least or dim & (dim - 1)):
+            return f"a head dimension of {dim} is not a power of two from {least} on"
         missing = self._no_graph()
         return None if coded and self.device.type == "cpu" else missing
 
-    def generate(self, layers: list[Any], position: int, ids: torch.Tensor, count: int) -> torch.Tensor:
-        """Feed `ids` `[batch]` at `position` and decode greedily: tokens `[count, batch]`, by which the layers grow."""
-        return self.held(layers, count).generate(layers, position, ids, count)
+    def generate(self, layers: list[Any], ids: torch.Tensor, count: int) -> torch.Tensor:
+        """Feed `ids` `[batch]` to the layers of a cache and decode greedily: tokens `[count, batch]`.
+
+        The layers grow by them.
+        """
+        return self.held(layers, count).generate(layers, ids, count)
+
+    @torch.inference_mode()
+    def ready(self, layers: list[Any], count: int) -> None:
+        """Bring the layers of a cache into buffers with room for `count` tokens, and capture what will be replayed."""
+        held = self.held(layers, count)
+        held.load(layers)
+        held.keep(layers, layers[0].seen)
 
     @torch.inference_mode()
     def held(self, layers: list[Any], count: int) -> Held:
@@ -86,8 +100,7 @@ class Engine:
         self._held = [held for held in self._held if not held.free]
         capacity = -(-needed // ROUND) * ROUND
         captured = self.device.type == "cuda"
-        query_heads = self.model.config.num_attention_heads
-        held = kind(layers, query_heads, capacity, self._forward(), self.dtype, captured)
+        held = kind(layers, self.model.config.num_attention_heads, capacity, self.forward(), self.dtype, captured)
         self._held.append(held)
         return held
 
@@ -95,7 +108,8 @@ class Engine:
         """Forget buffers and graphs."""
         self._held = []
 
-    def _forward(self) -> Modules | Blocks:
+    def forward(self) -> Modules | Blocks:
+        """The fastest way through the model that gives its logits."""
         if self._modules is None:
             self._modules = Modules(self.model)
             if self.blocks and self.device.type == "cuda":
@@ -122,7 +136,8 @@ class Engine:
 
         config, generator = self.model.config, torch.Generator(self.device).manual_seed(0)
         attention = self.model.base_model.layers[0].self_attn
-        shape = (1, config.num_key_value_heads, 32, attention.head_dim)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        shape = (1, heads, 32, attention.head_dim)
         lengths = torch.full(shape[:2], 16, device=self.device)
         rows = []
         for _ in range(config.num_hidden_layers):

@@ -23,7 +23,7 @@ def _viewers(buffer: torch.Tensor) -> int:
 class Held:
     """Base: buffers for the rows of all layers of a cache, and the step over them.
 
-    `layers` are those of a cache; what each has `stored` is copied into the buffers and becomes views of them.
+    `layers` are those of a cache; what each has `stored` is copied into the buffers, and views of them take its place.
 
     Parameters
     ----------
@@ -66,16 +66,16 @@ class Held:
         return self._where(layers[0].stored) == self.buffers[0].data_ptr()
 
     @torch.inference_mode()
-    def generate(self, layers: list[Any], position: int, ids: torch.Tensor, count: int) -> torch.Tensor:
-        """Feed `ids` `[batch]` at `position` and decode greedily: tokens `[count, batch]`, by which the cache grows."""
+    def generate(self, layers: list[Any], ids: torch.Tensor, count: int) -> torch.Tensor:
+        """Feed `ids` `[batch]` and decode greedily: tokens `[count, batch]`, by which the cache grows."""
         self.load(layers)
-        self.counters.start(position, self.dense)
+        self.counters.start(layers[0].seen, self.dense)
         self.step.ids.copy_(ids[:, None])
         for _ in range(count):
             self.make_room()
             self.step.run()
             self.dense += 1
-        self.keep(layers)
+        self.keep(layers, layers[0].seen + count)
         return self.step.generated[:count].clone()
 
 
@@ -106,7 +106,7 @@ class HeldDense(Held):
             for buffer, x in zip((keys, values), old, strict=True):
                 self._alone.append(_viewers(buffer))
                 buffer[:, :, :n] = x
-            layer.stored = DenseTokens(keys[:, :, :n], values[:, :, :n])
+            layer.hold(DenseTokens(keys[:, :, :n], values[:, :, :n]), layer.seen)
             del old
         return rows
 
@@ -120,16 +120,12 @@ class HeldDense(Held):
             if layer.stored.keys.data_ptr() != row.keys.data_ptr():
                 row.keys[:, :, : self.dense] = layer.stored.keys
                 row.values[:, :, : self.dense] = layer.stored.values
-                self._show(layer, row)
 
     def make_room(self) -> None: ...
 
-    def keep(self, layers: list[Any]) -> None:
+    def keep(self, layers: list[Any], seen: int) -> None:
         for layer, row in zip(layers, self.rows, strict=True):
-            self._show(layer, row)
-
-    def _show(self, layer: Any, row: DenseRows) -> None:
-        layer.stored = DenseTokens(row.keys[:, :, : self.dense], row.values[:, :, : self.dense])
+            layer.hold(DenseTokens(row.keys[:, :, : self.dense], row.values[:, :, : self.dense]), seen)
 
 
 @dataclass(frozen=True)
@@ -266,7 +262,7 @@ class HeldCoded(Held):
             self._flush()
         return graph
 
-    def keep(self, layers: list[Any]) -> None:
+    def keep(self, layers: list[Any], seen: int) -> None:
         for i, layer in enumerate(layers):
             exact = [(r[i, :, :, : self.sinks].clone(), r[i, :, :, self.sinks : self.dense].clone()) for r in self.ring]
             coded = layer.stored.coded
@@ -278,4 +274,5 @@ class HeldCoded(Held):
                 )
                 coded = PackedPair(keys, values)
             first, recent = zip(*exact, strict=True)
-            layer.stored = WindowedTokens(self.storage, self.indices[i], tuple(first), coded, tuple(recent))
+            stored = WindowedTokens(self.storage, self.indices[i], tuple(first), coded, tuple(recent))
+            layer.hold(stored, seen)

@@ -55,8 +55,12 @@ class CodedLaunch:
     ):
         batch, kv_heads, capacity, _ = key_codes.shape
         self.bits, self.wide, self.ptx = bits, wide, ptx and not wide
+        self.tile, self.warps = 32 if wide else 128, 4
+        if dim == 64 and min(bits) < 4 and not wide:  # tiles of a quarter of the channels are too narrow for four warps
+            self.warps = 2
         programs = batch * kv_heads
-        self.splits = splits(programs, capacity, 2 if programs <= 16 else 8, 128)
+        each = 8 if programs > 16 else 2 if dim <= 64 else 4
+        self.splits = splits(programs, capacity, each, 128)
         self.group, self.padded = _group(query_heads, kv_heads)
         shape = (programs, self.splits + 1, self.group)
         self.parts = torch.empty(*shape, dim, device=key_codes.device)
@@ -72,8 +76,8 @@ class CodedLaunch:
             q, new_k, new_v, coded.key_codes, coded.key_scales, coded.value_codes, coded.value_scales, coded.mean,
             coded.key_rotation, *coded.tables, coded.lengths, keys, values, lengths, self.parts, self.weights, capacity,
             keys.shape[-2], scale * kernels.LOG2E, self.splits, G=self.group, GP=self.padded, D=dim, KB=self.bits[0],
-            VB=self.bits[1], BT=32 if self.wide else 128, BD=32 if self.wide else 64, PTX=self.ptx, WIDE=self.wide,
-            num_warps=4, num_stages=1 if self.wide else 3,
+            VB=self.bits[1], BT=self.tile, BD=32 if self.wide else 64, PTX=self.ptx, WIDE=self.wide,
+            num_warps=self.warps, num_stages=1 if self.wide else 3,
         )  # fmt: skip
         kernels.coded_merge[(batch * kv_heads * self.group,)](
             self.parts, self.weights, coded.value_rotation, out, self.splits, G=self.group, D=dim,

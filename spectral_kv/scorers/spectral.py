@@ -62,12 +62,16 @@ class Spectral(ABC):
         }
         x = float32(signals[self.signal]())
         deviation = self.spectral(x) if self.shuffle_seed is None else self._shuffled(x, layer.seed)
+        return self.blend(deviation, layer.key_norms, layer)
+
+    def blend(self, deviation: Array, norms: Array, layer: LayerView) -> Array:
+        """The weighted terms, from deviations and key norms `[heads, tokens]`."""
         if self.sign == "smoothness":
             deviation = -deviation
         return (
             self.spectral_weight * unit(deviation, layer.evictable)
             + self.recency_weight * recency(layer)
-            + self.norm_weight * unit(layer.key_norms, layer.evictable)
+            + self.norm_weight * unit(norms, layer.evictable)
         )
 
     def _shuffled(self, x: Array, seed: tuple[int, ...]) -> Array:

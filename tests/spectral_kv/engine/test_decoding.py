@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from spectral_kv.backends.torch import TorchBackend
 from spectral_kv.engine.decoding import Engine
@@ -23,10 +24,23 @@ STORAGES = {
 PROMPT, COUNT = 150, 40  # the recent window is flushed several times
 
 
+def llama():
+    """Two layers of 4 query and 2 KV heads of 64, with random biases."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8192, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, attention_bias=True, initializer_range=0.2, max_position_embeddings=2048,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    return model.eval()
+
+
 @pytest.fixture(scope="module")
-def torch_backend(checkpoint):
-    device = "cuda" if CUDA else "cpu"
-    return TorchBackend(str(checkpoint), device=device, dtype="float32", cache_dtype="float32")
+def torch_backend():
+    return TorchBackend.wrap(llama().to("cuda" if CUDA else "cpu"), engine="eager")
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +67,7 @@ def kept(prefill, tokens):
 
 def decoded(engine, cache, token, count):
     ids = torch.full((cache.batch,), token, device=engine.device)
-    said = engine.generate(cache.layers, cache.position, ids, count)
-    for layer in cache.layers:
-        layer._buffers = []
-        layer.seen += count
+    said = engine.generate(cache.layers, ids, count)
     assert (said == said[:, :1]).all()  # the sequences of a batch are equal
     return said[:, 0].tolist()
 
@@ -130,7 +141,7 @@ def test_a_batch_may_say_different_things(torch_backend, engine, prefilled):
     cache = torch_backend.compress(prefilled, None, Dense(), batch=2)
     alone = [torch_backend.compress(prefilled, None, Dense()) for _ in range(2)]
     ids = torch.tensor([5, 900], device=engine.device)
-    said = engine.generate(cache.layers, cache.position, ids, 8)
+    said = engine.generate(cache.layers, ids, 8)
     for column, (token, one) in enumerate(zip((5, 900), alone, strict=True)):
         assert said[:, column].tolist() == torch_backend.generate(one, token, 8)
 
@@ -138,7 +149,7 @@ def test_a_batch_may_say_different_things(torch_backend, engine, prefilled):
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
 def test_joined_blocks_give_the_logits_of_the_modules(checkpoint, kind):
     """Also where biases, a head of its own, and an attention scaling that is not the default come together."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
+    from transformers import Qwen2ForCausalLM
 
     from spectral_kv.engine.rows import DenseRows
 
@@ -208,3 +219,31 @@ def test_the_kinds_of_buffers(torch_backend, engine, prefilled):
         cache = torch_backend.compress(prefilled, None, storage)
         decoded(engine, cache, 5, 2)
         assert isinstance(engine.held(cache.layers, 1), kind)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+def test_compiled_blocks_in_a_graph_say_what_the_eager_path_says(prefilled, torch_backend):
+    """In float32 token by token; nothing of it was left to chance by falling back to the modules."""
+    joined = Engine(copy.deepcopy(torch_backend.model), "graph")
+    for storage in STORAGES.values():
+        for batch in (1, 4):
+            caches = [torch_backend.compress(prefilled, kept(prefilled, 60), storage, batch) for _ in range(2)]
+            assert decoded(joined, caches[0], 5, COUNT) == torch_backend.generate(caches[1], 5, COUNT)
+    assert isinstance(joined.forward(), Blocks)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("storage", ["dense", "packed"])
+def test_bfloat16_differs_only_where_the_best_tokens_are_level(storage):
+    model = llama().to("cuda", torch.bfloat16)
+    backend = TorchBackend.wrap(model, engine="eager")
+    prefill = backend.prefill(np.random.default_rng(0).integers(2, 8000, size=PROMPT), 1)
+    one, other = (backend.compress(prefill, None, STORAGES[storage]) for _ in range(2))
+    said = decoded(Engine(model, "graph"), one, 5, COUNT)
+    position = [5]
+    for token in said:
+        logits = backend.extend(other, np.array(position)).logits[0].float()
+        best = int(logits.argmax())
+        if token != best:
+            assert logits[best] - logits[token] < 0.05 * logits.std()
+        position = [token]

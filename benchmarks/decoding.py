@@ -1,0 +1,148 @@
+"""A decoding step over the full cache, over 512 kept tokens and over all tokens in codes, eager and in a graph.
+
+    python -m benchmarks.decoding
+    python -m benchmarks.decoding --shape llama-3.1-8b --sizes 32768x8 --csv decoding.csv
+
+Weights and cached rows are random: speed depends on shapes alone. Every cache goes through the same steps and the same
+attention. `eager` is the forward pass of transformers over the library's cache; `modules` the same modules in a graph;
+`blocks` joined and compiled blocks in a graph. `x floor` is the time of a step over the time in which the device
+copies the bytes that the step has to read once, weights and live cache, at the bandwidth of a large copy measured in
+the same run. Steps take turns in every round; medians over rounds, with quartiles.
+"""
+
+import argparse
+import gc
+import logging
+from collections.abc import Callable
+
+import torch
+
+from benchmarks import shapes
+from benchmarks.clock import Row, card, copy_bandwidth, device, milliseconds, quartiles, report, wall_milliseconds
+from spectral_kv.backends.torch import TorchBackend
+from spectral_kv.engine.decoding import Engine
+from spectral_kv.engine.forward import Modules
+from spectral_kv.engine.held import Held, HeldCoded, HeldDense
+from spectral_kv.engine.step import Step
+
+ROOM = 128  # rows
+STEPS, ROUNDS = 16, 7  # steps of a timing, and how often all take turns
+
+
+class Turn:
+    """One step over one cache, timed in turn with others."""
+
+    def __init__(self, cache: str, kind: str, held: Held, step: Step, seen: int, nbytes: int):
+        self.cache, self.kind, self.held, self.step, self.seen, self.nbytes = cache, kind, held, step, seen, nbytes
+        self.times: list[float] = []
+
+    def time(self) -> None:
+        def run() -> None:
+            for _ in range(STEPS):
+                self.step.run()
+
+        self.held.counters.start(self.seen, self.held.dense)
+        self.times += [ms / STEPS for ms in milliseconds(run, 1, 0)]
+
+
+def caches(made: torch.nn.Module, tokens: int, batch: int, kept: int, bits: list[int]) -> dict[str, Callable]:
+    """How to make the caches that are compared."""
+    made_up = {
+        "full": lambda: shapes.dense_cache(made, tokens, tokens, batch),
+        f"{kept} kept": lambda: shapes.dense_cache(made, kept, tokens, batch),
+    }
+    return made_up | {f"{b} bit": lambda b=b: shapes.coded_cache(made, tokens, batch, b) for b in bits}
+
+
+def graphs(
+    engine: Engine, tokens: int, batch: int, kept: int, bits: list[int]
+) -> list[tuple[str, str, int, list, float]]:
+    """Cache, kind of step, bytes of the cache, milliseconds a step and seconds of the capture."""
+    made, best = engine.model, engine.forward()
+    modules, capture = Modules(made), device() == "cuda"
+    turns: list[Turn] = []
+    for name, make in caches(made, tokens, batch, kept, bits).items():
+        cache = make()
+        nbytes, rows = cache.nbytes, cache.layers[0].held
+        kind = HeldCoded if "bit" in name else HeldDense
+        held = kind(cache.layers, made.config.num_attention_heads, rows + ROOM, best, made.dtype, capture)
+        turns.append(Turn(name, "modules" if isinstance(best, Modules) else "blocks", held, held.step, tokens, nbytes))
+        if best is not modules and "bit" not in name and not isinstance(best, Modules):
+            step = Step(modules, held.rows, held.counters, batch, ROOM, capture)
+            turns.append(Turn(name, "modules", held, step, tokens, nbytes))
+        del cache
+    for _ in range(ROUNDS + 1):
+        for turn in turns:
+            turn.time()
+        turns.reverse()
+    return [(t.cache, t.kind, t.nbytes, t.times[1:], t.step.capture_seconds) for t in turns]
+
+
+def eager(engine: Engine, tokens: int, batch: int, kept: int) -> list[tuple[str, str, int, list, None]]:
+    """The same by the forward pass of transformers over the library's cache, on the host's clock."""
+    backend = TorchBackend.wrap(engine.model, engine="eager")
+    made_up = caches(engine.model, tokens, batch, kept, [])
+    results = []
+    for name, make in made_up.items():
+        cache = make()
+        cache.reserve(ROOM)
+        times = wall_milliseconds(lambda c=cache: backend.generate(c, 7, STEPS), 4, 1)
+        results.append((name, "eager", cache.nbytes, [ms / STEPS for ms in times], None))
+        del cache
+    return results
+
+
+def table(name: str, made: torch.nn.Module, tokens: int, batch: int, measured: list, bandwidth: float) -> list[Row]:
+    weights, rows = shapes.weight_bytes(made), []
+    medians = {(cache, kind): quartiles(times)[0] for cache, kind, _, times, _ in measured}
+    for cache, kind, nbytes, times, capture in sorted(measured, key=lambda m: (m[1], m[0])):
+        ms, low, high = quartiles(times)
+        floor = 1e3 * (weights + nbytes) / bandwidth
+        eager = medians.get((cache, "eager"))
+        rows.append(
+            {"shape": name, "tokens": tokens, "batch": batch, "cache": cache, "step": kind, "ms": ms, "low": low,
+             "high": high, "x floor": ms / floor, "full / this": medians["full", kind] / ms,
+             "eager / this": eager and eager / ms, "tokens / s": 1e3 * batch / ms, "capture s": capture}
+        )  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--shape", default="qwen2.5-0.5b" if torch.cuda.is_available() else "tiny", choices=shapes.SHAPES
+    )
+    parser.add_argument(
+        "--sizes",
+        default="4096x1,32768x16" if torch.cuda.is_available() else "256x1",
+        help="tokens x batch, comma-separated",
+    )
+    parser.add_argument("--kept", type=int, default=512)
+    parser.add_argument("--bits", default="4", help="of codes, comma-separated, or none")
+    parser.add_argument("--no-eager", action="store_true")
+    parser.add_argument("--csv")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO)
+    bandwidth = copy_bandwidth()
+    print(f"{card()}, copies {bandwidth / 1e12:.3f} TB/s, torch {torch.__version__}")
+    bits = [] if options.bits == "none" else [int(b) for b in options.bits.split(",")]
+    rows: list[Row] = []
+    engine = Engine(shapes.model(options.shape, device()))
+    for size in options.sizes.split(","):
+        tokens, batch = map(int, size.split("x"))
+        measured = graphs(engine, tokens, batch, options.kept, bits)
+        gc.collect()
+        torch.cuda.empty_cache()
+        if not options.no_eager:
+            measured += eager(engine, tokens, batch, options.kept)
+            gc.collect()
+            torch.cuda.empty_cache()
+        rows += table(options.shape, engine.model, tokens, batch, measured, bandwidth)
+    for row in rows:
+        row["card"] = card()
+    report("decoding", rows, options.csv)
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()

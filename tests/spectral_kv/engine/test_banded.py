@@ -1,0 +1,47 @@
+"""Spectral deviations in one pass: what the scorers' own transforms give, for every length."""
+
+import numpy as np
+import pytest
+
+from spectral_kv.engine.banded import filtered, plan
+from spectral_kv.scorers.fourier import Fourier
+from spectral_kv.scorers.wavelet import Wavelet
+from spectral_kv.scorers.wavelet_fourier import WaveletFourier
+
+TOKENS = [1024, 1025, 1100, 1151, 2047]
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize(
+    "scorer",
+    [Wavelet(), Wavelet(wavelet="haar", levels=3), Wavelet(mode="periodization"), Wavelet(level_decay=0.8)],
+    ids=["db4", "haar", "periodization", "level_decay"],
+)
+def test_a_wavelet_plan_is_the_scorers_transform_at_every_token(rng, scorer, tokens):
+    x = rng.normal(size=(2, tokens, 3))
+    made = plan(scorer, tokens)
+    if made is None:
+        assert scorer.mode == "periodization"  # its ends see one another
+        return
+    np.testing.assert_allclose(filtered(made, x), scorer.spectral(x), rtol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_a_fourier_plan_is_the_scorers_transform_but_for_what_rings_on(rng, tokens):
+    x = rng.normal(size=(2, tokens, 3))
+    got, want = filtered(plan(Fourier(), tokens), x), Fourier().spectral(x)
+    assert np.linalg.norm(got - want) < 2e-4 * np.linalg.norm(want)
+    np.testing.assert_allclose(got[:, 200:-200], want[:, 200:-200], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "scorer",
+    [Fourier(taper=0.0), WaveletFourier(), Wavelet(signal="values"), Wavelet(shuffle_seed=1)],
+    ids=["box", "cascade", "values", "shuffled"],
+)
+def test_what_is_not_a_band_of_filters_has_no_plan(scorer):
+    assert plan(scorer, 2048) is None
+
+
+def test_short_sequences_have_no_plan():
+    assert plan(Wavelet(), 1000) is None
