@@ -61,7 +61,7 @@ def write(model: LlamaForCausalLM, file: Path, kind: str = "llama", scaled: bool
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     tokenizer = json.loads((REFERENCE / "tokenizer.json").read_text())["model"]
-    words = sorted(tokenizer["vocab"], key=tokenizer["vocab"].get)[: VOCABULARY - 1] + ["<|endoftext|>"]
+    words = [*sorted(tokenizer["vocab"], key=tokenizer["vocab"].get)[: VOCABULARY - 1], "<|endoftext|>"]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer["merges"]]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
