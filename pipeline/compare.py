@@ -129,9 +129,9 @@ def compare(overrides: list[str], against: list[str], gap: bool) -> None:
         log(result, estimates, f"vs_{name}")
     if gap:
         oracle = ["method=oracle_value"]
-        seen, there = composed([*shared, *oracle]).method.positions, reference.settings.documents.continuation
+        seen, there = composed([*shared, *oracle]).method.horizon, reference.settings.documents.continuation
         if there < seen:  # the oracle looks at all of a short continuation
-            oracle.append(f"method.positions={there}")
+            oracle.append(f"method.horizon={there}")
         ends = [
             documents(execute(prepare(composed([*shared, *against, *method]))))
             for method in (["method=random"], oracle)

@@ -93,7 +93,7 @@ def stable_order(x: Array) -> Array:
 def largest(x: Array, count: int) -> Array:
     """Indices of the `count` largest numbers of the last axis, ascending; of equal ones those that come first."""
     xp = namespace(x)
-    if not hasattr(x, "detach"):
+    if count == 0 or not hasattr(x, "detach"):
         return xp.sort(stable_order(-x)[..., :count], axis=-1)
     # torch: a sort takes longer than to find the last that counts and everything above it
     edge = x.topk(count, dim=-1, sorted=True).values[..., -1:]

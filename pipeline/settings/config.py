@@ -325,9 +325,9 @@ def _fits(scorer: Scorer | None, documents: Documents) -> None:
     """Refuse a scorer that looks at more queries, at more of the future or at longer waves than the documents have."""
     if scorer is None:
         return
-    if "future" in scorer.reads and scorer.positions > documents.continuation:
+    if "future" in scorer.reads and scorer.horizon > documents.continuation:
         raise InputError(
-            f"method.positions={scorer.positions} tokens of the future are more than "
+            f"method.horizon={scorer.horizon} tokens of the future are more than "
             f"document.continuation={documents.continuation}: lower the former, or raise the latter"
         )
     levels = getattr(scorer, "levels", 0)

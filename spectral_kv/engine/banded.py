@@ -53,7 +53,7 @@ def plan(scorer: Spectral, tokens: int) -> Plan | None:
         return None
     if type(scorer) is Fourier:
         return _fir(scorer.cutoff, scorer.taper, tokens)
-    if type(scorer) is Wavelet:
+    if type(scorer) is Wavelet and not scorer.centred:
         return _wavelet(scorer, tokens)
     return None
 

@@ -195,7 +195,7 @@ class TurboQuant:
         xp = namespace(packed.codes)
         table, index = table_index(packed.codes, self.bits)
         values = xp.take(constant(table, index), xp.reshape(index, (-1,)), axis=0)
-        y = xp.reshape(values, (*packed.codes.shape[:-1], -1))
+        y = xp.reshape(values, (*packed.codes.shape[:-1], index.shape[-1] * values.shape[-1]))  # also of no tokens
         back = constant(back_rotation(self.rotation, y.shape[-1], self.seed, table.shape[1]), y)
         x = xp.matmul(y * float32(packed.scale)[..., None], back)
         return x if packed.mean is None else x + float32(packed.mean)

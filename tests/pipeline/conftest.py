@@ -11,7 +11,7 @@ from pipeline.calibrate import calibrate
 from pipeline.job import prepare
 from pipeline.settings.compose import composed
 
-SMALL = ["document.tokens=200", "document.continuation=40", "document.count=3", "budget.tokens=60", "budget.recent=16"]
+SMALL = ["document.tokens=200", "document.continuation=64", "document.count=3", "budget.tokens=60", "budget.recent=16"]
 PHASES = ["phase.memory.generated=8", "phase.perturbation.positions=8", "phase.perplexity.tokens=40"]
 
 

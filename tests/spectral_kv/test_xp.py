@@ -33,3 +33,11 @@ def test_the_constants_used_last_stay(none_kept, monkeypatch):
     constant(arrays[2], x)
     assert constant(arrays[0], x) is kept[0]
     assert len(xp._constants) == 2
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 7])
+def test_the_largest_of_equal_numbers_are_the_first(count):
+    x = np.array([[1.0, 3.0, 3.0, 0.0, 3.0, 1.0, 2.0]])
+    expected = np.sort(np.argsort(-x, axis=-1, kind="stable")[:, :count], axis=-1)
+    for values in (x, torch.as_tensor(x)):
+        assert np.array_equal(np.asarray(xp.largest(values, count)), expected)

@@ -17,7 +17,7 @@ def test_the_rank_correlation_is_that_of_scipy_ties_included(rng):
 
 
 def test_a_method_ranks_as_itself_and_a_blend_between_its_terms(run):
-    phases = ["phase=[correlation]"]
+    phases = ["phase=[memory,perturbation,perplexity,correlation]"]
 
     def found(*overrides: str) -> dict[str, float]:
         return run(*overrides, *phases).metrics
@@ -36,7 +36,9 @@ def test_a_method_ranks_as_itself_and_a_blend_between_its_terms(run):
 def test_layers_have_rows_and_their_mean_is_the_document_s(run):
     import mlflow
 
-    table = mlflow.load_table("rows.json", run_ids=[run("method=wavelet", "phase=[correlation]").run_id])
+    table = mlflow.load_table(
+        "rows.json", run_ids=[run("method=wavelet", "phase=[memory,perturbation,perplexity,correlation]").run_id]
+    )
     table = table.assign(layer=pd.to_numeric(table["layer"]), value=pd.to_numeric(table["value"]))
     table = table[table["metric"] == "correlation/recency"]
     for _, document in table.groupby("document"):

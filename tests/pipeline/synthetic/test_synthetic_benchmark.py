@@ -16,7 +16,7 @@ from pipeline.show.summary import show
 from spectral_kv.selection import Budget
 
 SMALL_BUDGET = ["budget.tokens=140", "budget.recent=16"]
-TINY = ["document.tokens=512", "document.continuation=16", "document.count=3", "model.planted=0.03125", *SMALL_BUDGET]
+TINY = ["document.tokens=512", "document.continuation=64", "document.count=3", "model.planted=0.03125", *SMALL_BUDGET]
 TINY += ["phase.memory.generated=8", "phase.perturbation.positions=16"]
 ALONE = ["backend=synthetic", "model=synthetic", "document=synthetic"]
 
@@ -36,7 +36,7 @@ def results(outputs):
 def test_every_method_of_the_experiment_leaves_a_finished_run(results):
     import mlflow
 
-    assert len(results) == 17
+    assert len(results) == 18
     for name, result in results.items():
         assert mlflow.get_run(result.run_id).info.status == "FINISHED"
         assert not result.reused and result.metrics["time/compress_s"] > 0

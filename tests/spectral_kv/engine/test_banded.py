@@ -36,8 +36,8 @@ def test_a_fourier_plan_is_the_scorers_transform_but_for_what_rings_on(rng, toke
 
 @pytest.mark.parametrize(
     "scorer",
-    [Fourier(taper=0.0), WaveletFourier(), Wavelet(signal="values"), Wavelet(shuffle_seed=1)],
-    ids=["box", "cascade", "values", "shuffled"],
+    [Fourier(taper=0.0), WaveletFourier(), Wavelet(signal="values"), Wavelet(shuffle_seed=1), Wavelet(centred=True)],
+    ids=["box", "cascade", "values", "shuffled", "centred"],
 )
 def test_what_is_not_a_band_of_filters_has_no_plan(scorer):
     assert plan(scorer, 2048) is None
