@@ -59,11 +59,15 @@ class CompressedLayer(_BaseCache):
             self.reserve(more)
             for buffer, x in zip(self._buffers, new, strict=True):
                 buffer[..., self._rows : self._rows + more, :] = x
-        else:
+            self._rows += more
+            held_keys, held_values = self.stored.load()
+        else:  # tokens that are fed together see one another exactly, whatever is coded after them
+            held_keys, held_values = (
+                mx.concatenate(pair, axis=-2) for pair in zip(self.stored.load(), new, strict=True)
+            )
             self._stored = self._stored.append(*new)
-        self._rows += more
+            self._rows += more
         self.offset += more
-        held_keys, held_values = self.stored.load()
         return held_keys.astype(keys.dtype), held_values.astype(values.dtype)
 
     def reserve(self, tokens: int) -> None:

@@ -45,9 +45,13 @@ class CompressedLayer(CacheLayerMixin):
 
     def update(self, key_states, value_states, *args, **kwargs):
         new = [x.to(self.cache_dtype) for x in (key_states, value_states)]
-        self.stored = self._grown(*new) if isinstance(self.stored, DenseTokens) else self.stored.append(*new)
+        if isinstance(self.stored, DenseTokens):
+            self.stored = self._grown(*new)
+            keys, values = self.stored.load()
+        else:  # tokens that are fed together see one another exactly, whatever is coded after them
+            keys, values = (torch.cat(pair, dim=-2) for pair in zip(self.stored.load(), new, strict=True))
+            self.stored = self.stored.append(*new)
         self.seen += key_states.shape[-2]
-        keys, values = self.stored.load()
         return keys.to(key_states.dtype), values.to(value_states.dtype)
 
     def reserve(self, tokens: int) -> None:

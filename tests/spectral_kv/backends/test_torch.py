@@ -355,6 +355,19 @@ def test_fed_tokens_are_packed_when_they_leave_the_window(wide, rng):
     assert cache.nbytes < exact + dense / 7
 
 
+def test_tokens_fed_together_see_one_another_exactly(wide, rng):
+    tokens = rng.integers(2, 500, 200)
+    cache = wide.compress(wide.prefill(tokens[:40], observe=1), None, TurboQuantStorage(sinks=2, recent=8, flush=4))
+    layer = cache.layers[0]
+    new = torch.as_tensor(rng.normal(size=(1, wide.shape.kv_heads, 60, wide.shape.dim)), dtype=torch.float32)
+    keys, values = layer.update(new, 2 * new)
+    assert keys.shape[-2] == 100
+    assert torch.equal(keys[..., 40:, :], new) and torch.equal(values[..., 40:, :], 2 * new)
+    coded = layer.stored.load()[0][..., 40:, :]
+    assert not torch.equal(coded, new), "what left the recent window is in codes afterwards"
+    assert torch.equal(coded[..., -8:, :], new[..., -8:, :])
+
+
 def test_an_evicted_packed_cache_stays_close(backend, tokens):
     prefill = backend.prefill(tokens[:200], observe=1)
     kept = keep(backend, prefill, 100, 0)
