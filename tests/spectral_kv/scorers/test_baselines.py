@@ -217,6 +217,14 @@ def test_the_expected_weight_is_that_of_gaussian_queries_at_the_next_position(rn
         np.testing.assert_allclose(score[kv_head, chosen], expected, rtol=0.05)
 
 
+def test_expected_attention_foresees_queries_as_long_as_those_it_saw(rng, rope):
+    """Whatever factor the model multiplies into its rotation: cached queries have it, and those to come do."""
+    layer = view(rng, rope, 60, 40)
+    plain = ExpectedAttention(horizon=9).score(layer)
+    layer.rope = Rope(rope.inv_freq, attention_scaling=1.7)
+    np.testing.assert_allclose(ExpectedAttention(horizon=9).score(layer), plain, rtol=1e-3)
+
+
 ATTENTIVE = [SnapKV(window=8, kernel=1), Tova(), H2O(), ObservedAttention(), ExpectedAttention(sinks=0)]
 
 

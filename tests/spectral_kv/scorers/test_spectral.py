@@ -190,6 +190,25 @@ def test_nonstationarity_is_zero_for_a_constant_small_for_noise_and_large_for_ch
     assert steady < 0.05 < 0.5 < moving <= 1
 
 
+def test_nonstationarity_hears_tones_that_come_back_in_the_other_half():
+    tokens = np.arange(1024)
+    tones = np.concatenate([np.cos(np.pi * 0.2 * (s % 4 + 1) * tokens[:128]) for s in range(8)])
+    found = nonstationarity(torch.from_numpy(tones.astype(np.float32))[None, :, None])
+    assert found.item() == pytest.approx(np.log(4) / np.log(8), abs=0.1)  # four tones in eight segments
+
+
+def test_a_small_decay_hears_fine_changes_more_than_coarse_ones():
+    """Bursts of period 2, which the first level hears, and of period 16, which the deeper ones do."""
+    tokens = np.arange(512)
+    fine, coarse = (tokens // 32 == 4) * (-1.0) ** tokens, (tokens // 64 == 5) * np.sin(np.pi * tokens / 8)
+    x = torch.from_numpy((fine + coarse).astype(np.float32))[None, :, None]
+    ratios = []
+    for decay in (1.0, 0.5, 0.1):
+        deviation = Wavelet(level_decay=decay).spectral(x)[0]
+        ratios.append((deviation[336:368].mean() / deviation[136:152].mean()).item())
+    assert ratios[0] > 1.3 * ratios[1] > 1.3 * 1.3 * ratios[2]
+
+
 def test_alpha_one_is_the_wavelet_score_and_alpha_zero_the_cascade(rng):
     x = torch.from_numpy(rng.normal(size=(1, 300, 8)).astype(np.float32))
     torch.testing.assert_close(WaveletFourier(alpha=1.0).spectral(x), Wavelet().spectral(x))

@@ -57,6 +57,25 @@ def test_layers_rotate_differently():
     assert not torch.equal(first, second)
 
 
+def test_keys_keep_their_norm():
+    keys, values = (x.float() for x in kept(300))
+    loaded, _ = TurboQuantStorage(2, 2, center_keys=False, sinks=0, recent=0).store(keys, values, layer=0).load()
+    torch.testing.assert_close(loaded.norm(dim=-1), keys.norm(dim=-1), rtol=2e-3, atol=0)
+
+
+def test_values_keep_their_share_in_what_they_are_summed_to():
+    keys, values = (x.float() for x in kept(300))
+    _, loaded = TurboQuantStorage(2, 2, sinks=0, recent=0).store(keys, values, layer=0).load()
+    torch.testing.assert_close((loaded * values).sum(-1), (values * values).sum(-1), rtol=2e-3, atol=0)
+
+
+def test_keys_and_values_rotate_differently():
+    """Or the errors of both would be those of the same directions."""
+    keys, _ = kept(50)
+    coded = TurboQuantStorage(center_keys=False, sinks=0, recent=0).store(keys, keys, layer=0).coded
+    assert (coded.keys.codes != coded.values.codes).float().mean() > 0.5
+
+
 def test_refuses_other_bits():
     with pytest.raises(ValueError, match="2, 3 or 4"):
         TurboQuantStorage(key_bits=5)

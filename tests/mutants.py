@@ -1,0 +1,127 @@
+"""Do the tests notice? Small errors are made in a copy of the library, one at a time, and the tests named must fail.
+
+`python -m tests.mutants` runs all, `python -m tests.mutants wavelet` those whose file has that in its path.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = "tests/spectral_kv"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """An error: `old`, which `file` has once, becomes `new`; `tests` (files, or tests in them) must then fail."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+BASELINES = "scorers/test_baselines.py"
+SPECTRAL = "scorers/test_spectral.py"
+MUTANTS = [
+    Mutant("scorers/wavelet.py", "self.level_decay**j /", "1.0 /", f"{SPECTRAL}::test_a_small_decay"),
+    Mutant("storage/turboquant.py", '"renorm"', '"plain"', "storage/test_storage.py::test_keys_keep_their_norm"),
+    Mutant("storage/turboquant.py", '"unbiased"', '"renorm"', "storage/test_storage.py::test_values_keep_their_share"),
+    Mutant("storage/turboquant.py", "layer, 1)", "layer, 0)", "storage/test_storage.py::test_keys_and_values_rotate"),
+    Mutant("scorers/wavelet_fourier.py", "segments: int = 8", "segments: int = 2", f"{SPECTRAL}::test_nonstationarity"),
+    Mutant(
+        "scorers/expected_attention.py",
+        "turns = turns * layer.rope.attention_scaling",
+        "turns = turns * 1.0",
+        f"{BASELINES}::test_expected_attention",
+    ),
+    Mutant("scorers/expected_attention.py", "layer.scaling**2 / 2", "layer.scaling / 2", f"{BASELINES}::test_expected"),
+    Mutant("scorers/snapkv.py", "layer.scaling", "0.01", f"{BASELINES}::test_snapkv"),
+    Mutant("scorers/tova.py", "layer.scaling", "0.01", f"{BASELINES}::test_tova"),
+    Mutant("scorers/h2o.py", "layer.scaling", "0.01", f"{BASELINES}::test_h2o"),
+    Mutant("scorers/oracle_mass.py", "layer.scaling", "0.01", "scorers/test_oracles.py::test_mass"),
+    Mutant("scorers/observed_attention.py", "return mass / saw", "return mass", f"{BASELINES}::test_observed"),
+    Mutant("scorers/keydiff.py", "return -xp.sum", "return xp.sum", f"{BASELINES}::test_keydiff"),
+    Mutant("scorers/knorm.py", "-layer.key_norms", "layer.key_norms", f"{BASELINES}::test_knorm"),
+    Mutant("scorers/spectral.py", "deviation = -deviation", "pass", f"{SPECTRAL}::test_sign"),
+    Mutant("scorers/tri.py", "modulus - np.abs(mu)", "modulus", "scorers/test_tri.py::test_spread"),
+    Mutant("scorers/tri.py", "int(layer.positions.max()) + 1", "layer.tokens", "scorers/test_tri.py::test_the_next"),
+    Mutant("transforms/fourier.py", "1.0 - gain if stop", "gain if stop", "transforms/test_fourier.py::test_passes"),
+    Mutant("transforms/wavelet.py", "ahead, count = 1,", "ahead, count = 0,", "transforms/test_wavelet.py::test_eq"),
+    Mutant("quantization/packing.py", "full_like(high, 2))", "full_like(high, 1))", "quantization/test_packing.py"),
+    Mutant("quantization/codebook.py", "1.5104176", "1.6104176", "quantization/test_codebook.py"),
+    Mutant(
+        "quantization/turboquant.py",
+        "return x if packed.mean is None else x + float32(packed.mean)",
+        "return x",
+        "quantization/test_turboquant.py::test_a_zero",
+    ),
+    Mutant("selection.py", "stable_order(-candidates)", "stable_order(candidates)", "test_selection.py::test_keeps"),
+    Mutant(
+        "selection.py",
+        "budget.tokens - budget.sinks - budget.recent",
+        "budget.tokens - budget.recent",
+        "test_selection.py::test_keeps",
+    ),
+    Mutant("attention.py", "> own", ">= own", "test_attention.py::test_causal"),
+    Mutant("rope.py", "self._turn(x, positions, -1.0,", "self._turn(x, positions, 1.0,", "test_rope.py::test_rotates"),
+    Mutant("rope.py", "1.0 / self.attention_scaling", "1.0", "test_rope.py::test_rotates"),
+    Mutant("backends/torch_cache.py", "return self.seen\n", "return self.held\n", "backends/test_torch.py::test_new"),
+]
+
+
+def mutated(text: str, mutant: Mutant) -> str:
+    """The text of the file with the error in it."""
+    if (found := text.count(mutant.old)) != 1:
+        raise SystemExit(f"{mutant.file} has {mutant.old!r} {found} times, not once: bring the table up to date")
+    return text.replace(mutant.old, mutant.new)
+
+
+def run(folder: Path, selections: list[str]) -> subprocess.CompletedProcess[str]:
+    """Tests in a copy of the project; a selection `file::start` names the tests in a file that start so."""
+    files = sorted({f"{TESTS}/{selection.split('::')[0]}" for selection in selections})
+    starts = {selection.split("::")[1] for selection in selections if "::" in selection}
+    chosen = ["-k", " or ".join(sorted(starts))] if starts else []
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *chosen, *files]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def copy(folder: Path) -> None:
+    """What the tests of the library need of the project."""
+    for name in ("spectral_kv", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pipeline", "conf", "pyproject.toml"):
+        (folder / name).symlink_to(ROOT / name)
+
+
+def main(wanted: str = "") -> int:
+    """How many of the errors nobody noticed."""
+    mutants = [mutant for mutant in MUTANTS if wanted in mutant.file]
+    survivors = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy(folder)
+        plain = run(folder, [mutant.tests for mutant in mutants if "::" in mutant.tests])
+        if plain.returncode:
+            raise SystemExit(f"tests fail before any error is made:\n{plain.stdout}{plain.stderr}")
+        for mutant in mutants:
+            file = folder / "spectral_kv" / mutant.file
+            text = file.read_text()
+            file.write_text(mutated(text, mutant))
+            shutil.rmtree(file.parent / "__pycache__", ignore_errors=True)
+            result = run(folder, [mutant.tests])
+            file.write_text(text)
+            shutil.rmtree(file.parent / "__pycache__", ignore_errors=True)
+            failed = [line.split(" - ")[0] for line in result.stdout.splitlines() if line.startswith("FAILED")]
+            survived = result.returncode != 1 or not failed  # nothing collected, or an error, is no failing test
+            survivors += survived
+            print("SURVIVED" if survived else "killed", mutant.file, f"{mutant.old!r} -> {mutant.new!r}", *failed)
+            sys.stdout.flush()
+    return survivors
+
+
+if __name__ == "__main__":
+    sys.exit(1 if main(*sys.argv[1:]) else 0)
