@@ -19,6 +19,7 @@ from benchmarks import shapes
 from benchmarks.clock import Row, card, device, quartiles, report, wall_milliseconds
 from spectral_kv.backends.base import Prefill
 from spectral_kv.backends.torch import TorchBackend
+from spectral_kv.engine.together import scores
 from spectral_kv.scorers.base import LayerView
 from spectral_kv.scorers.expected_attention import ExpectedAttention
 from spectral_kv.scorers.fourier import Fourier
@@ -26,7 +27,6 @@ from spectral_kv.scorers.keydiff import KeyDiff
 from spectral_kv.scorers.knorm import Knorm
 from spectral_kv.scorers.snapkv import SnapKV
 from spectral_kv.scorers.streaming import Streaming
-from spectral_kv.scorers.together import scores
 from spectral_kv.scorers.tova import Tova
 from spectral_kv.scorers.wavelet import Wavelet
 from spectral_kv.scorers.wavelet_fourier import WaveletFourier

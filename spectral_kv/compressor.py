@@ -11,8 +11,8 @@ import numpy as np
 
 from spectral_kv.backends.base import Backend, Cache, Contents, Prefill
 from spectral_kv.calibration import QueryStatistics
+from spectral_kv.engine.together import scores as scores_of_layers
 from spectral_kv.scorers.base import LayerView, Scorer
-from spectral_kv.scorers.together import scores as scores_of_layers
 from spectral_kv.selection import Budget, select_layers
 from spectral_kv.storage.base import Storage
 from spectral_kv.xp import Array, like

@@ -61,12 +61,13 @@ class CompressedLayer(_BaseCache):
                 buffer[..., self._rows : self._rows + more, :] = x
             self._rows += more
             held_keys, held_values = self.stored.load()
-        else:  # tokens that are fed together see one another exactly, whatever is coded after them
-            held_keys, held_values = (
-                mx.concatenate(pair, axis=-2) for pair in zip(self.stored.load(), new, strict=True)
-            )
-            self._stored = self._stored.append(*new)
+        else:
+            before, self._stored = self._stored, self._stored.append(*new)
             self._rows += more
+            held_keys, held_values = self._stored.load()
+            if more > 1:  # tokens that are fed together see one another exactly, whatever is in codes afterwards
+                pairs = zip(before.load(), new, strict=True)
+                held_keys, held_values = (mx.concatenate(pair, axis=-2) for pair in pairs)
         self.offset += more
         return held_keys.astype(keys.dtype), held_values.astype(values.dtype)
 

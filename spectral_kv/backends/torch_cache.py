@@ -45,12 +45,12 @@ class CompressedLayer(CacheLayerMixin):
 
     def update(self, key_states, value_states, *args, **kwargs):
         new = [x.to(self.cache_dtype) for x in (key_states, value_states)]
-        if isinstance(self.stored, DenseTokens):
-            self.stored = self._grown(*new)
+        before = self.stored
+        self.stored = self._grown(*new) if isinstance(before, DenseTokens) else before.append(*new)
+        if isinstance(before, DenseTokens) or key_states.shape[-2] == 1:
             keys, values = self.stored.load()
-        else:  # tokens that are fed together see one another exactly, whatever is coded after them
-            keys, values = (torch.cat(pair, dim=-2) for pair in zip(self.stored.load(), new, strict=True))
-            self.stored = self.stored.append(*new)
+        else:  # tokens that are fed together see one another exactly, whatever of them is in codes afterwards
+            keys, values = (torch.cat(pair, dim=-2) for pair in zip(before.load(), new, strict=True))
         self.seen += key_states.shape[-2]
         return keys.to(key_states.dtype), values.to(value_states.dtype)
 

@@ -70,6 +70,12 @@ def timed(monkeypatch, taken: dict[str, list[float]], document: int, **settings)
         def peak_bytes(self):
             return None
 
+        def steps(self, cache):
+            return False
+
+        def floor_seconds(self, cache):
+            return None
+
     class Fixed:
         backend = Machine()
 

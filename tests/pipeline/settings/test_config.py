@@ -29,6 +29,10 @@ def skip_without_its_packages(storage: str) -> None:
 def test_every_method_combines_with_every_storage(method, storage):
     skip_without_its_packages(storage)
     cfg = composed([f"method={method}", f"storage={storage}"])
+    if method == "turboquant" and "turboquant" not in storage:  # its title would not be true
+        with pytest.raises(InputError, match="choose storage=turboquant_4bit"):
+            check(cfg)
+        return
     settings = check(cfg)
     assert settings.method.name == cfg.method.name == method
     assert settings.storage_name == storage

@@ -84,7 +84,7 @@ def test_recall_is_printed(results, capsys):
     show(results["random"])
     shown = " ".join(capsys.readouterr().out.split())
     assert f"Planted tokens kept │ {results['random'].metrics['planted/recall']:.3f}" in shown
-    assert "3 x 512 + 16 tokens of random ids" in shown
+    assert "3 x 512 + 64 tokens of random ids" in shown
 
 
 def test_runs_are_compared_with_intervals_and_the_gap(results, outputs, capsys):

@@ -45,6 +45,8 @@ def _alike(scorer: Scorer, views: list[LayerView]) -> bool:
     """Whether layers can be stacked: of one shape, at the same positions, scored head by head."""
     if not isinstance(scorer, HEADWISE) or getattr(scorer, "shuffle_seed", None) is not None:
         return False
+    if "calibration" in scorer.reads:  # statistics are of one layer
+        return False
     first = views[0]
     return all(
         v.keys.shape == first.keys.shape

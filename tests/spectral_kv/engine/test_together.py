@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from spectral_kv.engine import together
 from spectral_kv.rope import Rope
-from spectral_kv.scorers import together
 from spectral_kv.scorers.base import LayerView
 from spectral_kv.scorers.expected_attention import ExpectedAttention
 from spectral_kv.scorers.fourier import Fourier
@@ -17,6 +17,7 @@ from spectral_kv.scorers.streaming import Streaming
 from spectral_kv.scorers.tova import Tova
 from spectral_kv.scorers.wavelet import Wavelet
 from spectral_kv.scorers.wavelet_fourier import WaveletFourier
+from spectral_kv.scorers.wavelet_tri import WaveletTri
 from spectral_kv.selection import Budget, select_layers
 
 TOKENS, BUDGET = 300, Budget(80, sinks=4, recent=16)
@@ -57,6 +58,7 @@ def test_scores_and_kept_tokens_are_those_of_layers_alone(monkeypatch, scorer, m
 def test_layers_with_positions_of_their_own_are_not_stacked():
     made = views(torch.from_numpy)
     assert together._alike(Wavelet(), made)
+    assert not together._alike(WaveletTri(), made), "query statistics are those of one layer"
     made[1].positions = made[1].positions + 1
     assert not together._alike(Wavelet(), made)
 
