@@ -226,6 +226,8 @@ class TorchBackend:
     def compress(
         self, prefill: Prefill, kept: list[torch.Tensor] | None, storage: Storage, batch: int = 1
     ) -> CompressedCache:
+        if hasattr(storage, "store_together"):
+            return self._compress_together(prefill, kept, storage, batch)
         if kept is None:
             contents = [(k.clone(), v.clone()) for k, v in zip(prefill.keys, prefill.values, strict=True)]
             positions = [np.tile(p, (self.shape.kv_heads, 1)) for p in prefill.positions]
@@ -248,6 +250,16 @@ class TorchBackend:
                 return list(zip(*kept_rows(prefill.keys, prefill.values, torch.stack(kept)), strict=True))
         pairs = zip(prefill.keys, prefill.values, kept, strict=True)
         return [(rows(keys, chosen), rows(values, chosen)) for keys, values, chosen in pairs]
+
+    def _compress_together(self, prefill: Prefill, kept, storage: Storage, batch: int) -> CompressedCache:
+        """`compress` with a storage that codes layers in common."""
+        if kept is not None:
+            raise ValueError(f"{type(storage).__name__} keeps every token: choose no scorer, or another storage")
+        held = ([x.expand(batch, *x.shape) for x in part] for part in (prefill.keys, prefill.values))
+        tokens = len(prefill.tokens)
+        stored = storage.store_together(*held, np.arange(tokens), tokens, self.rope)
+        positions = np.tile(np.arange(tokens), (self.shape.kv_heads, 1))
+        return CompressedCache([CompressedLayer(x, self.cache_dtype, tokens, positions) for x in stored], batch)
 
     def contents(self, cache: CompressedCache) -> Contents:
         loaded = [[x[0] for x in layer.stored.load()] for layer in cache.layers]

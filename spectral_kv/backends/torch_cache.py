@@ -7,6 +7,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from spectral_kv.storage.base import Stored
 from spectral_kv.storage.dense import DenseTokens
+from spectral_kv.storage.spectral import SpectralTokens
 
 ROOM = 256  # tokens
 
@@ -52,6 +53,8 @@ class CompressedLayer(CacheLayerMixin):
         else:  # tokens that are fed together see one another exactly, whatever of them is in codes afterwards
             keys, values = (torch.cat(pair, dim=-2) for pair in zip(before.load(), new, strict=True))
         self.seen += key_states.shape[-2]
+        if isinstance(self.stored, SpectralTokens):
+            self.stored.settle()  # layers of a group are coded when all of them have been read
         return keys.to(key_states.dtype), values.to(value_states.dtype)
 
     def reserve(self, tokens: int) -> None:

@@ -1,11 +1,13 @@
-"""Codes of 1 to 4 bits in whole bytes, `dim * bits / 8` bytes a vector.
+"""Codes of 1 to 6 bits in whole bytes, `dim * bits / 8` bytes a vector.
 
 Layouts keep related codes apart by a fixed stride, so that unpacking is a shift and a concatenation: 4 bits in two
-halves (code i and code i + dim/2 share a byte), 2 bits in four quarters, 1 bit in eight eighths, 3 bits as a 2-bit
-plane and a 1-bit plane.
+halves (code i and code i + dim/2 share a byte), 2 bits in four quarters, 1 bit in eight eighths; other codes are a
+plane of their low bits and a plane of their high bits.
 """
 
 from spectral_kv.xp import Array, namespace
+
+LOW = {3: 2, 5: 4, 6: 4}  # bits of the low plane of codes that take two
 
 
 def _pack_plane(codes: Array, bits: int) -> Array:
@@ -33,18 +35,18 @@ def pack(codes: Array, bits: int) -> Array:
     Raises
     ------
     ValueError
-        If `bits` is not 1 to 4, or `dim` is not a multiple of 8.
+        If `bits` is not 1 to 6, or `dim` is not a multiple of 8.
     """
-    if bits not in (1, 2, 3, 4) or codes.shape[-1] % 8:
+    if bits not in (1, 2, 3, 4, 5, 6) or codes.shape[-1] % 8:
         raise ValueError(
-            f"packing takes 1 to 4 bits and a multiple of 8 channels, not {bits} bits and {codes.shape[-1]} channels"
+            f"packing takes 1 to 6 bits and a multiple of 8 channels, not {bits} bits and {codes.shape[-1]} channels"
         )
-    if bits != 3:
+    if bits not in LOW:
         return _pack_plane(codes, bits)
-    xp = namespace(codes)
-    low = codes & xp.full_like(codes, 3)
-    high = xp.bitwise_right_shift(codes, xp.full_like(codes, 2))
-    return xp.concat([_pack_plane(low, 2), _pack_plane(high, 1)], axis=-1)
+    xp, split = namespace(codes), LOW[bits]
+    low = codes & xp.full_like(codes, 2**split - 1)
+    high = xp.bitwise_right_shift(codes, xp.full_like(codes, split))
+    return xp.concat([_pack_plane(low, split), _pack_plane(high, bits - split)], axis=-1)
 
 
 def planes(packed: Array) -> tuple[Array, Array]:
@@ -55,8 +57,9 @@ def planes(packed: Array) -> tuple[Array, Array]:
 
 def unpack(packed: Array, bits: int) -> Array:
     """The inverse of `pack`: bytes `[..., dim * bits / 8]` as codes `[..., dim]`."""
-    if bits != 3:
+    if bits not in LOW:
         return _unpack_plane(packed, bits)
-    xp = namespace(packed)
-    low, high = (_unpack_plane(plane, width) for plane, width in zip(planes(packed), (2, 1), strict=True))
-    return low | xp.bitwise_left_shift(high, xp.full_like(high, 2))
+    xp, split = namespace(packed), LOW[bits]
+    width = packed.shape[-1] * split // bits
+    low, high = _unpack_plane(packed[..., :width], split), _unpack_plane(packed[..., width:], bits - split)
+    return low | xp.bitwise_left_shift(high, xp.full_like(high, split))

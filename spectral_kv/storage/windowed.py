@@ -9,7 +9,7 @@ from spectral_kv.storage.base import Codec, Coded, Pair
 from spectral_kv.xp import Array, like, namespace, rows
 
 
-def _part(x: Array, start: int, stop: int) -> Array:
+def part(x: Array, start: int, stop: int) -> Array:
     """Tokens `start` to `stop` as an array of their own, which does not keep the rest alive."""
     return namespace(x).take(x, like(np.arange(start, stop), x), axis=-2)
 
@@ -47,8 +47,8 @@ class WindowedTokens:
         if count <= 0:
             return self
         tokens = self.recent[0].shape[-2]
-        coded = self.codec.encode(*(_part(x, 0, count) for x in self.recent), self.coded)
-        return replace(self, coded=coded, recent=tuple(_part(x, count, tokens) for x in self.recent))
+        coded = self.codec.encode(*(part(x, 0, count) for x in self.recent), self.coded)
+        return replace(self, coded=coded, recent=tuple(part(x, count, tokens) for x in self.recent))
 
     def load(self) -> Pair:
         between = [()] * 2
@@ -75,14 +75,14 @@ class WindowedTokens:
         count = kept.shape[-1]
         sinks = min(self.storage.sinks, count)
         middle = count - sinks - min(self.storage.recent, count - sinks)
-        first = tuple(_part(x, 0, sinks) for x in chosen)
+        first = tuple(part(x, 0, sinks) for x in chosen)
         if self.coded is None:
-            rest = tuple(_part(x, sinks, count) for x in chosen)
+            rest = tuple(part(x, sinks, count) for x in chosen)
             return replace(self, first=first, recent=rest).encode(middle)
         row = namespace(kept).astype(kept[..., sinks : sinks + middle], namespace(kept).int64)
         row = row - self.first[0].shape[-2]
-        coded = self.codec.choose(self.coded, row, *(_part(x, sinks, sinks + middle) for x in chosen))
-        return replace(self, first=first, coded=coded, recent=tuple(_part(x, sinks + middle, count) for x in chosen))
+        coded = self.codec.choose(self.coded, row, *(part(x, sinks, sinks + middle) for x in chosen))
+        return replace(self, first=first, coded=coded, recent=tuple(part(x, sinks + middle, count) for x in chosen))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ class Windowed(ABC):
     def store(self, keys: Array, values: Array, layer: int) -> WindowedTokens:
         tokens = keys.shape[-2]
         sinks = min(self.sinks, tokens)
-        first, rest = (tuple(_part(x, *span) for x in (keys, values)) for span in ((0, sinks), (sinks, tokens)))
+        first, rest = (tuple(part(x, *span) for x in (keys, values)) for span in ((0, sinks), (sinks, tokens)))
         return WindowedTokens(self, layer, first, None, rest).encode(tokens - sinks - self.recent)
 
     def nbytes(self, tokens: int, kv_heads: int, dim: int, itemsize: int) -> int:

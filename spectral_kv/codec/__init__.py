@@ -1,0 +1,1 @@
+"""A transform coder for caches: keys before RoPE and values, decorrelated over heads and layers."""

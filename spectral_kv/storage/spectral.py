@@ -1,0 +1,272 @@
+"""Spectral storage: layers of a group in the codes of one transform coder, sinks and recent window exact."""
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import ClassVar
+
+import numpy as np
+
+from spectral_kv.codec.bases import Bases, by_head, columns
+from spectral_kv.codec.fixed_rate import Codes, FixedRate
+from spectral_kv.codec.rates import Rate, rate
+from spectral_kv.rope import Rope
+from spectral_kv.storage.base import Pair
+from spectral_kv.storage.windowed import part
+from spectral_kv.xp import Array, namespace
+
+
+@lru_cache(maxsize=4)
+def _read(path: str, shape: tuple[int, int, int], model: str | None) -> Bases:
+    return Bases.load(path, shape, model)
+
+
+def _joined(*parts: Array) -> Array:
+    return namespace(parts[0]).concat(list(parts), axis=-2)
+
+
+@dataclass
+class Group:
+    """Tokens of the layers of a block at one moment: the exact ones layer by layer, the codes in common.
+
+    A forward pass makes a new one when it reaches the first layer and completes it layer by layer, so that copies of a
+    cache may go on from the same one.
+
+    Parameters
+    ----------
+    storage : SpectralStorage
+    coder : FixedRate
+    rope : Rope
+    first : list of Pair
+        Sinks of every layer.
+    recent : list of Pair
+        Tokens after those that are coded, of every layer.
+    positions : np.ndarray of int, [tokens]
+        Logical positions of all tokens that have been stored, in the order of the rows.
+    seen : int
+        Logical position of the next token.
+    codes : Codes or None
+    """
+
+    storage: "SpectralStorage"
+    coder: FixedRate
+    rope: Rope
+    first: list[Pair]
+    recent: list[Pair]
+    positions: np.ndarray
+    seen: int
+    codes: Codes | None = None
+    next: "Group | None" = field(default=None, repr=False)
+    decoded: Array | None = field(default=None, repr=False)  # components, while a forward pass reads them
+
+    @property
+    def coded(self) -> int:
+        return 0 if self.codes is None else self.codes.tokens
+
+    @property
+    def sinks(self) -> int:
+        return self.first[0][0].shape[-2]
+
+    @property
+    def coded_positions(self) -> np.ndarray:
+        return self.positions[self.sinks : self.sinks + self.coded]
+
+    @property
+    def coded_nbytes(self) -> int:
+        """Bytes of codes and, where tokens were evicted, of their positions in 32 bits."""
+        if self.codes is None:
+            return 0
+        at = self.coded_positions
+        return self.codes.nbytes + (0 if at[-1] - at[0] == len(at) - 1 else 4 * len(at))
+
+    def grown(self) -> "Group":
+        return Group(
+            self.storage, self.coder, self.rope, self.first, list(self.recent), self.positions, self.seen, self.codes
+        )
+
+    def append(self, index: int, keys: Array, values: Array) -> None:
+        """New tokens of layer number `index` of the group."""
+        self.recent[index] = tuple(
+            _joined(old, new) for old, new in zip(self.recent[index], (keys, values), strict=True)
+        )
+        if index == 0:
+            more = keys.shape[-2]
+            self.positions = np.concatenate([self.positions, np.arange(self.seen, self.seen + more)])
+            self.seen += more
+
+    def encode(self, count: int) -> None:
+        """Code the oldest `count` tokens of the recent window."""
+        if count <= 0:
+            return
+        start = self.sinks + self.coded
+        where = self.positions[start : start + count]
+        keys = [self.rope.unrotate(part(k, 0, count), where) for k, _ in self.recent]
+        codes = self.coder.encode(columns(keys, [part(v, 0, count) for _, v in self.recent]))
+        self.codes = codes if self.codes is None else self.codes.append(codes)
+        self.recent = [tuple(part(x, count, x.shape[-2]) for x in pair) for pair in self.recent]
+
+    def settle(self) -> None:
+        """Code what has left the recent window, in chunks of `flush`: all layers have got their tokens."""
+        self.decoded = None
+        overflow = self.recent[0][0].shape[-2] - self.storage.recent
+        self.encode(overflow // self.storage.flush * self.storage.flush)
+
+    def load(self, index: int) -> Pair:
+        """Keys, rotated, and values of layer number `index` of the group, ready for attention."""
+        first, recent = self.first[index], self.recent[index]
+        if self.codes is None:
+            return tuple(_joined(a, b) for a, b in zip(first, recent, strict=True))
+        if self.decoded is None:
+            self.decoded = self.coder.components(self.codes)
+        layers, (heads, dim) = len(self.recent), (first[0].shape[-3], first[0].shape[-1])
+        between = []
+        for at in (index, layers + index):
+            restored = self.coder.restore(self.decoded, at * heads * dim, (at + 1) * heads * dim)
+            between.append(by_head(restored, dim))
+        between[0] = self.rope.rotate(between[0], self.coded_positions)
+        dtype = recent[0].dtype
+        return tuple(
+            _joined(a, namespace(b).astype(b, dtype), c) for a, b, c in zip(first, between, recent, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class SpectralTokens:
+    """Tokens of one layer of a group. The codes are counted with its first layer."""
+
+    group: Group
+    index: int
+
+    @property
+    def tokens(self) -> int:
+        return self.group.sinks + self.group.coded + self.group.recent[self.index][0].shape[-2]
+
+    @property
+    def nbytes(self) -> int:
+        exact = sum(x.nbytes for x in (*self.group.first[self.index], *self.group.recent[self.index]))
+        return exact + (self.group.coded_nbytes if self.index == 0 else 0)
+
+    def load(self) -> Pair:
+        return self.group.load(self.index)
+
+    def append(self, keys: Array, values: Array) -> "SpectralTokens":
+        if self.index == 0:
+            self.group.next = self.group.grown()
+        group = self.group.next
+        group.append(self.index, keys, values)
+        return SpectralTokens(group, self.index)
+
+    def settle(self) -> None:
+        """What follows when a forward pass has read the last layer of the group."""
+        if self.index == len(self.group.recent) - 1:
+            self.group.settle()
+
+
+@dataclass(frozen=True)
+class SpectralStorage:
+    """A transform coder over the layers of a group, at a fixed rate: see `spectral_kv.codec`.
+
+    Sinks and recent window stay in the dtype of the cache and are counted. Every token is
+    kept. The bases are constants of the model and not counted in a cache's bytes.
+
+    Parameters
+    ----------
+    bases : str
+        File of the model's bases.
+    ratio : float, optional
+        How many times smaller than in 16 bits the tokens that are stored first become, the exact ones included.
+    bits : float, optional
+        Instead of `ratio`: bits a number of coded tokens, with everything that goes with them.
+    sinks, recent : int
+        First and last kept tokens that stay in the dtype of the cache.
+    flush : int
+        Tokens fed later are coded in chunks of this many, when they have left the recent window.
+    """
+
+    bases: str
+    ratio: float | None = 8.0
+    bits: float | None = None
+    sinks: int = 4
+    recent: int = 64
+    flush: int = 64
+
+    torch_only: ClassVar[bool] = True
+    keeps_all: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if (self.ratio is None) == (self.bits is None):
+            raise ValueError(f"ratio={self.ratio} and bits={self.bits}: give one of them and leave the other null")
+        if self.ratio is not None and self.ratio <= 1:
+            raise ValueError(f"ratio={self.ratio} must be above 1")
+        if self.bits is not None and not 0 < self.bits <= 6:
+            raise ValueError(f"bits={self.bits} must be above 0 and at most 6")
+        if self.sinks < 0 or self.recent < 0:
+            raise ValueError(f"sinks={self.sinks} and recent={self.recent} can't be negative")
+        if self.flush < 1:
+            raise ValueError(f"flush={self.flush} must be at least 1")
+
+    def read(self, shape: tuple[int, int, int], model: str | None = None) -> Bases:
+        """The bases of a model of `shape` = (layers, kv_heads, dim); `model` is its hash.
+
+        Raises
+        ------
+        ValueError
+            If the file is not there, is damaged, or belongs to another model.
+        """
+        return _read(self.bases, shape, model)
+
+    def token_bytes(self, tokens: int, numbers: int, itemsize: int) -> int:
+        """Bytes a coded token may take in all layers, where that many are stored and a token has so many numbers."""
+        if self.bits is not None:
+            return int(self.bits * numbers / 8)
+        exact = min(tokens, self.sinks + self.recent)
+        coded = max(tokens - exact, 1)
+        left = numbers * (2 * tokens / self.ratio - itemsize * exact) / coded
+        if left < 1:
+            raise ValueError(
+                f"ratio={self.ratio:g} can't be met: the {exact} exact of {tokens} tokens alone take more; "
+                "lower ratio, sinks or recent"
+            )
+        return int(left)
+
+    def _rate(self, tokens: int, shape: tuple[int, int, int], itemsize: int) -> Rate:
+        layers, heads, dim = shape
+        return rate(self.read(shape), self.token_bytes(tokens, 2 * layers * heads * dim, itemsize))
+
+    def store_together(
+        self, keys: list[Array], values: list[Array], positions: np.ndarray, seen: int, rope: Rope
+    ) -> list[SpectralTokens]:
+        """Hold rotated keys and values `[batch, kv_heads, tokens, dim]` of all layers.
+
+        Parameters
+        ----------
+        positions : np.ndarray of int, [tokens]
+            Logical positions, the same in every head and layer.
+        seen : int
+            Logical position of the next token.
+        """
+        tokens, (heads, dim) = keys[0].shape[-2], (keys[0].shape[-3], keys[0].shape[-1])
+        shape = (len(keys), heads, dim)
+        itemsize = keys[0].nbytes // int(np.prod(keys[0].shape))
+        sinks = min(self.sinks, tokens)
+        middle = tokens - sinks - self.recent
+        coders = self._rate(tokens, shape, itemsize).coders if middle > 0 else None
+        stored = []
+        for index, block in enumerate(self.read(shape).blocks):
+            pairs = [(keys[layer], values[layer]) for layer in block.layers]
+            first, rest = (
+                [tuple(part(x, *span) for x in pair) for pair in pairs] for span in ((0, sinks), (sinks, tokens))
+            )
+            coder = coders[index] if coders else None
+            group = Group(self, coder, rope, first, rest, positions, seen)
+            group.encode(middle)
+            stored += [SpectralTokens(group, i) for i in range(len(pairs))]
+        return stored
+
+    def nbytes_together(self, tokens: int, layers: int, kv_heads: int, dim: int, itemsize: int) -> int:
+        """Bytes that all layers of so many tokens that follow one another take."""
+        exact = min(tokens, self.sinks + self.recent)
+        numbers = 2 * layers * kv_heads * dim
+        held = exact * numbers * itemsize
+        if tokens == exact:
+            return held
+        return held + (tokens - exact) * self._rate(tokens, (layers, kv_heads, dim), itemsize).token_bytes

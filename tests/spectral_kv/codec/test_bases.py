@@ -1,0 +1,88 @@
+import numpy as np
+import pytest
+
+from spectral_kv.codec.bases import Bases, Moments, by_head, columns, groups
+
+
+def test_moments_do_not_depend_on_how_text_was_cut(block, rng):
+    found, x = block
+    at_once = Moments((0, 1))
+    at_once.add(x, np.ones_like(x))
+    whole = at_once.block(8)
+    np.testing.assert_allclose(found.mean, x.mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(found.variances, whole.variances, rtol=1e-4, atol=1e-9)
+
+
+def test_components_are_uncorrelated_and_have_the_stated_variances(block):
+    found, x = block
+    z = (x - found.mean) @ found.analysis
+    covariance = np.cov(z.T, bias=True)
+    np.testing.assert_allclose(np.diag(covariance), found.variances, rtol=0.02, atol=1e-5 * found.variances[0])
+    off = covariance - np.diag(np.diag(covariance))
+    assert np.abs(off).max() < 5e-3 * found.variances[0]
+
+
+def test_all_components_restore_the_columns(block):
+    found, x = block
+    restored = (x - found.mean) @ found.analysis @ found.synthesis + found.mean
+    np.testing.assert_allclose(restored, x, atol=0.02)
+
+
+def test_pairs_of_keys_and_heads_of_values_share_their_sensitivity(rng):
+    x, gradients = rng.normal(size=(2, 400, 32))  # one layer, two heads of 8
+    gradients *= np.arange(1, 33)
+    moments = Moments((0,))
+    moments.add(x, gradients)
+    squares = (gradients**2).mean(axis=0) / 2
+    weights = moments.block(8).weights
+    np.testing.assert_allclose(weights[1] ** 2, (squares[1] + squares[5]) / 2, rtol=1e-5)
+    assert weights[1] == weights[5] and weights[0] != weights[1]
+    np.testing.assert_allclose(weights[16:24] ** 2, squares[16:24].mean(), rtol=1e-5)
+
+
+def test_sensitive_columns_come_first(rng):
+    x = rng.normal(size=(2000, 32))
+    gradients = rng.normal(size=(2000, 32))
+    gradients[:, 24:] *= 10  # values of the second head
+    moments = Moments((0,))
+    moments.add(x, gradients)
+    first = moments.block(8).basis[:, :8].astype(float)
+    assert (first[24:] ** 2).sum() > 0.99 * 8
+
+
+def test_columns_and_heads(rng):
+    keys, values = ([rng.normal(size=(2, 5, 8)) for _ in range(2)] for _ in range(2))
+    x = columns(keys, values)
+    assert x.shape == (5, 64)
+    np.testing.assert_array_equal(by_head(x[:, 16:32], 8), keys[1])
+    np.testing.assert_array_equal(by_head(x[:, 48:], 8), values[1])
+
+
+def test_groups_are_as_equal_as_can_be():
+    assert groups(8, 5) == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    assert [len(g) for g in groups(30, 5)] == [5] * 6
+
+
+def test_a_file_gives_the_bases_back_and_is_checked(bases, tmp_path):
+    path = tmp_path / "bases.safetensors"
+    bases.save(path)
+    assert Bases.load(path, (2, 2, 8), "a" * 64).digest == bases.digest
+    with pytest.raises(ValueError, match="another model"):
+        Bases.load(path, (2, 2, 8), "b" * 64)
+    with pytest.raises(ValueError, match=r"\[2, 2, 8\], this model has \[3, 2, 8\]"):
+        Bases.load(path, (3, 2, 8))
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        Bases.load(path, (2, 2, 8))
+    path.write_bytes(content[:-100])
+    with pytest.raises(ValueError, match="does not hold bases"):
+        Bases.load(path, (2, 2, 8))
+
+
+def test_truncation_keeps_the_largest_variances(bases):
+    half = bases.truncated(0.5)
+    assert half.blocks[0].basis.shape == (64, 32)
+    np.testing.assert_array_equal(half.blocks[0].variances, bases.blocks[0].variances[:32])
+    assert half.nbytes < bases.nbytes

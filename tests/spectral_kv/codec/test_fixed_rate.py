@@ -1,0 +1,70 @@
+import numpy as np
+import pytest
+
+from spectral_kv.codec.allocation import water_filling
+from spectral_kv.codec.bases import Bases
+from spectral_kv.codec.fixed_rate import FixedRate
+from spectral_kv.codec.rates import rate
+from spectral_kv.quantization.codebook import distortion
+
+
+@pytest.fixture
+def coder(block):
+    bits = water_filling([block[0].variances], 160, side=8)[0]
+    return FixedRate(block[0], bits), bits
+
+
+def test_the_error_is_the_one_that_bits_were_given_for(block, coder):
+    found, x = block
+    error = ((x - coder[0].decode(coder[0].encode(x))) * found.weights) ** 2
+    expected = sum(v * distortion(int(b)) for v, b in zip(found.variances, coder[1], strict=True))
+    assert 0.6 * expected < error.sum(axis=1).mean() < 1.5 * expected
+
+
+def test_more_bits_leave_less_error(block):
+    found, x = block
+    errors = []
+    for bits in (60, 120, 180):
+        coder = FixedRate(found, water_filling([found.variances], bits, side=8)[0])
+        errors.append((((x - coder.decode(coder.encode(x))) * found.weights) ** 2).sum())
+    assert errors[0] > 1.1 * errors[1] > 1.21 * errors[2]
+
+
+def test_bytes_are_those_of_the_buffers(block, coder):
+    codes = coder[0].encode(block[1])
+    bits = coder[1]
+    assert coder[0].token_bytes == bits.sum() // 8 + len(set(bits.tolist()) - {0})
+    assert codes.nbytes == 600 * coder[0].token_bytes
+
+
+def test_a_token_has_the_same_codes_alone_and_among_others(block, coder):
+    together, alone = coder[0].encode(block[1]), coder[0].encode(block[1][17:18])
+    assert (together.packed[17:18] == alone.packed).mean() > 0.95  # sums are rounded in another order
+    again = coder[0].encode(block[1][:300]).append(coder[0].encode(block[1][300:]))
+    assert (again.packed == together.packed).mean() > 0.999
+
+
+def test_scales_follow_tokens_far_from_the_calibration(block, coder):
+    found, x = block
+    far = found.mean + 30 * (x - found.mean)
+    relative = ((coder[0].decode(coder[0].encode(far)) - far) ** 2).sum() / ((far - found.mean) ** 2).sum()
+    near = ((coder[0].decode(coder[0].encode(x)) - x) ** 2).sum() / ((x - found.mean) ** 2).sum()
+    assert relative < 1.1 * near
+
+
+@pytest.mark.parametrize("framework", ["torch", "mlx"])
+def test_parity_of_frameworks(block, coder, framework):
+    x = block[1]
+    if framework == "torch":
+        other = pytest.importorskip("torch").from_numpy(x)
+    else:
+        other = pytest.importorskip("mlx.core").array(x)
+    ours, theirs = coder[0].encode(x), coder[0].encode(other)
+    assert (np.asarray(theirs.packed) == ours.packed).mean() > 0.999
+    np.testing.assert_allclose(np.asarray(coder[0].decode(theirs)), coder[0].decode(ours), atol=0.3)
+
+
+def test_a_rate_keeps_to_its_bytes_and_refuses_too_few(bases):
+    assert 15 <= rate(bases, 20).token_bytes <= 20
+    with pytest.raises(ValueError, match="layers 0 to 1"):
+        rate(Bases(bases.blocks, 8, bases.metadata), 1)
