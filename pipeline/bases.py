@@ -1,10 +1,10 @@
-"""Bases of a model's cache, for storage=spectral.
+"""Bases of a model's cache, for the library's spectral storage.
 
     python -m pipeline.bases model=smollm2 --layers 5
     python -m pipeline.bases --out bases.safetensors
 
 Runs the model over calibration text (by default mixed: docstrings, source code, packages' descriptions, licences, a
-novel) and writes what `spectral_kv.codec` needs to code its cache. Use the result as `storage.bases`.
+novel) and writes what `spectral_kv.storage.spectral.SpectralStorage` needs to code its cache.
 """
 
 import argparse
