@@ -30,7 +30,7 @@ def bases(overrides: list[str], out: Path | None, layers: int, share: float) -> 
     if settings.backend._target_ != TORCH:
         raise InputError(f"backend={settings.backend.name} gives no gradients: bases are measured with backend=torch")
     from pipeline.run import loaded
-    from spectral_kv.codec.calibrate import measure
+    from spectral_kv.backends.torch_bases import measure
 
     _, backend = loaded(settings, job.checkpoint)
     prompt = settings.documents.tokens

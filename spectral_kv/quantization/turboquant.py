@@ -9,11 +9,12 @@ from functools import cache
 
 import numpy as np
 
-from spectral_kv.quantization.codebook import CENTROIDS, codebook
+from spectral_kv.quantization.codebook import codebook
 from spectral_kv.quantization.packing import pack, planes
 from spectral_kv.quantization.rotation import ROTATIONS, rounded
 from spectral_kv.xp import Array, constant, float32, namespace, rows
 
+BITS = (1, 2, 3, 4)  # a channel: codes that a table over bytes decodes
 CORRECTIONS = ("plain", "renorm", "unbiased")
 
 
@@ -130,7 +131,7 @@ class TurboQuant:
     rotation: str = "haar"
 
     def __post_init__(self):
-        for name, known in {"bits": CENTROIDS, "correction": CORRECTIONS, "rotation": ROTATIONS}.items():
+        for name, known in {"bits": BITS, "correction": CORRECTIONS, "rotation": ROTATIONS}.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)} is not known: choose {', '.join(map(str, known))}")
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from spectral_kv.codec.calibrate import gradients, measure
+from spectral_kv.backends.torch_bases import gradients, measure
 from spectral_kv.storage.dense import Dense
 from spectral_kv.storage.spectral import SpectralStorage
 
