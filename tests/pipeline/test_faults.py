@@ -135,13 +135,13 @@ def test_a_full_disk_is_one_sentence_and_no_finished_run(small, outputs_in, litt
     filler = little_disk / "filler"
     with filler.open("wb") as file:
         file.write(b"0" * max(shutil.disk_usage(outputs).free - left, 0))
-    process = start(outputs, small, "method=random,snapkv,tova", "-m")
+    process = start(outputs, small, "method=random,snapkv,tova", "budget=60", "-m")
     _, errors = process.communicate(timeout=PATIENCE)
     lines = [line for line in errors.splitlines() if line.startswith("pipeline: ")]
     assert process.returncode in (1, 2) and len(lines) == 1, errors
     assert f"outputs={outputs}" in lines[0] and "Traceback" not in errors
     filler.unlink()
     assert all(run.info.status != "FINISHED" for run in runs(outputs))
-    assert start(outputs, small, "method=random,snapkv,tova", "-m").wait(PATIENCE) == 0
+    assert start(outputs, small, "method=random,snapkv,tova", "budget=60", "-m").wait(PATIENCE) == 0
     repair(examine(LOCAL, outputs))
     assert examine(LOCAL, outputs) == [] and len(table(outputs)) == 3
