@@ -10,6 +10,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
 
 import numpy as np
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, by whichever test that is
 
 from pipeline.settings.folders import PACKAGE
 from pipeline.stages.fast_blas import fast_blas
