@@ -268,6 +268,20 @@ def multiturn(section: MeasuredSection) -> list[Table]:
     return [listing("multiturn", "Drift over five turns", section.runs, heads, columns, note)]
 
 
+def correlation(section: MeasuredSection) -> list[Table]:
+    columns = [
+        Column(f"correlation/{name}", label, "{:+.2f}")
+        for name, label in (("recency", "with recency"), ("knorm", "with Knorm"), ("keydiff", "with KeyDiff"))
+    ]
+    runs = [run for run in section.runs if run.method != "full"]
+    runs.sort(key=lambda run: -run.metrics["correlation/recency"])
+    note = (
+        "Spearman's rank correlation between the scores of a method and those of something simpler, over the tokens "
+        "that may be evicted, means over layers and KV heads: 1 the same order, 0 none in common."
+    )
+    return [listing("correlation", "What a score resembles", runs, METHOD, columns, note)]
+
+
 def retrieval(section: MeasuredSection) -> list[Table]:
     full = cell(section.runs[0].estimate("retrieval/full_recall"), "{:.2f}")
     note = (
@@ -310,5 +324,5 @@ def synthetic(section: MeasuredSection) -> list[Table]:
 TABLES: dict[str, Callable[[MeasuredSection], list[Table]]] = {
     "paper": paper, "speed": speed, "baselines": baselines, "seeds": seeds, "budgets": budgets,
     "equal_bytes": equal_bytes, "ablation": ablation, "recent": recent, "multiturn": multiturn, "retrieval": retrieval,
-    "synthetic": synthetic,
+    "correlation": correlation, "synthetic": synthetic,
 }  # fmt: skip
