@@ -72,10 +72,10 @@ def _observing_attention(module, query, key, value, attention_mask, **kwargs):
         observer.see(module.layer_idx, query[0], key[0], value[0])
     layer = fed.get()
     if layer is not None:
+        fed.set(None)  # first, so that no error leaves it to the next forward pass
         attention_mask = layer.mask(query.shape[-2], attention_mask)
     result = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if layer is not None:
-        fed.set(None)
         layer.attended(query, attention_mask)
     return result
 

@@ -72,6 +72,10 @@ class GenerationLayer(CacheLayerMixin):
 
     def mask(self, new: int, given: torch.Tensor | None) -> torch.Tensor | None:
         """What `new` tokens see, `[batch, 1, new, held]`: as `given` unless sequences of different lengths are held."""
+        if self.sequences and new > 1 and given is not None:
+            seen = given if given.dtype == torch.bool else given == 0
+            if not bool(seen[:, 0, -1, -new:].all()):
+                raise ValueError("a later prompt has padding: give every sequence of a batch a turn of the same length")
         lengths = [sequence.held for sequence in self.sequences]
         if len(set(lengths)) < 2:
             return given
@@ -97,8 +101,6 @@ class GenerationLayer(CacheLayerMixin):
             for row, sequence in enumerate(self.sequences):
                 self._forget(row, evicted=sequence.held < sequence.seen)
             return
-        if new > 1 and mask is not None and mask.dtype == torch.bool and not bool(mask[:, 0, -1, -new:].all()):
-            raise ValueError("a later prompt has padding: give every sequence of a batch a turn of the same length")
         if self.compressor.scorer is None:
             return
         for row, sequence in enumerate(self.sequences):

@@ -1,5 +1,6 @@
 """`spectral_kv.cache` inside transformers' own `generate`."""
 
+import copy
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,7 +42,8 @@ def models():
     made = {}
     for kind, (config, model) in KINDS.items():
         torch.manual_seed(1)
-        made[kind] = model(config(**SIZES)).eval()
+        made[kind] = made[f"{kind} float32"] = model(config(**SIZES)).eval()
+        made[f"{kind} float64"] = copy.deepcopy(made[kind]).double()
     return made
 
 
@@ -134,22 +136,31 @@ def missing(cache, first):
     ]
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])
 @pytest.mark.parametrize("seed", range(20))
-def test_logits_are_those_of_a_forward_that_hides_the_evicted_tokens(model, seed):
+def test_logits_are_those_of_a_forward_that_hides_the_evicted_tokens(models, seed, dtype, tolerance):
+    """Over a prompt, a turn of several tokens, and two evictions while decoding.
+
+    In double precision nothing but an error is left to differ. In single precision both sides round, each in its own
+    order of summation: the tolerance is a share of the largest logit, which is 8.
+    """
+    model = models[f"{list(KINDS)[seed % 3]} {dtype}"]
     lengths = np.random.default_rng(seed).integers(45, 160, 2)
     first, second = int(lengths[0]), int(lengths[1])
-    ids = prompt(first + second + 40, seed=seed)
+    ids = prompt(first + second + 22, seed=seed)
     cache = spectral_kv.cache(model, ("fourier", "snapkv")[seed % 2], BUDGET, every=10)
-    gone = [[], []]
+    gone, evictions = [[], []], 0
     with torch.no_grad():
         parts = [model(ids[:, :first], past_key_values=cache).logits]
         for start, stop in [(first, first + second), *((i, i + 1) for i in range(first + second, ids.shape[1]))]:
             for layer, now in zip(gone, missing(cache, start), strict=True):
                 layer += now
+            before = cache.held
             parts.append(model(ids[:, start:stop], past_key_values=cache).logits)
-    assert cache.position == ids.shape[1]
-    assert cache.held < BUDGET.tokens + 10  # evicted while decoding, four times
-    torch.testing.assert_close(torch.cat(parts, dim=1), masked_forward(model, ids, gone), atol=1e-5, rtol=1e-4)
+            evictions += stop - start == 1 and cache.held < before
+    assert cache.position == ids.shape[1] and evictions == 2
+    expected = masked_forward(model, ids, gone)
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=tolerance * float(expected.abs().max()), rtol=0)
 
 
 @pytest.mark.parametrize("storage", ["dense", "turboquant_4bit"])
@@ -226,6 +237,17 @@ def test_a_cache_of_another_model_or_text_is_refused(models, tmp_path):
 def test_what_can_not_be_is_refused(model, settings, message):
     with pytest.raises(ValueError, match=message):
         spectral_kv.cache(model, **settings)
+
+
+def test_padding_of_a_later_turn_is_refused(model):
+    for lengths in ((60, 60), (70, 30)):  # as long as one another, and not
+        ids, mask = padded(*(prompt(n, seed=n) for n in lengths))
+        cache = spectral_kv.cache(model, "fourier", BUDGET)
+        model(ids, attention_mask=mask, past_key_values=cache)
+        later = torch.ones(2, 9, dtype=torch.long)
+        later[1, :3] = 0
+        with pytest.raises(ValueError, match="a later prompt has padding"):
+            model(prompt(9, batch=2), attention_mask=torch.cat([mask, later], dim=1), past_key_values=cache)
 
 
 def test_padding_on_the_right_is_refused(model):
