@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from spectral_kv.backends.torch_generation import GenerationCache
 
 STATISTICS = "query_statistics.safetensors"
+DECODING = ("rescore", "append")
 
 
 def reference_model() -> Path:
@@ -32,6 +33,7 @@ def cache(
     budget: int | Budget = 512,
     storage: str | Storage = "dense",
     every: int | None = None,
+    decode: str = "rescore",
     statistics: QueryStatistics | str | Path | None = None,
 ) -> "GenerationCache":
     """A cache for `model.generate(..., past_key_values=cache)` that keeps to a budget.
@@ -46,13 +48,18 @@ def cache(
     method : str or Scorer
         One of `METHODS`. Oracles can't be used: they read what is not generated yet.
     budget : int or Budget
-        Tokens that every layer and KV head keeps, the first 4 and the last 64 among them (an eighth of a budget below
-        512). A `Budget` states them itself.
+        Tokens that every layer and KV head keeps, the first 4 and the last 64 among them as in the pipeline; a budget
+        that can't hold them, of 68 tokens or fewer, has an eighth of it for the last. A `Budget` states them itself.
     storage : str or Storage
         One of `STORAGES`.
     every : int, optional
         While decoding, bring the cache back to its budget whenever it is so many tokens over it. By default what is
-        generated is kept until the next prompt.
+        generated is kept until the next prompt; with `decode="append"` the default is 1.
+    decode : str
+        How tokens are evicted once there are more than the budget. `rescore`: all that are held are scored again, with
+        the queries of the last ones. `append`: a token is scored once, at the first eviction after it left the recent
+        window. That puts it in a place among those that left before it, which keep theirs, and those in the last places
+        are dropped for good.
     statistics : QueryStatistics or path, optional
         For `tri` and `wavelet_tri`: what `calibrate` measured. By default it is looked for in the model's folder.
 
@@ -69,19 +76,29 @@ def cache(
         raise ValueError(f"method={method} is an oracle, which reads what is not generated yet: choose another method")
     if every is not None and every < 1:
         raise ValueError(f"every={every} must be at least 1, or unset to keep what is generated")
+    if decode not in DECODING:
+        raise ValueError(f"decode={decode} is not known: choose {' or '.join(DECODING)}")
     if not isinstance(budget, Budget):
-        budget = Budget(budget, sinks=min(4, budget // 8), recent=min(64, budget // 8))
+        budget = Budget(budget) if budget > 68 else Budget(budget, sinks=min(4, budget // 8), recent=budget // 8)
     if budget.selection != "per_layer_perhead":
         raise ValueError(
             f"selection={budget.selection} needs all layers at once, and a prompt is compressed layer by layer: "
             "set selection=per_layer_perhead"
         )
+    if decode == "append":
+        every = every or 1
+        window = getattr(scorer, "window", None) or 0
+        if window > budget.recent and getattr(scorer, "recent_share", None) is None:
+            raise ValueError(
+                f"decode=append scores a token when it leaves the {budget.recent} recent ones, and {scorer} wants the "
+                f"queries of the last {window}: give a budget with recent={window}, or a smaller window"
+            )
     if model.config._attn_implementation != ATTENTION:
         model.set_attn_implementation("sdpa")
     backend = TorchBackend.wrap(model)
     found = _statistics(backend, model, statistics) if scorer is not None and "calibration" in scorer.reads else None
     model.set_attn_implementation(ATTENTION)
-    return GenerationCache(Compressor(backend, scorer, budget, storage, found), every)
+    return GenerationCache(Compressor(backend, scorer, budget, storage, found), every, decode)
 
 
 def _statistics(backend: Any, model: "PreTrainedModel", given: QueryStatistics | str | Path | None) -> QueryStatistics:

@@ -10,7 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 from spectral_kv.backends.torch_cache import CompressedLayer
 from spectral_kv.compressor import Compressor, observed
 from spectral_kv.storage.dense import DenseTokens
-from spectral_kv.xp import rows, to_numpy
+from spectral_kv.xp import rows, stable_order, to_numpy
 
 # The layer that was fed, until the attention over what it returned is computed.
 fed: ContextVar["GenerationLayer | None"] = ContextVar("fed", default=None)
@@ -22,6 +22,26 @@ def stack(parts: list[torch.Tensor]) -> torch.Tensor:
         return parts[0]
     longest = max(part.shape[-2] for part in parts)
     return torch.cat([torch.nn.functional.pad(part, (0, 0, longest - part.shape[-2], 0)) for part in parts])
+
+
+def placed(before: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
+    """Places `[kv_heads, tokens]`, 0 for the lowest, of tokens that get theirs once and never change their order.
+
+    The first tokens have `before` `[kv_heads, placed]`. Each of the others comes after as many of those as score less
+    than it in `scores` `[kv_heads, tokens]`, and the others among themselves are in the order of their scores. So
+    scores of different moments, which may have different scales, are never compared. Of equal scores the first token's
+    is the higher place.
+    """
+    if bool(scores.isnan().any()):
+        raise ValueError("a scorer returned NaN; scores must be numbers for every evictable token")
+    tokens = scores.shape[-1]
+    old = scores.new_empty((len(scores), 0), dtype=torch.int64) if before is None else before.argsort().argsort()
+    known, new = scores.split([old.shape[-1], tokens - old.shape[-1]], dim=-1)
+    lower = torch.searchsorted(known.sort(dim=-1).values, new.contiguous())
+    value = torch.cat([2 * old + 1, 2 * lower], dim=-1)
+    last_first = tokens - 1 - stable_order(scores.flip(-1))  # ascending, of equal scores the last token first
+    order = last_first.gather(-1, stable_order(value.gather(-1, last_first)))
+    return torch.empty_like(order).scatter_(-1, order, torch.arange(tokens, device=order.device).expand_as(order))
 
 
 class GenerationLayer(CacheLayerMixin):
@@ -37,17 +57,20 @@ class GenerationLayer(CacheLayerMixin):
         Of the layer.
     every : int, optional
         So many tokens over the budget, tokens are evicted while decoding; None: only after a prompt.
+    decode : str
+        `rescore` or `append`, see `spectral_kv.cache`.
     """
 
     is_sliding = False
 
-    def __init__(self, compressor: Compressor, index: int, every: int | None):
+    def __init__(self, compressor: Compressor, index: int, every: int | None, decode: str):
         super().__init__()
-        self.compressor, self.index, self.every = compressor, index, every
+        self.compressor, self.index, self.every, self.decode = compressor, index, every, decode
         self.sequences: list[CompressedLayer] = []
         self.fed_tokens = 0
         self._prompt: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values before the first attention
         self._queries: list[torch.Tensor] = []  # one a sequence, of its last tokens, for evictions while decoding
+        self._places: list[torch.Tensor | None] = []  # `append`: [kv_heads, placed], of the tokens after the sinks
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing waits to be made."""
@@ -108,7 +131,7 @@ class GenerationLayer(CacheLayerMixin):
             over = sequence.held - budget.tokens
             evicts = over > 0 and (new > 1 or (self.every is not None and over >= self.every))
             if evicts:
-                self.sequences[row] = self._evicted(sequence, self._queries[row])
+                self._evict(row)
             self._forget(row, evicts)
 
     @staticmethod
@@ -130,37 +153,50 @@ class GenerationLayer(CacheLayerMixin):
             k, v = (x[row, :, empty:].detach().to(dtype) for x in (keys, values))
             tokens = k.shape[-2]
             positions = np.arange(tokens)
-            kept = self._chosen(k, v, positions, queries[row, :, empty:])
-            if kept is None:
+            self._places.append(None)
+            if compressor.scorer is None or compressor.budget.tokens >= tokens:
                 positions = np.tile(positions, (len(k), 1))
                 k, v = k.clone(), v.clone()
             else:
+                kept = self._chosen(row, self._scores(k, v, positions, queries[row, :, empty:], (0, self.index)))
                 positions = to_numpy(kept)
                 k, v = rows(k, kept), rows(v, kept)
             stored = compressor.storage.store(k[None], v[None], self.index)
             self.sequences.append(CompressedLayer(stored, dtype, tokens, positions))
 
-    def _evicted(self, sequence: CompressedLayer, queries: torch.Tensor) -> CompressedLayer:
+    def _evict(self, row: int) -> None:
+        """Bring a sequence that is over the budget back to it."""
+        sequence = self.sequences[row]
         keys, values = (x[0] for x in sequence.stored.load())
-        kept = self._chosen(keys, values, sequence.positions, queries)
-        if kept is None:
-            return sequence
+        seed = (0, self.index, sequence.seen)  # else a random scorer would draw the same at every eviction
+        kept = self._chosen(row, self._scores(keys, values, sequence.positions, self._queries[row], seed))
         positions = np.take_along_axis(sequence.positions, to_numpy(kept), axis=1)
-        return CompressedLayer(sequence.stored.take(kept[None]), sequence.cache_dtype, sequence.seen, positions)
+        stored = sequence.stored.take(kept[None])
+        self.sequences[row] = CompressedLayer(stored, sequence.cache_dtype, sequence.seen, positions)
 
-    def _chosen(
-        self, keys: torch.Tensor, values: torch.Tensor, positions: np.ndarray, queries: torch.Tensor
-    ) -> torch.Tensor | None:
-        """Rows of one sequence to keep, `[kv_heads, kept]`, or None for all of them."""
+    def _scores(self, keys, values, positions: np.ndarray, queries: torch.Tensor, seed: tuple[int, ...]):
+        """The scorer's verdict on every row of a sequence, `[kv_heads, tokens]`."""
         compressor = self.compressor
-        if compressor.scorer is None or compressor.budget.tokens >= keys.shape[-2]:
-            return None
         wanted = observed(compressor.scorer, queries.shape[-2])
         view = compressor.view(
             self.index, keys, values, positions, compressor.budget.evictable(keys.shape[-2]),
-            seed=(0, self.index), queries=queries[:, queries.shape[-2] - wanted :] if wanted else None,
+            seed=seed, queries=queries[:, queries.shape[-2] - wanted :] if wanted else None,
         )  # fmt: skip
-        return compressor.select([compressor.scorer.score(view)])[0]
+        return compressor.scorer.score(view)
+
+    def _chosen(self, row: int, scores: torch.Tensor) -> torch.Tensor:
+        """Rows of a sequence to keep, `[kv_heads, kept]`."""
+        if self.decode != "append":
+            return self.compressor.select([scores])[0]
+        protected = self.compressor.protected
+        middle = protected.evictable(scores.shape[-1])
+        places = placed(self._places[row], scores[:, middle].float())
+        scores = torch.zeros_like(scores, dtype=torch.float32)
+        scores[:, middle] = places.float()
+        kept = self.compressor.select([scores])[0]
+        chosen = kept[:, middle.start : protected.tokens - protected.recent] - middle.start
+        self._places[row] = places.gather(-1, chosen).to(torch.int32)
+        return kept
 
     def _forget(self, row: int, evicted: bool) -> None:
         """Drop the queries of a sequence that no eviction while decoding will read.
@@ -171,9 +207,10 @@ class GenerationLayer(CacheLayerMixin):
         scorer, queries = self.compressor.scorer, self._queries[row]
         count = 0
         if self.every is not None and observed(scorer, self.every):
-            count = scorer.window or self.every
+            recent = self.compressor.protected.recent
+            count = scorer.window or (recent if self.decode == "append" else self.every)
             if evicted:
-                count = min(count, self.compressor.protected.recent)
+                count = min(count, recent)
         self._queries[row] = queries[:, max(queries.shape[-2] - count, 0) :].clone()
 
     @property
@@ -189,7 +226,8 @@ class GenerationLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor that must live to continue decoding."""
-        return sum(x.nbytes for x in (*self._queries, *self.sequences))
+        places = [x for x in self._places if x is not None]
+        return sum(x.nbytes for x in (*self._queries, *places, *self.sequences))
 
     def get_seq_length(self) -> int:
         """Tokens fed, padding included: where the next one goes."""
@@ -207,13 +245,14 @@ class GenerationLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.sequences, self.fed_tokens, self._prompt, self._queries = [], 0, None, []
+        self.sequences, self.fed_tokens, self._prompt, self._queries, self._places = [], 0, None, [], []
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences of these numbers, each as often as it is named."""
         if self.sequences:
             self.sequences = [self.sequences[row].copy() for row in indices.tolist()]
             self._queries = [self._queries[row] for row in indices.tolist()]
+            self._places = [self._places[row] for row in indices.tolist()]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -229,9 +268,9 @@ class GenerationCache(Cache):
     while it runs, so that one layer at a time is whole; so is every later feed of several tokens.
     """
 
-    def __init__(self, compressor: Compressor, every: int | None = None):
-        self.compressor, self.every = compressor, every
-        layers = [GenerationLayer(compressor, index, every) for index in range(compressor.backend.shape.layers)]
+    def __init__(self, compressor: Compressor, every: int | None = None, decode: str = "rescore"):
+        self.compressor, self.every, self.decode = compressor, every, decode
+        layers = [GenerationLayer(compressor, index, every, decode) for index in range(compressor.backend.shape.layers)]
         super().__init__(layers=layers)
 
     @property
