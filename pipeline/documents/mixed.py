@@ -3,6 +3,7 @@
 import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import ClassVar
@@ -17,9 +18,14 @@ LIMIT = 600_000  # characters of a kind, so that none dominates
 FILE_LIMIT = 40_000  # characters of a file
 
 
+@cache
+def _evaluation() -> set[tuple[str, ...]]:
+    return shingles("\n\n".join([topics_text(), *(book_text(title) for title in EVALUATION)]))
+
+
 def _limited(texts: Iterable[str]) -> str:
     """The beginnings of texts, up to `LIMIT`, without paragraphs that share ten words in a row with evaluation text."""
-    evaluation = shingles("\n\n".join([topics_text(), *(book_text(title) for title in EVALUATION)]))
+    evaluation = _evaluation()
     joined, size = [], 0
     for text in texts:
         paragraphs = text[:FILE_LIMIT].split("\n\n")

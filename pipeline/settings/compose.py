@@ -2,13 +2,17 @@
 
 import re
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from functools import cache
 from itertools import product
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.settings.errors import InputError
 from pipeline.settings.folders import conf_dir, register_resolvers
@@ -92,6 +96,39 @@ def refuse_empty(overrides: list[str]) -> None:
             _values(override, words)
 
 
+@cache
+def _of_options(conf: str, options: tuple[str, ...]) -> DictConfig:
+    with initialize_config_dir(conf, version_base="1.3"):
+        return compose("config", overrides=list(options))
+
+
+def _is_value(override: Override) -> bool:
+    """Whether an override gives a setting a value, and does not choose an option of a group."""
+    key = override.key_or_group
+    return "." in key or not (Path(conf_dir()) / key).is_dir()
+
+
+def _by_value(overrides: list[str]) -> DictConfig | None:
+    """What Hydra composes, by giving values to what it composed before of the same options.
+
+    Hydra reads and merges some thirty files for a configuration, which takes a quarter of a second; values come last
+    there, too. None where overrides do more than that, or can't be followed: Hydra has the words for it.
+    """
+    if GlobalHydra.instance().is_initialized():  # of an application, which may look for options elsewhere
+        return None
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    values = [override for override in parsed if _is_value(override)]
+    if any(v.type != OverrideType.CHANGE or v.package or v.is_hydra_override() or v.is_sweep_override() for v in values):
+        return None
+    cfg = deepcopy(_of_options(conf_dir(), tuple(o.input_line for o in parsed if not _is_value(o))))
+    try:
+        for value in values:
+            OmegaConf.update(cfg, value.key_or_group, value.value(), merge=True)
+    except OmegaConfBaseException:
+        return None
+    return cfg
+
+
 def composed(overrides: list[str]) -> DictConfig:
     """The configuration that `python -m pipeline <overrides>` would run.
 
@@ -99,12 +136,26 @@ def composed(overrides: list[str]) -> DictConfig:
     """
     register_resolvers()
     refuse_contradictions(overrides)
-    with _configuration():
-        cfg = compose("config", overrides=spelled_out(overrides))
+    words = spelled_out(overrides)
+    cfg = _by_value(words)
+    if cfg is None:
+        with _configuration():
+            cfg = compose("config", overrides=words)
     for override in overrides:
         if override.startswith("experiment=") and cfg.tracking.table is None:
             cfg.tracking.table = override.removeprefix("experiment=")
     return cfg
+
+
+@cache
+def _swept(conf: str, preset: tuple[str, ...]) -> dict[str, str | None]:
+    """What a preset sweeps over.
+
+    The model's place among the settings is kept by a reference to the option chosen anyway, which need not be said.
+    """
+    with _configuration():
+        params = compose("config", overrides=list(preset), return_hydra_config=True).hydra.sweeper.params
+    return {key: None if OmegaConf.is_interpolation(params, key) else str(params[key]) for key in params}
 
 
 def sweep(experiment: str | None, overrides: list[str]) -> list[list[str]]:
@@ -114,14 +165,7 @@ def sweep(experiment: str | None, overrides: list[str]) -> list[list[str]]:
     """
     register_resolvers()
     preset = [] if experiment is None else [f"experiment={experiment}"]
-    with _configuration():
-        cfg = compose("config", overrides=preset, return_hydra_config=True)
-    preset_params = cfg.hydra.sweeper.params
-    # The model's place among the settings is kept by a reference to the option chosen anyway, which need not be said.
-    params = {
-        key: None if OmegaConf.is_interpolation(preset_params, key) else str(preset_params[key])
-        for key in preset_params
-    }
+    params = dict(_swept(conf_dir(), tuple(preset)))
     for override in outermost(spelled_out(overrides)):
         key, given, value = override.partition("=")
         params[key] = value if value or not given else "''"

@@ -28,7 +28,8 @@ def skip_without_its_packages(storage: str) -> None:
 @pytest.mark.parametrize("storage", options("storage"))
 def test_every_method_combines_with_every_storage(method, storage):
     skip_without_its_packages(storage)
-    cfg = composed([f"method={method}", f"storage={storage}"])
+    cfg = composed([f"method={method}"])
+    cfg.storage = composed([f"storage={storage}"]).storage
     if method == "turboquant" and "turboquant" not in storage:  # its title would not be true
         with pytest.raises(InputError, match="choose storage=turboquant_4bit"):
             check(cfg)
@@ -49,11 +50,24 @@ def test_every_option_composes_and_is_named_after_its_file(group):
             check(cfg)
 
 
+def test_a_storage_that_is_asked_for_is_the_method_s_own():
+    for method, storage in (("turboquant", "dense"), ("tri", "turboquant_2bit")):
+        cfg = composed([f"method={method}", f"storage={storage}"])
+        assert cfg.storage == composed([f"storage={storage}"]).storage and cfg.method.name == method
+
+
 @pytest.mark.parametrize("experiment", options("experiment"))
-def test_every_experiment_composes_to_checked_jobs(experiment):
+def test_the_first_and_the_last_job_of_every_experiment_are_checked(experiment):
     jobs = sweep(experiment, [])
     assert len(jobs) > 1
-    for job in jobs:
+    for job in (jobs[0], jobs[-1]):
+        check(composed(job))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_composes_to_checked_jobs(experiment):
+    for job in sweep(experiment, []):
         check(composed(job))
 
 
