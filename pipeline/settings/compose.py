@@ -118,7 +118,8 @@ def _by_value(overrides: list[str]) -> DictConfig | None:
         return None
     parsed = OverridesParser.create().parse_overrides(overrides)
     values = [override for override in parsed if _is_value(override)]
-    if any(v.type != OverrideType.CHANGE or v.package or v.is_hydra_override() or v.is_sweep_override() for v in values):
+    plain = [v for v in values if v.type == OverrideType.CHANGE and not v.package]
+    if len(plain) < len(values) or any(v.is_hydra_override() or v.is_sweep_override() for v in values):
         return None
     cfg = deepcopy(_of_options(conf_dir(), tuple(o.input_line for o in parsed if not _is_value(o))))
     try:
