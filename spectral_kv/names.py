@@ -56,3 +56,15 @@ def storage(name: Any) -> Any:
     if name not in STORAGES:
         raise ValueError(f"storage={name} is not known: choose one of {', '.join(STORAGES)}")
     return _made("storage", STORAGES[name])
+
+
+def known_as(thing: Any, group: str) -> str | None:
+    """The name of a scorer (`group` is `scorers`) or a storage (`storage`) with the settings of that name, or None."""
+    place = f"{type(thing).__module__}.{type(thing).__name__}"
+    for name, entry in (METHODS if group == "scorers" else STORAGES).items():
+        if entry is None:
+            if thing is None:
+                return name
+        elif place == f"spectral_kv.{group}.{entry[0]}" and thing == _made(group, entry):
+            return name
+    return None

@@ -127,27 +127,43 @@ def calibrate(model: "PreTrainedModel", windows: Iterable[np.ndarray]) -> QueryS
     return observe(TorchBackend.wrap(model), windows).statistics()
 
 
-def load(path: str | Path, model: "PreTrainedModel", tokens: Any = None, **settings: Any) -> "GenerationCache":
-    """A cache that `cache.save(path)` wrote; it continues bit for bit.
+def load(
+    path: str | Path,
+    model: "PreTrainedModel",
+    tokens: Any = None,
+    method: str | Scorer | None = None,
+    storage: str | Storage | None = None,
+) -> "GenerationCache":
+    """A cache that `cache.save(path)` wrote, with all its settings; it continues bit for bit, evictions too.
 
     Parameters
     ----------
     path : path
     model : PreTrainedModel
         The one that the cache is of.
-    tokens : array of int, optional
+    tokens : array of int, [batch, tokens], optional
         Refuse the cache if these are not the tokens that it was saved with.
-    settings
-        As of `cache`, where they are not those of the default: method, every, statistics. Budget is that of the file.
+    method, storage : optional
+        The scorer and storage that it was saved with, where they have no name of `METHODS` and `STORAGES` or other
+        settings than those of the name.
 
     Raises
     ------
     ValueError
-        If the file holds something else, or the cache of another model, version or text.
+        If the file is damaged, holds something else, or the cache of another model, version or text.
     """
     from spectral_kv.backends import torch_cache_file
 
-    header = torch_cache_file.header(path, model, tokens)
-    budget = Budget(header["budget"], sinks=header["sinks"], recent=header["recent"])
-    loaded = cache(model, budget=budget, **settings)
-    return torch_cache_file.restored(loaded, path, header)
+    header, held, statistics = torch_cache_file.read(path, model, tokens)
+    saved = header["settings"]
+    loaded = cache(
+        model,
+        torch_cache_file.resolved(path, "scorers", saved["method"], method),
+        Budget(**saved["budget"]),
+        torch_cache_file.resolved(path, "storage", saved["storage"], storage),
+        saved["every"],
+        saved["decode"],
+        statistics,
+    )
+    loaded.restore(held, header["position"], header["seen"])
+    return loaded

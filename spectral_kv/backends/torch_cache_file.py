@@ -4,16 +4,19 @@ import hashlib
 import json
 import os
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 import spectral_kv
+from spectral_kv import names
+from spectral_kv.calibration import QueryStatistics
 
 if TYPE_CHECKING:
     from spectral_kv.backends.torch_generation import GenerationCache
@@ -22,8 +25,9 @@ KIND = "spectral_kv cache"
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Hash of the model's sizes, dtype and of some of its weights."""
-    digest = hashlib.sha256(f"{model.dtype}".encode())
+    """Hash of the model's sizes, dtype and rotation, and of some of its weights."""
+    rotation = getattr(model.config, "rope_parameters", None)
+    digest = hashlib.sha256(f"{model.dtype}{rotation}".encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         few = parameter.detach().flatten()[:: max(parameter.numel() // 16, 1)]
@@ -39,11 +43,46 @@ def _text(tokens: Any) -> str | None:
     return hashlib.sha256(np.asarray(ids, dtype=np.int64).tobytes()).hexdigest()
 
 
+def _digest(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
+    """Hash of all that a file holds."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name, x in sorted(tensors.items()):
+        digest.update(f"{name}{x.dtype}{tuple(x.shape)}".encode())
+        digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors that are whole and share no memory, as the format wants them."""
+    found, seen = {}, set()
+    for name, x in tensors.items():
+        x = x.contiguous()
+        if x.untyped_storage().nbytes() != x.nbytes or x.data_ptr() in seen:
+            x = x.clone()
+        seen.add(x.data_ptr())
+        found[name] = x
+    return found
+
+
+def _settings(cache: "GenerationCache") -> dict[str, Any]:
+    """What the cache was made with, as far as a file can say it."""
+    compressor = cache.compressor
+    return {
+        "method": names.known_as(compressor.scorer, "scorers") or {"own": repr(compressor.scorer)},
+        "storage": names.known_as(compressor.storage, "storage") or {"own": repr(compressor.storage)},
+        "budget": asdict(compressor.budget),
+        "every": cache.every,
+        "decode": cache.decode,
+    }
+
+
 def save(cache: "GenerationCache", path: str | Path, tokens: Any = None) -> None:
     """Write a cache to a file, whole or not at all."""
     if not cache.layers[0].sequences:
         raise ValueError("the cache is empty: run the model on a prompt before saving it")
-    budget = cache.compressor.budget
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ValueError(f"{path} can't be written: there is no folder {path.parent}")
     header = {
         "kind": KIND,
         "version": spectral_kv.__version__,
@@ -51,41 +90,71 @@ def save(cache: "GenerationCache", path: str | Path, tokens: Any = None) -> None
         "tokens": _text(tokens),
         "position": cache.position,
         "seen": [sequence.seen for sequence in cache.layers[0].sequences],
-        "budget": budget.tokens,
-        "sinks": budget.sinks,
-        "recent": budget.recent,
+        "settings": _settings(cache),
     }
-    path = Path(path)
+    held = cache.tensors()
+    if (statistics := cache.compressor.statistics) is not None:
+        numbers = {"mu_re": statistics.mu.real, "mu_im": statistics.mu.imag, "modulus": statistics.modulus}
+        held |= {f"statistics.{k}": torch.from_numpy(np.ascontiguousarray(v)) for k, v in numbers.items()}
+    held = _apart(held)
+    header["digest"] = _digest(header, held)
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        save_file(cache.tensors(), partial, {"spectral_kv": json.dumps(header)})
+        save_file(held, partial, {"spectral_kv": json.dumps(header)})
         os.replace(partial, path)
     finally:
         Path(partial).unlink(missing_ok=True)
 
 
-def header(path: str | Path, model: PreTrainedModel, tokens: Any = None) -> dict[str, Any]:
-    """What a file says of its cache, checked against a model and a text."""
+def read(
+    path: str | Path, model: PreTrainedModel, tokens: Any = None
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], QueryStatistics | None]:
+    """What a file says of its cache, what it holds and the query statistics, checked against a model and a text."""
     try:
         with safe_open(str(path), framework="pt") as file:
-            found = json.loads((file.metadata() or {}).get("spectral_kv", "{}"))
-    except SafetensorError as error:
+            header = json.loads((file.metadata() or {}).get("spectral_kv", "{}"))
+            kind = header.get("kind") if isinstance(header, dict) else None
+            held = {name: file.get_tensor(name) for name in file.keys()} if kind == KIND else {}  # noqa: SIM118
+    except FileNotFoundError:
+        raise ValueError(f"{path} is not there: give a file that cache.save wrote") from None
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} does not hold a cache ({error}): save it again") from None
-    if found.get("kind") != KIND:
+    if kind != KIND:
         raise ValueError(f"{path} does not hold a cache: give a file that cache.save wrote")
-    if found["version"] != spectral_kv.__version__:
+    if header.get("version") != spectral_kv.__version__:
         raise ValueError(
-            f"{path} was written by version {found['version']}, this is {spectral_kv.__version__}: make it again"
+            f"{path} was written by version {header.get('version')}, this is {spectral_kv.__version__}: make it again"
         )
-    if found["model"] != fingerprint(model):
+    if header.pop("digest", None) != _digest(header, held):
+        raise ValueError(f"{path} is damaged, its contents are not those that were saved: save it again")
+    if header["model"] != fingerprint(model):
         raise ValueError(f"{path} is the cache of another model than this: load that one")
-    if tokens is not None and found["tokens"] != _text(tokens):
+    if tokens is not None and header["tokens"] != _text(tokens):
         raise ValueError(f"{path} is the cache of another text, or was saved without its tokens: make it again")
-    return found
+    numbers = {name: held.pop(f"statistics.{name}", None) for name in ("mu_re", "mu_im", "modulus")}
+    if numbers["modulus"] is None:
+        return header, held, None
+    real, imaginary, modulus = (x.numpy() for x in numbers.values())
+    return header, held, QueryStatistics(real + 1j * imaginary, modulus)
 
 
-def restored(cache: "GenerationCache", path: str | Path, header: dict[str, Any]) -> "GenerationCache":
-    """An empty cache, filled from a file."""
-    cache.restore(load_file(str(path)), header["position"], header["seen"])
-    return cache
+def resolved(path: str | Path, group: str, saved: str | dict[str, str], given: Any) -> Any:
+    """The scorer or storage that a cache was saved with: by its name, or the `given` one if it is the same.
+
+    Raises
+    ------
+    ValueError
+        If it is not, or is needed and not given.
+    """
+    key, found = {"scorers": ("method", names.method), "storage": ("storage", names.storage)}[group]
+    if given is None:
+        if isinstance(saved, dict):
+            raise ValueError(f"{path} was saved with {key}={saved['own']}, which has no name: pass it as {key}=")
+        return found(saved)
+    thing = found(given)
+    same = names.known_as(thing, group) == saved if isinstance(saved, str) else repr(thing) == saved["own"]
+    if not same:
+        said = saved if isinstance(saved, str) else saved["own"]
+        raise ValueError(f"{path} was saved with {key}={said}, not {given}: leave {key} out, or make the cache again")
+    return thing

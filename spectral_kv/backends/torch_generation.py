@@ -9,7 +9,6 @@ from transformers.cache_utils import CacheLayerMixin
 
 from spectral_kv.backends.torch_cache import CompressedLayer
 from spectral_kv.compressor import Compressor, observed
-from spectral_kv.storage.dense import DenseTokens
 from spectral_kv.xp import rows, stable_order, to_numpy
 
 # The layer that was fed, until the attention over what it returned is computed.
@@ -289,40 +288,38 @@ class GenerationCache(Cache):
         return sum(layer.nbytes for layer in self.layers)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that is held, by layer and sequence.
-
-        Raises
-        ------
-        ValueError
-            If tokens are held in codes, or queries are remembered for evictions while decoding.
-        """
+        """All that is held, by layer and sequence."""
         found = {}
         for index, layer in enumerate(self.layers):
-            if any(queries.nbytes for queries in layer._queries):
-                raise ValueError(f"a cache whose method reads queries while decoding (every={self.every}) isn't saved")
             for row, sequence in enumerate(layer.sequences):
-                if not isinstance(sequence.stored, DenseTokens):
-                    raise ValueError("only a cache with storage=dense can be saved: quantised tokens can't yet")
-                name = f"{index}.{row}"
-                found[f"{name}.keys"], found[f"{name}.values"] = (x.contiguous() for x in sequence.stored.load())
-                found[f"{name}.positions"] = torch.from_numpy(np.ascontiguousarray(sequence.positions))
+                held = sequence.stored.tensors()
+                held |= {"positions": torch.from_numpy(sequence.positions), "queries": layer._queries[row]}
+                if layer._places[row] is not None:
+                    held["places"] = layer._places[row]
+                found |= {f"{index}.{row}.{name}": x for name, x in held.items()}
         return found
 
     def restore(self, tensors: dict[str, torch.Tensor], position: int, seen: list[int]) -> None:
         """Hold what `tensors` returned, of sequences of `seen` tokens, and continue after `position` fed tokens."""
+        backend, storage = self.compressor.backend, self.compressor.storage
         for index, layer in enumerate(self.layers):
+            layer.reset()
             layer.fed_tokens, layer.is_initialized = position, True
-            shape = self.compressor.backend.shape
-            layer.sequences, layer._queries = [], []
             for row, tokens in enumerate(seen):
-                keys, values = (tensors[f"{index}.{row}.{part}"].to(self.compressor.backend.device) for part in
-                                ("keys", "values"))  # fmt: skip
-                positions = tensors[f"{index}.{row}.positions"].numpy()
-                layer.sequences.append(CompressedLayer(DenseTokens(keys, values), keys.dtype, tokens, positions))
-                layer._queries.append(keys.new_empty((shape.query_heads, 0, shape.dim)))
+                start = f"{index}.{row}."
+                held = {name.removeprefix(start): x for name, x in tensors.items() if name.startswith(start)}
+                positions = held.pop("positions").numpy()
+                held = {name: x.to(backend.device) for name, x in held.items()}
+                layer._queries.append(held.pop("queries"))
+                layer._places.append(held.pop("places", None))
+                stored = storage.restored(held, index)
+                layer.sequences.append(CompressedLayer(stored, backend.cache_dtype, tokens, positions))
 
     def save(self, path, tokens=None) -> None:
-        """Write it to a safetensors file: see `spectral_kv.load`."""
+        """Write it to a safetensors file: see `spectral_kv.load`.
+
+        `tokens` are the ids that were fed, `[batch, tokens]`; `load` can check them.
+        """
         from spectral_kv.backends.torch_cache_file import save
 
         save(self, path, tokens)

@@ -25,12 +25,20 @@ class Stored(Protocol):
         """With the rows `[..., kv_heads, kept]` alone, ascending in every head."""
         ...
 
+    def tensors(self) -> dict[str, Array]:
+        """All that must be written to a file, by name, for the storage's `restored`."""
+        ...
+
 
 class Storage(Protocol):
     """Puts the kept tokens of one layer away."""
 
     def store(self, keys: Array, values: Array, layer: int) -> Stored:
         """Hold `[..., kv_heads, tokens, dim]` keys (rotated) and values of layer number `layer`."""
+        ...
+
+    def restored(self, tensors: dict[str, Array], layer: int) -> Stored:
+        """What `tensors` of a stored layer was taken from."""
         ...
 
     def nbytes(self, tokens: int, kv_heads: int, dim: int, itemsize: int) -> int:
@@ -73,4 +81,12 @@ class Codec(Protocol):
 
     def nbytes(self, tokens: int, kv_heads: int, dim: int, itemsize: int) -> int:
         """Bytes of the codes of so many tokens that were encoded together, 0 for none."""
+        ...
+
+    def tensors(self, coded: Coded) -> dict[str, Array]:
+        """All that must be written to a file, by name."""
+        ...
+
+    def restored(self, tensors: dict[str, Array]) -> Coded:
+        """What `tensors` was taken from."""
         ...

@@ -28,6 +28,9 @@ class DenseTokens:
     def take(self, kept: Array) -> "DenseTokens":
         return DenseTokens(rows(self.keys, kept), rows(self.values, kept))
 
+    def tensors(self) -> dict[str, Array]:
+        return {"keys": self.keys, "values": self.values}
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -35,6 +38,9 @@ class Dense:
 
     def store(self, keys: Array, values: Array, layer: int) -> DenseTokens:
         return DenseTokens(keys, values)
+
+    def restored(self, tensors: dict[str, Array], layer: int) -> DenseTokens:
+        return DenseTokens(**tensors)
 
     def nbytes(self, tokens: int, kv_heads: int, dim: int, itemsize: int) -> int:
         return 2 * kv_heads * tokens * dim * itemsize

@@ -60,6 +60,17 @@ class TurboQuantCodec:
         mean = kv_heads * dim * 2 if self.keys.center and tokens else 0
         return kv_heads * tokens * vectors + mean
 
+    def tensors(self, coded: PackedPair) -> dict[str, Array]:
+        named = {"keys": coded.keys, "values": coded.values}
+        held = {f"{kind}.{part}": getattr(x, part) for kind, x in named.items() for part in ("codes", "scale", "mean")}
+        return {name: x for name, x in held.items() if x is not None}
+
+    def restored(self, tensors: dict[str, Array]) -> PackedPair:
+        return PackedPair(*(
+            PackedVectors(tensors[f"{kind}.codes"], tensors[f"{kind}.scale"], tensors.get(f"{kind}.mean"))
+            for kind in ("keys", "values")
+        ))  # fmt: skip
+
 
 @dataclass(frozen=True)
 class TurboQuantStorage(Windowed):

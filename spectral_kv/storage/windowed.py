@@ -84,6 +84,12 @@ class WindowedTokens:
         coded = self.codec.choose(self.coded, row, *(part(x, sinks, sinks + middle) for x in chosen))
         return replace(self, first=first, coded=coded, recent=tuple(part(x, sinks + middle, count) for x in chosen))
 
+    def tensors(self) -> dict[str, Array]:
+        exact = {f"{name}.{kind}": x for name, pair in (("first", self.first), ("recent", self.recent))
+                 for kind, x in zip(("keys", "values"), pair, strict=True)}  # fmt: skip
+        coded = {} if self.coded is None else self.codec.tensors(self.coded)
+        return exact | {f"coded.{name}": x for name, x in coded.items()}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Windowed(ABC):
@@ -117,6 +123,11 @@ class Windowed(ABC):
         sinks = min(self.sinks, tokens)
         first, rest = (tuple(part(x, *span) for x in (keys, values)) for span in ((0, sinks), (sinks, tokens)))
         return WindowedTokens(self, layer, first, None, rest).encode(tokens - sinks - self.recent)
+
+    def restored(self, tensors: dict[str, Array], layer: int) -> WindowedTokens:
+        first, recent = ((tensors[f"{name}.keys"], tensors[f"{name}.values"]) for name in ("first", "recent"))
+        codes = {name.removeprefix("coded."): x for name, x in tensors.items() if name.startswith("coded.")}
+        return WindowedTokens(self, layer, first, self.codec(layer).restored(codes) if codes else None, recent)
 
     def nbytes(self, tokens: int, kv_heads: int, dim: int, itemsize: int) -> int:
         exact = min(tokens, self.sinks + self.recent)

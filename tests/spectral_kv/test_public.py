@@ -1,8 +1,10 @@
 """`spectral_kv.cache` inside transformers' own `generate`."""
 
 import copy
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -26,7 +28,9 @@ from spectral_kv.backends.torch import TorchBackend
 from spectral_kv.compressor import Compressor, SharedScores, observed
 from spectral_kv.scorers.base import LayerView
 from spectral_kv.scorers.knorm import Knorm
+from spectral_kv.scorers.snapkv import SnapKV
 from spectral_kv.selection import select
+from spectral_kv.storage.turboquant import TurboQuantStorage
 
 SIZES = dict(
     vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -242,10 +246,11 @@ def test_appending_keeps_what_scores_most_of_all_that_have_left_the_recent_windo
     assert evictions >= 2 + 60 // every - 1
 
 
+@dataclass(frozen=True)
 class Fickle:
     """Scores by the position, and anew at every eviction, on a scale of its own."""
 
-    reads = ("keys",)
+    reads: ClassVar[tuple[str, ...]] = ("keys",)
 
     @staticmethod
     def of(head: int, last: int) -> np.ndarray:
@@ -279,17 +284,84 @@ def test_a_token_is_placed_once_when_it_leaves_the_recent_window(model, every):
     assert last == 171 or every > 1
 
 
-def test_a_saved_cache_continues_bit_for_bit(model, tmp_path):
-    ids = prompt(90)
-    cache = spectral_kv.cache(model, "fourier", BUDGET)
+def is_continued(cache, again, model, tokens: torch.Tensor) -> None:
+    """Whether both give the same logits, and hold the same, over a turn of several tokens and then one by one."""
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        for start, stop in [(0, 20), *((i, i + 1) for i in range(20, tokens.shape[1]))]:
+            assert torch.equal(*(model(tokens[:, start:stop], past_key_values=c).logits for c in (cache, again)))
+            assert cache.nbytes == again.nbytes
+    for ours, theirs in zip(cache.layers, again.layers, strict=True):
+        assert all(np.array_equal(*pair) for pair in zip(ours.positions, theirs.positions, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "storage", "more"),
+    [
+        ("fourier", "dense", dict()),
+        ("wavelet", "turboquant_4bit", dict(every=5)),
+        ("random", "turboquant_3bit", dict(every=5)),
+        ("h2o", "dense", dict(every=5)),
+        ("snapkv", TurboQuantStorage(recent=8, flush=4, center_keys=False), dict(every=9)),
+        (SnapKV(window=8), "turboquant_2bit", dict(decode="append")),
+        ("wavelet_tri", TurboQuantStorage(recent=8, flush=4), dict(decode="append", every=3)),
+        ("turboquant", "turboquant_4bit", dict()),
+    ],
+)
+def test_a_saved_cache_continues_bit_for_bit(model, tmp_path, name, storage, more):
+    """Right after the prompt, and with tokens over the budget that are not evicted yet."""
+    ids, mask = padded(prompt(190), prompt(171))
+    statistics = spectral_kv.calibrate(model, [prompt(200, seed=7)[0].numpy()])
+    cache = spectral_kv.cache(model, name, BUDGET, storage, statistics=statistics, **more)
+    own = {k: v for k, v in (("method", name), ("storage", storage)) if not isinstance(v, str)}
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+    for turn in range(2):
         cache.save(tmp_path / "cache", tokens=ids)
-        again = spectral_kv.load(tmp_path / "cache", model, tokens=ids, method="fourier")
-        more = prompt(30, seed=5)
-        assert torch.equal(*(model(more, past_key_values=c).logits for c in (cache, again)))
-    assert again.held == BUDGET.tokens
+        again = spectral_kv.load(tmp_path / "cache", model, tokens=ids, **own)
+        assert (again.every, again.decode, again.position) == (cache.every, cache.decode, cache.position)
+        is_continued(cache, again, model, prompt(33, seed=turn, batch=2))
     assert [p.name for p in tmp_path.iterdir()] == ["cache"]
+
+
+def test_a_cache_of_beams_is_saved(model, tmp_path):
+    """Beams share what they hold until they part."""
+    cache = spectral_kv.cache(model, "fourier", BUDGET)
+    continued(model, prompt(60), cache, count=2, num_beams=2)
+    cache.save(tmp_path / "cache")
+    is_continued(cache, spectral_kv.load(tmp_path / "cache", model), model, prompt(25, batch=2))
+
+
+def test_a_damaged_file_is_refused_in_one_sentence(model, tmp_path):
+    cache = spectral_kv.cache(model, "wavelet", BUDGET, "turboquant_4bit", every=5)
+    model(prompt(190), past_key_values=cache)
+    cache.save(tmp_path / "cache")
+    whole = (tmp_path / "cache").read_bytes()
+    rng = np.random.default_rng(0)
+    header = int.from_bytes(whole[:8], "little")
+    places = [*rng.integers(0, header + 8, 150), *rng.integers(header + 8, len(whole), 50)]
+    damaged = [whole[: int(share * len(whole))] for share in (0, 0.001, 0.3, 0.999)]
+    damaged += [whole[:at] + bytes([whole[at] ^ 1 << int(rng.integers(8))]) + whole[at + 1 :] for at in places]
+    for content in damaged:
+        (tmp_path / "cache").write_bytes(content)
+        with pytest.raises(ValueError, match=r"does not hold a cache|is damaged|was written by version") as refused:
+            spectral_kv.load(tmp_path / "cache", model)
+        assert str(refused.value).count("\n") == 0
+
+
+def test_a_cache_is_loaded_with_what_it_was_saved_with(model, tmp_path):
+    cache = spectral_kv.cache(model, Fickle(), BUDGET)
+    model(prompt(90), past_key_values=cache)
+    cache.save(tmp_path / "own")
+    with pytest.raises(ValueError, match=r"saved with method=Fickle\(\), which has no name"):
+        spectral_kv.load(tmp_path / "own", model)
+    with pytest.raises(ValueError, match="not fourier"):
+        spectral_kv.load(tmp_path / "own", model, method="fourier")
+    with pytest.raises(ValueError, match="storage=dense, not turboquant_4bit"):
+        spectral_kv.load(tmp_path / "own", model, method=Fickle(), storage="turboquant_4bit")
+    with pytest.raises(ValueError, match="is not there"):
+        spectral_kv.load(tmp_path / "none", model)
+    with pytest.raises(ValueError, match="there is no folder"):
+        cache.save(tmp_path / "none" / "cache")
 
 
 def test_a_cache_of_another_model_or_text_is_refused(models, tmp_path):
