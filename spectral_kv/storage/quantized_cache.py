@@ -89,6 +89,33 @@ class QuantizedCacheCodec:
         groups = self._groups(kv_heads * tokens * dim, dim)
         return 2 * groups * (self.group_size * self.bits // 8 + 2 * itemsize)  # codes, a scale and a zero point
 
+    def tensors(self, coded: QuantizedPieces) -> dict[str, Array]:
+        """Those of every piece in the order in which they are found, and an empty one that has its shape and dtype."""
+        found = {}
+        for index, pair in enumerate(coded.pairs):
+            for kind, piece in zip(("keys", "values"), pair, strict=True):
+                held = list(_tensors(piece.held))
+                found[f"{index}.{kind}.like"] = held[0].new_empty((0, *piece.shape), dtype=piece.layer.dtype)
+                found |= {f"{index}.{kind}.{number}": x for number, x in enumerate(held)}
+        return found
+
+    def restored(self, tensors: dict[str, Array]) -> QuantizedPieces:
+        """What a library makes of zeros has the same form; then the tensors in it are overwritten."""
+        import torch
+
+        pairs = []
+        while f"{len(pairs)}.keys.like" in tensors:
+            pieces = []
+            for kind in ("keys", "values"):
+                start = f"{len(pairs)}.{kind}"
+                like = tensors[f"{start}.like"]
+                pieces.append(self.quantize(like.new_zeros(like.shape[1:])))
+                with torch.inference_mode():  # in which hqq makes them
+                    for number, x in enumerate(_tensors(pieces[-1].held)):
+                        x.copy_(tensors[f"{start}.{number}"])
+            pairs.append(tuple(pieces))
+        return QuantizedPieces(tuple(pairs))
+
     def quantize(self, x: Array) -> Piece:
         from transformers.cache_utils import HQQQuantizedLayer, QuantoQuantizedLayer
 

@@ -30,6 +30,7 @@ from spectral_kv.scorers.base import LayerView
 from spectral_kv.scorers.knorm import Knorm
 from spectral_kv.scorers.snapkv import SnapKV
 from spectral_kv.selection import select
+from spectral_kv.storage.quantized_cache import QuantizedCacheStorage
 from spectral_kv.storage.turboquant import TurboQuantStorage
 
 SIZES = dict(
@@ -323,6 +324,18 @@ def test_a_saved_cache_continues_bit_for_bit(model, tmp_path, name, storage, mor
     assert [p.name for p in tmp_path.iterdir()] == ["cache"]
 
 
+@pytest.mark.parametrize("library", ["hqq", "quanto"])
+def test_a_cache_in_another_librarys_codes_is_saved(model, tmp_path, library):
+    pytest.importorskip("hqq" if library == "hqq" else "optimum.quanto")
+    storage = QuantizedCacheStorage(library, group_size=16, recent=8, flush=4)
+    cache = spectral_kv.cache(model, "fourier", BUDGET, storage, every=9)
+    with torch.no_grad():
+        model(prompt(120), past_key_values=cache)
+        model(prompt(9, seed=1), past_key_values=cache)
+    cache.save(tmp_path / "cache")
+    is_continued(cache, spectral_kv.load(tmp_path / "cache", model, storage=storage), model, prompt(33))
+
+
 def test_a_cache_of_beams_is_saved(model, tmp_path):
     """Beams share what they hold until they part."""
     cache = spectral_kv.cache(model, "fourier", BUDGET)
@@ -364,7 +377,7 @@ def test_a_cache_is_loaded_with_what_it_was_saved_with(model, tmp_path):
         cache.save(tmp_path / "none" / "cache")
 
 
-def test_a_cache_of_another_model_or_text_is_refused(models, tmp_path):
+def test_a_cache_of_another_model_text_or_version_is_refused(models, tmp_path, monkeypatch):
     ids = prompt(90)
     cache = spectral_kv.cache(models["llama"], "fourier", BUDGET)
     models["llama"](ids, past_key_values=cache)
@@ -376,6 +389,9 @@ def test_a_cache_of_another_model_or_text_is_refused(models, tmp_path):
     (tmp_path / "broken").write_bytes(b"no cache")
     with pytest.raises(ValueError, match="does not hold a cache"):
         spectral_kv.load(tmp_path / "broken", models["llama"])
+    monkeypatch.setattr(spectral_kv, "__version__", "9.9")
+    with pytest.raises(ValueError, match=r"was written by version .*, this is 9\.9"):
+        spectral_kv.load(tmp_path / "cache", models["llama"])
 
 
 @pytest.mark.parametrize(
