@@ -143,9 +143,11 @@ def load(
         The one that the cache is of.
     tokens : array of int, [batch, tokens], optional
         Refuse the cache if these are not the tokens that it was saved with.
-    method, storage : optional
-        The scorer and storage that it was saved with, where they have no name of `METHODS` and `STORAGES` or other
-        settings than those of the name.
+    method : str or Scorer, optional
+        Another one from now on, as `full` to evict nothing more. Needed where it was saved with a scorer that has no
+        name in `METHODS` or other settings than those of the name.
+    storage : str or Storage, optional
+        The one that it was saved with, needed where that has no name in `STORAGES` or other settings.
 
     Raises
     ------

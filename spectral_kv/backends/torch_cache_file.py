@@ -140,21 +140,22 @@ def read(
 
 
 def resolved(path: str | Path, group: str, saved: str | dict[str, str], given: Any) -> Any:
-    """The scorer or storage that a cache was saved with: by its name, or the `given` one if it is the same.
+    """The scorer or storage that is `given`, or by default the one that a cache was saved with.
 
     Raises
     ------
     ValueError
-        If it is not, or is needed and not given.
+        If it has no name and is not given, or the given storage is another.
     """
-    key, found = {"scorers": ("method", names.method), "storage": ("storage", names.storage)}[group]
+    key, made = {"scorers": ("method", names.method), "storage": ("storage", names.storage)}[group]
+    said = saved if isinstance(saved, str) else saved["own"]
     if given is None:
-        if isinstance(saved, dict):
-            raise ValueError(f"{path} was saved with {key}={saved['own']}, which has no name: pass it as {key}=")
-        return found(saved)
-    thing = found(given)
-    same = names.known_as(thing, group) == saved if isinstance(saved, str) else repr(thing) == saved["own"]
-    if not same:
-        said = saved if isinstance(saved, str) else saved["own"]
-        raise ValueError(f"{path} was saved with {key}={said}, not {given}: leave {key} out, or make the cache again")
+        if said != saved:
+            raise ValueError(f"{path} was saved with {key}={said}, which has no name: pass it as {key}=")
+        return made(saved)
+    thing = made(given)
+    if group == "storage" and (repr(thing) if said != saved else names.known_as(thing, group)) != said:
+        raise ValueError(
+            f"{path} was saved with storage={said}, not {given}: leave storage out, or make the cache again"
+        )
     return thing

@@ -101,8 +101,6 @@ class QuantizedCacheCodec:
 
     def restored(self, tensors: dict[str, Array]) -> QuantizedPieces:
         """What a library makes of zeros has the same form; then the tensors in it are overwritten."""
-        import torch
-
         pairs = []
         while f"{len(pairs)}.keys.like" in tensors:
             pieces = []
@@ -110,7 +108,7 @@ class QuantizedCacheCodec:
                 start = f"{len(pairs)}.{kind}"
                 like = tensors[f"{start}.like"]
                 pieces.append(self.quantize(like.new_zeros(like.shape[1:])))
-                with torch.inference_mode():  # in which hqq makes them
+                with namespace(like).inference_mode():  # in which hqq makes them
                     for number, x in enumerate(_tensors(pieces[-1].held)):
                         x.copy_(tensors[f"{start}.{number}"])
             pairs.append(tuple(pieces))

@@ -367,8 +367,9 @@ def test_a_cache_is_loaded_with_what_it_was_saved_with(model, tmp_path):
     cache.save(tmp_path / "own")
     with pytest.raises(ValueError, match=r"saved with method=Fickle\(\), which has no name"):
         spectral_kv.load(tmp_path / "own", model)
-    with pytest.raises(ValueError, match="not fourier"):
-        spectral_kv.load(tmp_path / "own", model, method="fourier")
+    full = spectral_kv.load(tmp_path / "own", model, method="full")
+    model(prompt(30), past_key_values=full)
+    assert full.held == BUDGET.tokens + 30
     with pytest.raises(ValueError, match="storage=dense, not turboquant_4bit"):
         spectral_kv.load(tmp_path / "own", model, method=Fickle(), storage="turboquant_4bit")
     with pytest.raises(ValueError, match="is not there"):
