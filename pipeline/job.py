@@ -52,7 +52,7 @@ class Job:
     lookups: list[list[Asked]]  # of every window
     statistics: QueryStatistics | None
     resolved: dict
-    identity: str
+    digest: str
     document_hash: str
     code_hash: str
     versions: dict[str, str]  # of the packages that may change a result
@@ -197,8 +197,8 @@ def prepare(cfg: DictConfig) -> Job:
     what["budget"] = asdict(budget) if budget else None
     if statistics is not None:
         what["statistics"] = statistics.digest
-    identity = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
     return Job(
-        settings, checkpoint, budget, windows, lookups, statistics, resolved, identity, document_hash, code_hash,
+        settings, checkpoint, budget, windows, lookups, statistics, resolved, digest, document_hash, code_hash,
         versions,
     )  # fmt: skip

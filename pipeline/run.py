@@ -96,7 +96,7 @@ def hardware(device: str) -> str:
 def identity(job: Job, place: tuple[str, str] | None = None) -> str:
     """The job's identity on this machine, or at another place: what `auto` stands for decides how results round."""
     device, dtype = place or placed(job.settings.backend)
-    return hashlib.sha256(f"{job.identity} {hardware(device)} {dtype}".encode()).hexdigest()[:24]
+    return hashlib.sha256(f"{job.digest} {hardware(device)} {dtype}".encode()).hexdigest()[:24]
 
 
 def _refuse_code(name: str, checkpoint: Checkpoint | Weightless) -> None:

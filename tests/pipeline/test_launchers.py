@@ -96,7 +96,7 @@ def test_a_grid_is_swept_inside_one_job(small, monkeypatch, capsys):
 def test_the_grid_is_not_part_of_the_identity(small):
     from pipeline.job import prepare
 
-    assert prepare(composed([*small, "grid=x"])).identity == prepare(composed(small)).identity
+    assert prepare(composed([*small, "grid=x"])).digest == prepare(composed(small)).digest
 
 
 @pytest.mark.faults

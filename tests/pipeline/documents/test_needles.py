@@ -192,16 +192,16 @@ def test_the_identity_follows_what_is_planted_and_what_is_asked(monkeypatch, tmp
             ["document.seed=1"],
         )
     ]
-    assert len({v.identity for v in variants}) == len({v.document_hash for v in variants}) == len(variants)
+    assert len({v.digest for v in variants}) == len({v.document_hash for v in variants}) == len(variants)
     first = job()
-    assert (first.identity, first.document_hash) == (variants[0].identity, variants[0].document_hash)
+    assert (first.digest, first.document_hash) == (variants[0].digest, variants[0].document_hash)
     assert len(first.lookups) == 2 and len(first.lookups[0]) == 4
     # the same windows, fewer questions
     lookups = Needles.lookups
     monkeypatch.setattr(Needles, "lookups", lambda *arguments: [asked[:3] for asked in lookups(*arguments)])
     fewer = job()
     assert all((a == b).all() for a, b in zip(first.windows, fewer.windows, strict=True))
-    assert first.identity != fewer.identity and first.document_hash != fewer.document_hash
+    assert first.digest != fewer.digest and first.document_hash != fewer.document_hash
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def test_what_was_composed_is_remembered_until_a_configuration_changes(settings,
     composed = []
     monkeypatch.setattr(sections, "composed", lambda overrides: composed.append(overrides))
     (second,) = plan(["budgets"], [*settings, *SWEPT], memory)
-    assert [job.identity for job in second.jobs] == [job.identity for job in first.jobs] and not composed
+    assert [job.digest for job in second.jobs] == [job.digest for job in first.jobs] and not composed
     assert second.choices == first.choices
     assert first.choices[1] == {"method": "wavelet", "budget.tokens": "100"}
     monkeypatch.undo()
