@@ -7,7 +7,7 @@ import spectral_kv
 folder = spectral_kv.reference_model()
 model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
 tokenizer = AutoTokenizer.from_pretrained(folder)
-cache = spectral_kv.cache(model, "keydiff", budget=96)
+cache = spectral_kv.cache(model, "keydiff", budget=spectral_kv.Budget(96, sinks=4, recent=16))
 
 turns = (
     "The pass key of the amber fox is 31415.\nThe access code of the silver river is 27182.\n" + "Nothing else.\n" * 30,

@@ -1,4 +1,4 @@
-"""The library outside its backends and the engine, which is torch's, knows no framework."""
+"""The library outside its backends, the engine and the model for lm_eval, which are torch's, knows no framework."""
 
 import ast
 import subprocess
@@ -11,7 +11,9 @@ import spectral_kv
 
 ROOT = Path(spectral_kv.__file__).parent
 SOURCES = [
-    path for path in sorted(ROOT.rglob("*.py")) if not {"backends", "engine"} & set(path.relative_to(ROOT).parts)
+    path
+    for path in sorted(ROOT.rglob("*.py"))
+    if not {"backends", "engine", "lm_eval"} & set(path.relative_to(ROOT).parts)
 ]
 FRAMEWORKS = {"torch", "mlx", "mlx_lm"}
 

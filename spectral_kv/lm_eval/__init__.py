@@ -1,0 +1,1 @@
+"""Compressed caches in lm-evaluation-harness, which `pip install 'spectral-kv[lm-eval]'` brings."""
