@@ -13,6 +13,7 @@ from pipeline.settings.compose import composed
 
 SMALL = ["document.tokens=200", "document.continuation=64", "document.count=3", "budget.tokens=60", "budget.recent=16"]
 PHASES = ["phase.memory.generated=8", "phase.perturbation.positions=8", "phase.perplexity.tokens=40"]
+PHASES += ["tracking.figures=false"]  # of every run; the document draws its own
 
 
 @pytest.fixture(scope="session")

@@ -197,7 +197,16 @@ def test_torch_knows_no_device_called_gpu(small):
         prepare(composed([*small, "backend.device=gpu"]))
 
 
-def test_without_mlx_the_backend_explains_itself_and_the_rest_of_the_library_can_be_imported(tmp_path):
+def without_mlx(code: str, folder) -> list[str]:
+    """What a process in which MLX can't be imported says on standard error."""
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(conf_dir()), "MLFLOW_DISABLE_TELEMETRY": "true"}
+    command = [sys.executable, "-c", WITHOUT_MLX + code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stderr.strip().splitlines()
+
+
+def test_without_mlx_the_backend_explains_itself(tmp_path):
     code = """
 sys.argv = ["pipeline", "backend=mlx", "method=knorm", "document.tokens=200", "budget.tokens=100"]
 from pipeline.settings.cli import main
@@ -205,18 +214,21 @@ try:
     main()
 except SystemExit as done:
     assert done.code == 2
+"""
+    said = without_mlx(code, tmp_path)
+    assert len(said) == 1 and said[0].startswith("pipeline: backend=mlx can't be imported (No module named 'mlx")
+    assert "pip install 'spectral-kv[mlx]'" in said[0]
+
+
+@pytest.mark.slow
+def test_without_mlx_the_rest_of_the_library_can_be_imported(tmp_path):
+    code = """
 import importlib, pkgutil, spectral_kv
 for module in pkgutil.walk_packages(spectral_kv.__path__, "spectral_kv."):
     if ".mlx" not in module.name and ".engine." not in module.name:  # Triton is optional too
         importlib.import_module(module.name)
 """
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(conf_dir()), "MLFLOW_DISABLE_TELEMETRY": "true"}
-    command = [sys.executable, "-c", WITHOUT_MLX + code]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert done.returncode == 0, done.stderr
-    said = done.stderr.strip().splitlines()
-    assert len(said) == 1 and said[0].startswith("pipeline: backend=mlx can't be imported (No module named 'mlx")
-    assert "pip install 'spectral-kv[mlx]'" in said[0]
+    assert without_mlx(code, tmp_path) == []
 
 
 def test_a_package_that_is_not_installed_is_named(small, monkeypatch):

@@ -99,7 +99,7 @@ def test_several_processes_share_a_server(small, server, tmp_path):
     def start(place: Path, budgets: str) -> subprocess.Popen:
         command = [
             sys.executable, "-m", "pipeline", *settings, f"outputs={place}", f"tracking.uri={server}",
-            "method=random,tova", f"budget={budgets}", "-m",
+            "method=random,tova", f"budget={budgets}", "tracking.figures=true", "-m",
         ]  # fmt: skip
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)

@@ -1,9 +1,12 @@
+import pytest
+
 from pipeline.documents.book import EVALUATION, book_text
 from pipeline.documents.mixed import FILE_LIMIT, LIMIT, Mixed, _limited
 from pipeline.documents.overlap import shingles
 from pipeline.documents.pydoc import topics_text
 
 
+@pytest.mark.slow
 def test_kinds_of_text_that_share_nothing_with_the_evaluation_documents():
     texts = Mixed().texts()
     assert len(texts) == 5 and all(100_000 < len(text) <= LIMIT for text in texts)

@@ -5,10 +5,13 @@ says where the new table lies.
 """
 
 import json
+import os
 import re
 import shutil
 import socket
+import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +23,7 @@ from pipeline.job import prepare
 from pipeline.paper import __main__ as regenerate
 from pipeline.run import execute
 from pipeline.settings import cli
-from pipeline.settings.compose import composed
+from pipeline.settings.compose import composed, outermost, spelled_out
 from pipeline.store import tracking
 from spectral_kv.calibration import QueryStatistics
 
@@ -203,7 +206,7 @@ MALFORMED = {
     "statistics that are cut off": lambda i: ["method=tri", i.truncated_statistics()],
     "statistics in a pickle with code": lambda i: ["--from-pt", i.pickled(), "--out", str(i.folder / "o.safetensors")],
 }
-PROGRAMS = {"compare:": compare.main, "paper:": regenerate.main}
+PROGRAMS = {"pipeline.calibrate": calibrate.main, "pipeline.compare": compare.main, "pipeline.paper": regenerate.main}
 FOREIGN = (
     (r"run [0-9a-f]{32} ", "run <run> "),
     (r"localhost:\d{4,5}", "localhost:<port>"),
@@ -218,13 +221,40 @@ FOREIGN = (
 )
 
 
+def as_in_the_table(sentence: str, *folders: Path) -> str:
+    """A sentence without what differs between machines."""
+    for pattern, words in FOREIGN:
+        sentence = re.sub(pattern, words, sentence)
+    for folder in folders:
+        sentence = sentence.replace(str(folder), "<folder>")
+    return sentence.replace("|", "\\|").replace("`", "'")
+
+
+def run_here(arguments: list[str]) -> None:
+    """What `python -m pipeline` does; where Hydra's start adds nothing, without it: it composes everything twice."""
+    elsewhere = sum(word.startswith("outputs=") for word in arguments) > 1  # Hydra writes there first
+    if elsewhere or any(word == "-m" or word.startswith(("hydra", "grid=")) for word in arguments):
+        cli.main()
+    words = outermost(spelled_out(arguments))
+    with cli.reporting(words):
+        execute(prepare(composed(words)))
+
+
+def call(settings: list[str], arguments: list[str]) -> tuple[str, list[str]]:
+    """The program that is asked, and what it is given."""
+    if "--from-pt" in arguments:
+        return "pipeline.calibrate", arguments
+    program = {"compare:": "pipeline.compare", "paper:": "pipeline.paper"}.get(arguments[0], "pipeline")
+    given = [word for word in arguments if word not in ("compare:", "paper:")]
+    return program, given if program == "pipeline.paper" else [*settings, *given]
+
+
 def printed(monkeypatch, capsys, settings: list[str], arguments: list[str]) -> str:
     """The sentence that a call with these arguments ends with."""
-    program = calibrate.main if "--from-pt" in arguments else PROGRAMS.get(arguments[0], cli.main)
-    settings = [] if "--from-pt" in arguments or "paper:" in arguments else settings
-    monkeypatch.setattr(sys, "argv", ["pipeline", *settings, *(a for a in arguments if a not in PROGRAMS)])
+    program, given = call(settings, arguments)
+    monkeypatch.setattr(sys, "argv", [program, *given])
     with pytest.raises(SystemExit) as end:
-        program()
+        PROGRAMS.get(program, lambda: run_here(given))()
     lines = capsys.readouterr().err.strip().splitlines()
     assert (end.value.code, len(lines)) == (2, 1), lines
     return lines[0]
@@ -236,13 +266,8 @@ def test_malformed_inputs_print_what_the_table_says(small, checkpoint, monkeypat
     inputs, rows = Inputs(made, checkpoint, [*small, "method=random"]), []
     monkeypatch.setattr(tracking, "PATIENCE", 0.3)
     for name, make in MALFORMED.items():
-        arguments = make(inputs)
-        sentence = printed(monkeypatch, capsys, [*small, "method=random"], arguments)
-        for pattern, words in FOREIGN:
-            sentence = re.sub(pattern, words, sentence)
-        folders = re.compile(rf"({re.escape(str(made))}|{re.escape(str(tmp_path))}|{re.escape(str(checkpoint))})")
-        sentence = folders.sub("<folder>", sentence).replace("|", "\\|").replace("`", "'")
-        rows.append(f"| {name} | `{sentence}` |")
+        sentence = printed(monkeypatch, capsys, [*small, "method=random"], make(inputs))
+        rows.append(f"| {name} | `{as_in_the_table(sentence, made, tmp_path, checkpoint)}` |")
     outputs = Path(next(o for o in small if o.startswith("outputs=")).removeprefix("outputs="))
     mlflow = tracking.connect(tracking.TrackingConfig(None, "spectral-kv"), outputs)
     runs = mlflow.MlflowClient().search_runs([tracking.experiment_id()])
@@ -250,3 +275,22 @@ def test_malformed_inputs_print_what_the_table_says(small, checkpoint, monkeypat
     table = tmp_path / TABLE.name
     table.write_text(HEAD + "\n".join(rows) + "\n")
     assert table.read_text() == TABLE.read_text(), f"if the new sentences are right: cp {table} {TABLE}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_fresh_process_prints_what_the_table_says(small, checkpoint, tmp_path, name):
+    """With `-s` it says what the refusal took: seconds, and seconds of a processor."""
+    made = tmp_path / "made"
+    made.mkdir()
+    settings = [*small, "method=random"]
+    program, given = call(settings, MALFORMED[name](Inputs(made, checkpoint, settings)))
+    start, before = time.perf_counter(), os.times()
+    done = subprocess.run([sys.executable, "-m", program, *given], capture_output=True, text=True, timeout=120)
+    took, after = time.perf_counter() - start, os.times()
+    processor = after.children_user + after.children_system - before.children_user - before.children_system
+    print(f"\n{took:6.2f} s, {processor:6.2f} s of a processor: {name}")
+    lines = done.stderr.strip().splitlines()
+    assert (done.returncode, len(lines)) == (2, 1), done.stderr
+    row = f"| {name} | `{as_in_the_table(lines[0], made, tmp_path, checkpoint)}` |"
+    assert row in TABLE.read_text().splitlines()

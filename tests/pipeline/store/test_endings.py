@@ -124,7 +124,7 @@ def test_reasons_are_found_behind_other_errors():
 
 
 def test_runs_carry_what_people_and_the_doctor_look_for(run):
-    result = run("method=random", "tracking.table=first", "tracking.sweep=mine")
+    result = run("method=random", "tracking.table=first", "tracking.sweep=mine", "tracking.figures=true")
     outputs = f"outputs={result.store.removeprefix('sqlite:///').removesuffix('/mlflow.db')}"
     (found,) = chosen([outputs, "table=first"])
     tags = found.data.tags

@@ -1,6 +1,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from pipeline.settings.config import TrackingConfig
 from pipeline.store import tracking
 
@@ -16,13 +18,14 @@ with tracked(mlflow, "r", {"k": 1}, {}) as record:
 """
 
 
-def test_processes_that_start_together_on_a_fresh_store_all_get_in(tmp_path):
+@pytest.mark.parametrize("count", [3, pytest.param(8, marks=pytest.mark.faults)])
+def test_processes_that_start_together_on_a_fresh_store_all_get_in(tmp_path, count):
     processes = [
         subprocess.Popen([sys.executable, "-c", START, str(tmp_path)], stderr=subprocess.PIPE, text=True)
-        for _ in range(8)
+        for _ in range(count)
     ]
     errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * 8, errors
+    assert [process.returncode for process in processes] == [0] * count, errors
     mlflow = tracking.connect(TrackingConfig(None, "x"), tmp_path)
     runs = mlflow.search_runs(experiment_names=["x"], output_format="list")
-    assert [run.info.status for run in runs] == ["FINISHED"] * 8
+    assert [run.info.status for run in runs] == ["FINISHED"] * count

@@ -17,7 +17,7 @@ from spectral_kv.selection import Budget
 
 SMALL_BUDGET = ["budget.tokens=140", "budget.recent=16"]
 TINY = ["document.tokens=512", "document.continuation=64", "document.count=3", "model.planted=0.03125", *SMALL_BUDGET]
-TINY += ["phase.memory.generated=8", "phase.perturbation.positions=16"]
+TINY += ["phase.memory.generated=8", "phase.perturbation.positions=16", "tracking.figures=false"]
 ALONE = ["backend=synthetic", "model=synthetic", "document=synthetic"]
 
 
