@@ -2,9 +2,7 @@
 
 import numpy as np
 
-from spectral_kv.xp import Array, float32, like, namespace, softmax, wide
-
-CHUNK = 128  # queries at a time: weights of all take tokens^2 numbers a head, those of few fit into a CPU's cache
+from spectral_kv.xp import Array, blocks, like, namespace, softmax, wide
 
 
 def attention_logits(queries: Array, keys: Array, scaling: float, causal: bool = False) -> Array:
@@ -78,23 +76,27 @@ def attention_mass(weights: Array, kv_heads: int) -> Array:
     return xp.mean(xp.reshape(weights, (kv_heads, -1, weights.shape[-1])), axis=1)
 
 
-def attention_received(queries: Array, keys: Array, scaling: float) -> Array:
-    """Weight of every key summed over the queries of the last tokens, `[kv_heads, tokens]`.
+def attention_received(queries: Array, keys: Array, scaling: float, causal: bool = True) -> Array:
+    """Weight of every key summed over queries, `[kv_heads, tokens]`; the mean over the query heads of a KV head.
 
-    Every query sees what came before it; the mean is over the query heads that share a KV head. Arguments as in
-    `attention_weights`; the weights of all queries are never there at once.
+    Arguments as in `attention_weights`; the weights of all queries are never there at once, nor are the keys of all
+    heads in single precision, where they would take more than the keys themselves.
     """
     xp = namespace(keys)
-    (kv_heads, tokens, _), (query_heads, count, _) = keys.shape, queries.shape
-    total: Array = 0.0
-    for start in range(0, count, CHUNK):
-        part = queries[:, start : start + CHUNK]
-        seen = tokens - count + start + part.shape[1]
-        logits = attention_logits(part, keys[:, :seen], scaling, causal=True)
-        # the weights summed over queries as one product: dividing all of them first would be most of the work
-        exponentials = xp.exp(logits - xp.max(logits, axis=-1, keepdims=True))
-        shares = xp.reshape(1.0 / xp.sum(exponentials, axis=-1), (kv_heads, 1, -1))
-        mass = xp.matmul(shares, xp.reshape(exponentials, (kv_heads, -1, seen)))[:, 0]
-        unseen = xp.zeros_like(float32(keys[:, seen:, 0]))
-        total = total + xp.concat([mass, unseen], axis=-1)
-    return total / (query_heads // kv_heads)
+    (kv_heads, tokens, dim), (query_heads, count, _) = keys.shape, queries.shape
+    group = query_heads // kv_heads
+    weight_bytes = 12 * count * tokens  # of a query head: logits, their distance from the largest, exponentials
+    found = []
+    for heads in blocks(kv_heads, kv_heads * (group * weight_bytes + 4 * tokens * dim), keys):
+        own, cached = queries[heads.start * group : heads.stop * group], wide(keys[heads])
+        total = xp.zeros_like(cached[..., 0])
+        for some in blocks(count, own.shape[0] * weight_bytes, keys):
+            seen = tokens - count + some.stop if causal else tokens
+            logits = attention_logits(own[:, some], cached[:, :seen], scaling, causal)
+            # the weights summed over queries as one product: dividing all of them first would be most of the work
+            exponentials = xp.exp(logits - xp.max(logits, axis=-1, keepdims=True))
+            shares = xp.reshape(1.0 / xp.sum(exponentials, axis=-1), (len(cached), 1, -1))
+            mass = xp.matmul(shares, xp.reshape(exponentials, (len(cached), -1, seen)))[:, 0]
+            total = total + xp.concat([mass, xp.zeros_like(total[:, seen:])], axis=-1)
+        found.append(total / group)
+    return xp.concat(found, axis=0)

@@ -21,8 +21,13 @@ def _waves(
 
     Both times `scale`, and the sine times `direction`.
     """
-    phases = np.frombuffer(positions).reshape(shape)[..., None] * np.frombuffer(frequencies)
-    return (scale * np.cos(phases)).astype(np.float32), (direction * scale * np.sin(phases)).astype(np.float32)
+    places, turns = np.frombuffer(positions), np.frombuffer(frequencies)
+    cos, sin = (np.empty((len(places), len(turns)), dtype=np.float32) for _ in range(2))
+    for start in range(0, len(places), TABLE):  # in double precision all of them would take several tables' room
+        part = slice(start, start + TABLE)
+        phases = places[part, None] * turns
+        cos[part], sin[part] = scale * np.cos(phases), direction * scale * np.sin(phases)
+    return cos.reshape(*shape, -1), sin.reshape(*shape, -1)
 
 
 @dataclass(frozen=True)
@@ -48,27 +53,43 @@ class Rope:
         """What the model does to un-rotated queries or keys `[..., tokens, dim]` at `positions` `[..., tokens]`."""
         return self._turn(x, positions, 1.0, self.attention_scaling)
 
-    def unrotate(self, x: Array, positions: np.ndarray) -> Array:
-        """The inverse of `rotate`: keys as they were before their position was written into them."""
-        return self._turn(x, positions, -1.0, 1.0 / self.attention_scaling)
+    def unrotate(
+        self, x: Array, positions: np.ndarray, tokens: slice = slice(None), bands: slice = slice(None)
+    ) -> Array:
+        """The inverse of `rotate`: keys as they were before their position was written into them.
+
+        `x` may hold some of the tokens at `positions` and some of the bands only, two channels each, those of the first
+        half before those of the second.
+        """
+        return self._turn(x, positions, -1.0, 1.0 / self.attention_scaling, tokens, bands)
 
     def _waves(self, positions: np.ndarray, direction: float, scale: float) -> tuple[np.ndarray, np.ndarray]:
         positions, frequencies = (np.asarray(y, dtype=np.float64) for y in (positions, self.inv_freq))
         return _waves(frequencies.tobytes(), positions.tobytes(), positions.shape, direction, scale)
 
-    def _turn(self, x: Array, positions: np.ndarray, direction: float, scale: float) -> Array:
+    def _turn(
+        self,
+        x: Array,
+        positions: np.ndarray,
+        direction: float,
+        scale: float,
+        tokens: slice = slice(None),
+        bands: slice = slice(None),
+    ) -> Array:
         xp = namespace(x)
         positions = np.asarray(positions)
         if positions.ndim > 1 and np.issubdtype(
             positions.dtype, np.integer
         ):  # after an eviction every head has its own
             table = self._waves(np.arange(-(-(int(positions.max()) + 1) // TABLE) * TABLE), direction, scale)
+            positions = positions[..., tokens]
             chosen = like(positions.reshape(-1), x)
             cos, sin = (
-                xp.reshape(xp.take(constant(wave, x), chosen, axis=0), (*positions.shape, -1)) for wave in table
+                xp.reshape(xp.take(constant(wave, x)[:, bands], chosen, axis=0), (*positions.shape, -1))
+                for wave in table
             )
         else:
-            cos, sin = (constant(wave, x) for wave in self._waves(positions, direction, scale))
+            cos, sin = (constant(wave, x)[..., tokens, bands] for wave in self._waves(positions, direction, scale))
         half = x.shape[-1] // 2
         a, b = x[..., :half], x[..., half:]
         return xp.concat([a * cos - b * sin, b * cos + a * sin], axis=-1)

@@ -4,7 +4,9 @@ Everything outside `backends/` computes through the namespace that `namespace(x)
 on every kind of array. Index vectors and filters are built with NumPy and brought over by `like`.
 """
 
+import math
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,14 @@ Array = Any  # a NumPy, torch or MLX array
 
 __all__ = [
     "Array",
+    "blocks",
     "constant",
     "float32",
     "largest",
     "like",
     "namespace",
+    "on_accelerator",
+    "over_tokens",
     "rows",
     "softmax",
     "stable_order",
@@ -52,6 +57,42 @@ def constant(values: np.ndarray, x: Array) -> Array:
             _constants.popitem(last=False)
     _constants.move_to_end(key)
     return _constants[key][1]
+
+
+def on_accelerator(x: Array) -> bool:
+    """Whether an array lies on a device that a host feeds, to which a few large steps cost less than many small."""
+    if hasattr(x, "is_cuda"):
+        return x.is_cuda
+    return namespace(x).__name__.startswith("mlx")
+
+
+ROOM = 2**22  # bytes: temporaries of that size stay in a CPU's cache, and smaller ones are not worth more steps
+ACCELERATOR_ROOM = 2**29
+
+
+def blocks(length: int, size: int, beside: Array) -> list[slice]:
+    """Slices of an axis of `length` whose temporaries take no more at a time than the array that they come from.
+
+    Parameters
+    ----------
+    length : int
+    size : int
+        Bytes that temporaries of the whole axis would take.
+    beside : array
+        What memory is needed for anyway. Temporaries may take as much, or `ROOM` where it is small.
+    """
+    room = max(beside.nbytes, ACCELERATOR_ROOM if on_accelerator(beside) else ROOM)
+    step = max(1, length * room // max(size, 1))
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)] or [slice(0, 0)]
+
+
+def over_tokens(function: Callable[[Array], Array], x: Array, copies: int = 4) -> Array:
+    """`function` of blocks of `x` `[heads, tokens, dim]`, joined along their second axis.
+
+    `copies` says how often the function holds a block in single precision.
+    """
+    parts = blocks(x.shape[1], 4 * copies * math.prod(x.shape), x)
+    return namespace(x).concat([function(x[:, part]) for part in parts], axis=1)
 
 
 def to_numpy(x: Array) -> np.ndarray:

@@ -11,12 +11,12 @@ from spectral_kv.scorers.knorm import Knorm
 from spectral_kv.scorers.snapkv import SnapKV
 from spectral_kv.scorers.spectral import Spectral
 from spectral_kv.scorers.streaming import Streaming
-from spectral_kv.xp import Array, namespace
+from spectral_kv.xp import Array, namespace, on_accelerator
 
 # To these every KV head is on its own, whatever layer it belongs to (TOVA averages over those of a layer).
 HEADWISE = (Spectral, Knorm, KeyDiff, SnapKV, Streaming, ExpectedAttention)
 SHARE = 0.3  # of the free memory of a device that scores may take for a while
-UNITS = 40  # bytes that a scorer may take for a byte of keys
+UNITS = 16  # bytes that a scorer may take for a byte of keys
 
 
 def scores(scorer: Scorer, views: list[LayerView]) -> list[Array]:
@@ -36,9 +36,7 @@ def scores(scorer: Scorer, views: list[LayerView]) -> list[Array]:
 
 def _worth_it(x: Array) -> bool:
     """Whether an array lies on a device that is fed by the host; a CPU's caches like one layer better than many."""
-    if hasattr(x, "is_cuda"):
-        return x.is_cuda
-    return namespace(x).__name__.startswith("mlx")
+    return on_accelerator(x)
 
 
 def _alike(scorer: Scorer, views: list[LayerView]) -> bool:

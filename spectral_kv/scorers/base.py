@@ -8,7 +8,7 @@ import numpy as np
 
 from spectral_kv.calibration import QueryStatistics
 from spectral_kv.rope import Rope
-from spectral_kv.xp import Array, constant, float32, namespace
+from spectral_kv.xp import Array, constant, float32, namespace, over_tokens
 
 
 @dataclass
@@ -91,8 +91,13 @@ class LayerView:
     @cached_property
     def key_norms(self) -> Array:
         """Euclidean norm of every key, float32 `[kv_heads, tokens]`; the rotation does not change it."""
-        xp = namespace(self.keys)
-        return xp.sqrt(xp.sum(float32(self.keys) ** 2, axis=-1))
+        return norms(self.keys)
+
+
+def norms(x: Array) -> Array:
+    """Euclidean norms of `[heads, tokens, dim]`, float32 `[heads, tokens]`."""
+    xp = namespace(x)
+    return over_tokens(lambda some: xp.sqrt(xp.sum(float32(some) ** 2, axis=-1)), x)
 
 
 class Scorer(Protocol):

@@ -1,12 +1,30 @@
 """Expected Attention: the weight that a Gaussian model of future queries gives (Devoto et al., arXiv 2510.00636)."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from spectral_kv.scorers.base import LayerView
-from spectral_kv.xp import Array, float32, like, namespace, softmax
+from spectral_kv.scorers.base import LayerView, norms
+from spectral_kv.xp import Array, blocks, float32, like, namespace, over_tokens, softmax
+
+Gathered = tuple[Array, Array, Array]  # number, mean and scatter of queries
+
+
+def _with(gathered: Gathered | None, queries: Array) -> Gathered:
+    """What was gathered, and un-rotated queries `[query_heads, some, dim]`: two sets as one (Chan et al., 1979)."""
+    xp, some = namespace(queries), queries.shape[1]
+    count = like(np.float32(some), queries)
+    mean = xp.sum(queries, axis=1, keepdims=True) / max(some, 1)
+    centred = queries - mean
+    scatter = xp.matmul(xp.permute_dims(centred, (0, 2, 1)), centred)
+    if gathered is None:
+        return count, mean, scatter
+    before, old_mean, old_scatter = gathered
+    step, total = mean - old_mean, before + count
+    between = xp.matmul(xp.permute_dims(step, (0, 2, 1)), step) * (before * count / total)
+    return total, old_mean + step * (count / total), old_scatter + scatter + between
 
 
 @dataclass(frozen=True)
@@ -43,29 +61,21 @@ class ExpectedAttention:
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window} must be at least 1, or unset for all queries")
 
-    def gather(self, layer: LayerView) -> tuple[Array, Array, Array]:
+    def gather(self, layer: LayerView) -> Gathered:
         """Number, mean and scatter of the un-rotated queries: `[]`, `[query_heads, 1, dim]`, `[query_heads, dim, dim]`.
 
         Those of `layer.queries` and all gathered before.
         """
-        xp = namespace(layer.keys)
-        queries = layer.last_queries(self.window)
+        queries, gathered = layer.last_queries(self.window), layer.gathered
         positions = np.atleast_2d(layer.positions)[0, layer.tokens - queries.shape[1] :]  # equal in all heads
         left_out = int(np.sum(positions < self.sinks))
-        queries, positions = queries[:, left_out:], positions[left_out:]
-        if not len(positions) and layer.gathered is not None:
-            return layer.gathered
-        queries = layer.rope.unrotate(float32(queries), positions)
-        count = like(np.float32(len(positions)), queries)
-        mean = xp.sum(queries, axis=1, keepdims=True) / max(len(positions), 1)
-        centred = queries - mean
-        scatter = xp.matmul(xp.permute_dims(centred, (0, 2, 1)), centred)
-        if layer.gathered is None:
-            return count, mean, scatter
-        before, old_mean, old_scatter = layer.gathered  # two sets as one: Chan, Golub and LeVeque, 1979
-        step, total = mean - old_mean, before + count
-        between = xp.matmul(xp.permute_dims(step, (0, 2, 1)), step) * (before * count / total)
-        return total, old_mean + step * (count / total), old_scatter + scatter + between
+        if left_out == len(positions) and gathered is not None:
+            return gathered
+        for part in blocks(len(positions) - left_out, 5 * 4 * math.prod(queries.shape), layer.keys):
+            some = slice(left_out + part.start, left_out + part.stop)
+            plain = layer.rope.unrotate(float32(queries[:, some]), positions, tokens=some)
+            gathered = _with(gathered, plain)
+        return gathered
 
     def score(self, layer: LayerView) -> Array:
         xp = namespace(layer.keys)
@@ -74,18 +84,22 @@ class ExpectedAttention:
         if not float(count):
             raise ValueError(f"sinks={self.sinks} leaves no query of {layer.tokens} tokens: lower it")
         first = int(np.sum(np.atleast_2d(layer.positions)[:, : self.sinks].max(axis=0) < self.sinks))
-        keys = float32(layer.keys)[:, first:]
-        kv_heads, _, dim = keys.shape
-        turn = like(self._mean_rotation(layer), keys)
+        kv_heads, _, dim = layer.keys.shape
+        turn = like(self._mean_rotation(layer), mean)
         group = scatter.shape[0] // kv_heads
-        mean = xp.reshape(xp.matmul(mean, turn), (kv_heads, group, 1, dim))
+        mean = xp.permute_dims(xp.reshape(xp.matmul(mean, turn), (kv_heads, group, dim)), (0, 2, 1))
         covariance = xp.matmul(xp.matmul(turn.T, scatter / count), turn)
         covariance = xp.reshape(covariance, (kv_heads, group, dim, dim))
-        per_query_head = keys[:, None]
-        linear = xp.sum(per_query_head * mean, axis=-1) * layer.scaling
-        quadratic = xp.sum(xp.matmul(per_query_head, covariance) * per_query_head, axis=-1) * layer.scaling**2 / 2
-        weights = xp.mean(softmax(linear + quadratic), axis=1) + self.epsilon
-        scores = weights * xp.sqrt(xp.sum(float32(layer.values)[:, first:] ** 2, axis=-1))
+
+        def logits(keys: Array) -> Array:
+            """`[kv_heads, tokens, group]`."""
+            keys = float32(keys)
+            quadratic = xp.sum(xp.matmul(keys[:, None], covariance) * keys[:, None], axis=-1) * layer.scaling**2 / 2
+            return xp.matmul(keys, mean) * layer.scaling + xp.permute_dims(quadratic, (0, 2, 1))
+
+        expected = xp.permute_dims(over_tokens(logits, layer.keys[:, first:], 2 * group + 1), (0, 2, 1))
+        weights = xp.mean(softmax(expected), axis=1) + self.epsilon
+        scores = weights * norms(layer.values[:, first:])
         highest = xp.broadcast_to(xp.max(scores) + 1, (kv_heads, first))
         return xp.concat([highest, scores], axis=-1)
 

@@ -27,6 +27,8 @@ class Fourier(Spectral):
         if not (0 < self.cutoff <= 1 and 0 <= self.taper <= 1):
             raise ValueError(f"cutoff={self.cutoff} and taper={self.taper} must lie in (0, 1] and [0, 1]")
 
-    def spectral(self, x: Array) -> Array:
-        xp = namespace(x)
-        return xp.sqrt(xp.sum(highpass(x, self.cutoff, self.taper) ** 2, axis=-1))
+    def energies(self, x: Array) -> list[Array]:
+        return [namespace(x).sum(highpass(x, self.cutoff, self.taper) ** 2, axis=-1)]
+
+    def deviation(self, energies: list[Array], tokens: int) -> Array:
+        return namespace(energies[0]).sqrt(energies[0])

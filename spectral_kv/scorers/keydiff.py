@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from spectral_kv.scorers.base import LayerView
-from spectral_kv.xp import Array, float32, namespace
+from spectral_kv.scorers.base import LayerView, norms
+from spectral_kv.xp import Array, float32, namespace, over_tokens
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,11 @@ class KeyDiff:
 
     def score(self, layer: LayerView) -> Array:
         xp = namespace(layer.keys)
-        directions = float32(layer.keys) / xp.clip(layer.key_norms, 1e-12, None)[..., None]
-        anchor = xp.mean(directions, axis=1, keepdims=True)
+
+        def directions(keys: Array) -> Array:
+            return float32(keys) / xp.clip(norms(keys), 1e-12, None)[..., None]
+
+        sums = over_tokens(lambda keys: xp.sum(directions(keys), axis=1, keepdims=True), layer.keys)
+        anchor = xp.sum(sums, axis=1, keepdims=True) / layer.tokens
         anchor = anchor / xp.clip(xp.sqrt(xp.sum(anchor**2, axis=-1, keepdims=True)), 1e-12, None)
-        return -xp.sum(directions * anchor, axis=-1)
+        return over_tokens(lambda keys: -xp.sum(directions(keys) * anchor, axis=-1), layer.keys)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from spectral_kv.attention import attention_mass, attention_weights
+from spectral_kv.attention import attention_received
 from spectral_kv.scorers.base import LayerView
 from spectral_kv.xp import Array
 
@@ -27,4 +27,4 @@ class OracleMass:
             raise ValueError(f"horizon={self.horizon} must be at least 1")
 
     def score(self, layer: LayerView) -> Array:
-        return attention_mass(attention_weights(layer.future, layer.keys, layer.scaling), layer.keys.shape[0])
+        return attention_received(layer.future, layer.keys, layer.scaling, causal=False) / layer.future.shape[1]

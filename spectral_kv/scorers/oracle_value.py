@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from spectral_kv.scorers.base import LayerView
+from spectral_kv.scorers.base import LayerView, norms
 from spectral_kv.scorers.oracle_mass import OracleMass
-from spectral_kv.xp import Array, float32, namespace
+from spectral_kv.xp import Array
 
 
 @dataclass(frozen=True)
@@ -15,5 +15,4 @@ class OracleValue(OracleMass):
     reads: ClassVar[tuple[str, ...]] = ("keys", "values", "future")
 
     def score(self, layer: LayerView) -> Array:
-        xp = namespace(layer.values)
-        return super().score(layer) * xp.sqrt(xp.sum(float32(layer.values) ** 2, axis=-1))
+        return super().score(layer) * norms(layer.values)

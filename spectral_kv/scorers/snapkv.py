@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from spectral_kv.attention import attention_mass, attention_weights
+from spectral_kv.attention import attention_received
 from spectral_kv.scorers.base import LayerView
 from spectral_kv.xp import Array, like, namespace
 
@@ -38,11 +38,12 @@ class SnapKV:
     def score(self, layer: LayerView) -> Array:
         xp = namespace(layer.keys)
         kv_heads, tokens, _ = layer.keys.shape
-        weights = attention_weights(layer.last_queries(self.window), layer.keys, layer.scaling, causal=True)
-        before = tokens - weights.shape[1]
+        queries = layer.last_queries(self.window)
+        before = tokens - queries.shape[1]
         if before == 0:
             return xp.ones_like(layer.key_norms)
-        edge = like(np.zeros((kv_heads, self.kernel // 2), dtype=np.float32), weights)
-        padded = xp.concat([edge, attention_mass(weights[..., :before], kv_heads), edge], axis=-1)
+        edge = like(np.zeros((kv_heads, self.kernel // 2), dtype=np.float32), layer.keys)
+        votes = attention_received(queries, layer.keys, layer.scaling)[:, :before] / queries.shape[1]
+        padded = xp.concat([edge, votes, edge], axis=-1)
         pooled = sum(padded[:, i : i + before] for i in range(self.kernel)) / self.kernel
         return xp.concat([pooled, xp.ones_like(layer.key_norms[:, before:])], axis=-1)

@@ -1,5 +1,6 @@
 """What the spectral scorers share: the signal they look at and the blend they end in."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from spectral_kv.scorers.base import LayerView, recency, unit
-from spectral_kv.xp import Array, float32, like, namespace
+from spectral_kv.xp import Array, blocks, float32, like, namespace
 
 SIGNALS = ("unrotated_keys", "rotated_keys", "values")
 SIGNS = ("deviation", "smoothness")
@@ -50,18 +51,34 @@ class Spectral(ABC):
             raise ValueError(f"shuffle_seed={self.shuffle_seed} can't be negative: write 0 or more, or leave it unset")
 
     @abstractmethod
-    def spectral(self, x: Array) -> Array:
-        """Deviation of every token of the signal `[kv_heads, tokens, dim]`, as `[kv_heads, tokens]`."""
+    def energies(self, x: Array) -> list[Array]:
+        """What a signal `[kv_heads, tokens, dim]` has, summed over channels: arrays `[kv_heads, ...]`.
+
+        Channels can then come a few at a time, and no transform of all of them is ever there.
+        """
         ...
 
+    @abstractmethod
+    def deviation(self, energies: list[Array], tokens: int) -> Array:
+        """What the energies of all channels make of every token, `[kv_heads, tokens]`."""
+        ...
+
+    @property
+    def copies(self) -> int:
+        """How many signals in single precision `energies` takes the room of."""
+        return 12
+
+    def spectral(self, x: Array) -> Array:
+        """Deviation of every token of the signal `[kv_heads, tokens, dim]`, as `[kv_heads, tokens]`."""
+        return self.deviation(self.energies(x), x.shape[-2])
+
     def score(self, layer: LayerView) -> Array:
-        signals = {
-            "unrotated_keys": lambda: layer.unrotated,
-            "rotated_keys": lambda: layer.keys,
-            "values": lambda: layer.values,
-        }
-        x = float32(signals[self.signal]())
-        deviation = self.spectral(x) if self.shuffle_seed is None else self._shuffled(x, layer.seed)
+        xp, order = namespace(layer.keys), None
+        if self.shuffle_seed is not None:
+            order = np.random.default_rng([self.shuffle_seed, *layer.seed]).permutation(layer.tokens)
+        deviation = self.deviation(self._energies(layer, order), layer.tokens)
+        if order is not None:  # every token gets the deviation that it has where it lies after shuffling
+            deviation = xp.take(deviation, like(np.argsort(order), deviation), axis=-1)
         return self.blend(deviation, layer.key_norms, layer)
 
     def blend(self, deviation: Array, norms: Array, layer: LayerView) -> Array:
@@ -74,9 +91,26 @@ class Spectral(ABC):
             + self.norm_weight * unit(norms, layer.evictable)
         )
 
-    def _shuffled(self, x: Array, seed: tuple[int, ...]) -> Array:
-        """Deviation of every token where it lies after shuffling, brought back to its own place."""
-        xp = namespace(x)
-        order = np.random.default_rng([self.shuffle_seed, *seed]).permutation(x.shape[-2])
-        deviation = self.spectral(xp.take(x, like(order, x), axis=-2))
-        return xp.take(deviation, like(np.argsort(order), x), axis=-1)
+    def _energies(self, layer: LayerView, order: np.ndarray | None) -> list[Array]:
+        """Energies of the signal, its tokens in `order` if one is given: of some heads and bands after others."""
+        x = layer.values if self.signal == "values" else layer.keys
+        size, found = 4 * self.copies * math.prod(x.shape), []
+        for heads in blocks(len(x), size, x):
+            total: list[Array] = []
+            for bands in blocks(-(-x.shape[-1] // 2), size * len(x[heads]) // len(x), x):
+                part = self.energies(self._part(x, layer, heads, bands, order))
+                total = [a + b for a, b in zip(total, part, strict=True)] if total else part
+            found.append(total)
+        return [namespace(x).concat(alike, axis=0) for alike in zip(*found, strict=True)]
+
+    def _part(self, x: Array, layer: LayerView, heads: slice, bands: slice, order: np.ndarray | None) -> Array:
+        """Some heads and bands `[heads, tokens, 2 * bands]` of the signal, which is in `x`."""
+        xp, half = namespace(x), -(-x.shape[-1] // 2)
+        x = x[heads]
+        if bands != slice(0, half):
+            x = xp.concat([x[..., bands], x[..., half + bands.start : half + bands.stop]], axis=-1)
+        x = float32(x)
+        if self.signal == "unrotated_keys":
+            positions = layer.positions if np.ndim(layer.positions) == 1 else layer.positions[heads]
+            x = layer.rope.unrotate(x, positions, bands=bands)
+        return x if order is None else xp.take(x, like(order, x), axis=-2)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from spectral_kv.attention import attention_weights
+from spectral_kv.attention import attention_received
 from spectral_kv.scorers.base import LayerView
 from spectral_kv.xp import Array, namespace
 
@@ -17,6 +17,6 @@ class Tova:
 
     def score(self, layer: LayerView) -> Array:
         xp = namespace(layer.keys)
-        weights = attention_weights(layer.last_queries(self.window), layer.keys, layer.scaling, causal=True)
-        mean = xp.mean(weights[:, -1], axis=0, keepdims=True)
+        weights = attention_received(layer.last_queries(self.window), layer.keys, layer.scaling)
+        mean = xp.mean(weights, axis=0, keepdims=True)
         return xp.broadcast_to(mean, (layer.keys.shape[0], layer.tokens))

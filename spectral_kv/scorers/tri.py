@@ -3,14 +3,15 @@
 Source: TriAttention, arXiv 2604.04921, equations 6-13.
 """
 
+import math
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import ClassVar
 
 import numpy as np
 
 from spectral_kv.scorers.base import LayerView
-from spectral_kv.xp import Array, float32, like, namespace
+from spectral_kv.xp import Array, blocks, float32, like, namespace, over_tokens
 
 AGGREGATIONS = ("mean", "max")
 PATHS = ("collapsed", "unrotated")
@@ -73,14 +74,16 @@ class TriAttention:
             mu = np.zeros_like(mu)
         future = int(layer.positions.max()) + 1 + offsets(self.largest_offset)
         if self.path == "unrotated":
-            scores = [self._logits(self._turned(layer, position), mu, norm) for position in future]
+            found = [partial(self._at, layer, position, mu, norm) for position in future]
         else:
             turns = np.exp(1j * layer.rope.angles(future))  # [offsets, bands] in float64: phases reach 1e5 radians
             if self.aggregation == "mean":
                 turns = turns.mean(axis=0, keepdims=True)
-            scores = [self._logits(float32(layer.keys), mu * turn, norm) for turn in turns]
+            found = [partial(self._logits, layer.keys, mu * turn, norm) for turn in turns]
         xp = namespace(layer.keys)
-        return reduce(xp.maximum, scores) if self.aggregation == "max" else sum(scores) / len(scores)
+        if self.aggregation == "max":
+            return reduce(xp.maximum, (logits() for logits in found))
+        return sum(logits() for logits in found) / len(found)
 
     def _logits(self, keys: Array, weight: np.ndarray, norm: np.ndarray) -> Array:
         """`Re(sum_f weight_f conj(k_f)) + sum_f norm_f |k_f|` as one product, `[kv_heads, tokens, group]`."""
@@ -88,15 +91,28 @@ class TriAttention:
         kv_heads, _, dim = keys.shape
         coefficients = np.concatenate([weight.real, weight.imag, norm], axis=-1).astype(np.float32)
         coefficients = coefficients.reshape(kv_heads, -1, 3 * dim // 2).transpose(0, 2, 1)
-        real, imaginary = keys[..., : dim // 2], keys[..., dim // 2 :]
-        features = xp.concat([real, imaginary, xp.sqrt(real**2 + imaginary**2)], axis=-1)
-        return xp.matmul(features, like(np.ascontiguousarray(coefficients), keys))
+        coefficients = like(np.ascontiguousarray(coefficients), keys)
 
-    def _turned(self, layer: LayerView, position: float) -> Array:
-        """Keys `[kv_heads, tokens, dim]` turned back by their distance to a query at `position`."""
+        def products(some: Array) -> Array:
+            some = float32(some)
+            moduli = xp.sqrt(some[..., : dim // 2] ** 2 + some[..., dim // 2 :] ** 2)
+            return xp.matmul(xp.concat([some, moduli], axis=-1), coefficients)
+
+        return over_tokens(products, keys)
+
+    def _at(self, layer: LayerView, position: float, mu: np.ndarray, norm: np.ndarray) -> Array:
+        """Logits of a query at `position`, `[kv_heads, tokens, group]`."""
+        found = []
+        for some in blocks(layer.tokens, 32 * math.prod(layer.keys.shape), layer.keys):
+            found.append(self._logits(self._turned(layer, position, some), mu, norm))
+        return namespace(layer.keys).concat(found, axis=1)
+
+    def _turned(self, layer: LayerView, position: float, some: slice) -> Array:
+        """Some keys `[kv_heads, tokens, dim]` turned back by their distance to a query at `position`."""
         xp = namespace(layer.keys)
-        keys = layer.unrotated * layer.rope.attention_scaling
-        distance = layer.rope.angles(position - np.atleast_2d(layer.positions))  # [1 or kv_heads, tokens, bands]
+        keys = layer.rope.unrotate(float32(layer.keys[:, some]), layer.positions, tokens=some)
+        keys = keys * layer.rope.attention_scaling
+        distance = layer.rope.angles(position - np.atleast_2d(layer.positions)[:, some])  # [1 or kv_heads, some, bands]
         cos, sin = (like(f(distance).astype(np.float32), keys) for f in (np.cos, np.sin))
         half = keys.shape[-1] // 2
         real, imaginary = keys[..., :half], keys[..., half:]

@@ -52,6 +52,10 @@ class Wavelet(Spectral):
             raise ValueError(f"levels={self.levels} must be at least 1 and level_decay={self.level_decay} above 0")
 
     @property
+    def copies(self) -> int:
+        return pywt.Wavelet(self.wavelet).dec_len + 8
+
+    @property
     def weights(self) -> tuple[float, ...]:
         """Weights of the coefficients of each level, finest first."""
         # level j of the stationary transform has 2^j coefficients for each decimated one: it must not count 2^j times
@@ -62,10 +66,13 @@ class Wavelet(Spectral):
         """Detail coefficients `[kv_heads, coefficients, dim]`, finest level first."""
         return wavedec(x, self.wavelet, self.levels, self.mode, self.transform)[:0:-1]
 
-    def deviation(self, details: list[Array], tokens: int) -> Array:
+    def energies(self, x: Array) -> list[Array]:
+        """Of the detail coefficients, `[kv_heads, coefficients]` each, finest level first."""
+        return [namespace(x).sum(d**2, axis=-1) for d in self.details(x)]
+
+    def deviation(self, energies: list[Array], tokens: int) -> Array:
         """Root of the weighted energy of detail coefficients at every token, `[kv_heads, tokens]`."""
-        xp = namespace(details[0])
-        energies = [xp.sum(d**2, axis=-1) for d in details]
+        xp = namespace(energies[0])
         found = self._at_tokens(energies, tokens)
         if self.centred:
             level_means = [xp.zeros_like(e) + xp.mean(e, axis=-1, keepdims=True) for e in energies]
@@ -75,6 +82,3 @@ class Wavelet(Spectral):
 
     def _at_tokens(self, energies: list[Array], tokens: int) -> Array:
         return to_tokens(energies, tokens, self.wavelet, self.mode, self.weights, self.transform)
-
-    def spectral(self, x: Array) -> Array:
-        return self.deviation(self.details(x), x.shape[-2])

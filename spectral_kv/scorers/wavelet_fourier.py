@@ -9,27 +9,32 @@ from spectral_kv.transforms.fourier import highpass
 from spectral_kv.xp import Array, namespace
 
 
-def nonstationarity(x: Array, segments: int = 8) -> Array:
-    """How much the spectrum changes along the sequence, `[kv_heads]` in [0, 1].
-
-    Jensen-Shannon divergence between the power spectra of equal segments of `x` `[kv_heads, tokens, dim]`, each
-    normalised to sum to one, as a fraction of its maximum `log(segments)`. Constant signals give 0.
-    """
+def segment_power(x: Array, segments: int = 8) -> Array:
+    """Power spectra `[kv_heads, segments, bins]` of equal segments of `x` `[kv_heads, tokens, dim]`, over channels."""
     xp = namespace(x)
     length = x.shape[-2] // segments
-    if length < 2:
-        return xp.zeros_like(x[:, 0, 0])
+    if length < 2:  # no spectrum
+        return xp.zeros_like(x[:, :segments, :1])
     pieces = xp.reshape(x[:, : segments * length], (x.shape[0], segments, length, x.shape[-1]))
     pieces = pieces - xp.mean(pieces, axis=-2, keepdims=True)
     spectrum = xp.fft.rfft(pieces, axis=-2)
-    power = xp.sum(xp.real(spectrum) ** 2 + xp.imag(spectrum) ** 2, axis=-1)
+    return xp.sum(xp.real(spectrum) ** 2 + xp.imag(spectrum) ** 2, axis=-1)
+
+
+def nonstationarity(power: Array) -> Array:
+    """How much the spectrum `[kv_heads, segments, bins]` changes from segment to segment, `[kv_heads]` in [0, 1].
+
+    Jensen-Shannon divergence between the power spectra, each normalised to sum to one, as a fraction of its maximum
+    `log(segments)`. Constant signals give 0.
+    """
+    xp, segments = namespace(power), power.shape[1]
     share = power / (xp.sum(power, axis=-1, keepdims=True) + 1e-30)
 
     def entropy(p: Array) -> Array:
         return -xp.sum(p * xp.log(p + 1e-30), axis=-1)
 
     divergence = entropy(xp.mean(share, axis=1)) - xp.mean(entropy(share), axis=1)
-    return xp.clip(divergence / float(np.log(segments)), 0.0, 1.0)
+    return xp.clip(divergence / float(np.log(max(segments, 2))), 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -62,13 +67,22 @@ class WaveletFourier(Wavelet):
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha} must lie in [0, 1], or be unset")
 
-    def spectral(self, x: Array) -> Array:
-        xp = namespace(x)
-        details = self.details(x)
-        wavelet = self.deviation(details, x.shape[-2])
-        if self.cascade:
-            fourier = self.deviation([highpass(d, self.cutoff, self.taper) for d in details], x.shape[-2])
-        else:
-            fourier = xp.sqrt(xp.sum(highpass(x, self.cutoff, self.taper) ** 2, axis=-1))
-        alpha = nonstationarity(x)[:, None] if self.alpha is None else self.alpha
+    @property
+    def copies(self) -> int:
+        return super().copies + self.levels
+
+    def energies(self, x: Array) -> list[Array]:
+        """Of the detail coefficients, of what the filter leaves over, and of the segments where `alpha` is measured."""
+        xp, details = namespace(x), self.details(x)
+        found = [xp.sum(d**2, axis=-1) for d in details]
+        for band in details if self.cascade else [x]:
+            found.append(xp.sum(highpass(band, self.cutoff, self.taper) ** 2, axis=-1))
+        return found if self.alpha is not None else [*found, segment_power(x)]
+
+    def deviation(self, energies: list[Array], tokens: int) -> Array:
+        xp, levels = namespace(energies[0]), self.levels
+        wavelet = super().deviation(energies[:levels], tokens)
+        left_over = energies[levels : 2 * levels]
+        fourier = super().deviation(left_over, tokens) if self.cascade else xp.sqrt(left_over[0])
+        alpha = nonstationarity(energies[-1])[:, None] if self.alpha is None else self.alpha
         return alpha * wavelet + (1.0 - alpha) * fourier

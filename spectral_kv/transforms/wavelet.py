@@ -4,13 +4,14 @@ Filters are PyWavelets'; the transform itself is strided slices and sums, so tha
 decimated transform equals `pywt.wavedec`, the stationary one `pywt.swt`.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import pywt
 from scipy import sparse
 
-from spectral_kv.xp import Array, constant, namespace
+from spectral_kv.xp import Array, blocks, constant, like, namespace
 
 MODES = ("symmetric", "periodization")
 TRANSFORMS = ("decimated", "stationary")
@@ -159,6 +160,65 @@ def back_projection(
     return index.ravel(), gain
 
 
+def _counts(tokens: int, wavelet: str, levels: int, mode: str, transform: str) -> list[int]:
+    """Coefficients of every level, finest first."""
+    (low, _), counts = _filters(wavelet), []
+    for level in range(levels):
+        tokens = _extension(tokens, low, mode, *_strides(transform, level))[1]
+        counts.append(tokens)
+    return counts
+
+
+@dataclass(frozen=True)
+class Repeating:
+    """A back-projection whose middle repeats itself: the tables of all tokens would take more room than their keys.
+
+    Parameters
+    ----------
+    index, gain : [rows, k]
+        As of `back_projection`, of the first tokens, of one period, and of the last tokens.
+    step : int [rows, k]
+        By how much an index grows from one period to the next.
+    first, period, repeats : int
+        The period begins at token `first`, has so many tokens, and comes so many times.
+    """
+
+    index: np.ndarray
+    gain: np.ndarray
+    step: np.ndarray
+    first: int
+    period: int
+    repeats: int
+
+
+@lru_cache(maxsize=16)
+def repeating(
+    tokens: int, wavelet: str, levels: int, mode: str, weights: tuple[float, ...], transform: str = "decimated"
+) -> Repeating:
+    """The back-projection of `tokens` tokens, from that of a shorter sequence with the same ends."""
+    period = 2**levels  # after so many tokens the grids of all levels are where they were
+    edge = 2 * period * len(_filters(wavelet)[0])  # more tokens than an end can reach
+    short = 2 * edge + period + tokens % period
+    if tokens <= short:
+        index, gain = back_projection(tokens, wavelet, levels, mode, weights, transform)
+        return Repeating(index.reshape(gain.shape), gain, np.zeros_like(index), tokens, 0, 0)
+    more = (tokens - short) // period  # periods that the short sequence lacks
+    index, gain = back_projection(short, wavelet, levels, mode, weights, transform)
+    index = index.reshape(gain.shape)
+    of_period = [period // _strides(transform, 0)[0] ** (level + 1) for level in range(levels)]
+    counts = _counts(short, wavelet, levels, mode, transform)
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    level = np.searchsorted(starts, index, side="right") - 1
+    place = index - starts[level]
+    step = np.asarray(of_period)[level]
+    row = np.arange(short)[:, None]
+    ahead = place * (period // step) - row  # tokens from the row to its coefficient
+    # added periods lie before the last tokens, and before what the first see of the other end of a periodic sequence
+    late = np.where(row < edge, ahead > short // 2, (row >= edge + period) & (ahead > -short // 2))
+    longer = np.concatenate([[0], np.cumsum(np.asarray(counts) + more * np.asarray(of_period))])
+    return Repeating(longer[level] + place + late * more * step, gain, step, edge, period, more + 1)
+
+
 def to_tokens(
     energies: list[Array],
     tokens: int,
@@ -172,7 +232,21 @@ def to_tokens(
     The coefficients are `[heads, coefficients]`, one array a level from finest to coarsest.
     """
     xp = namespace(energies[0])
-    index, gain = back_projection(tokens, wavelet, len(energies), mode, weights, transform)
+    table = repeating(tokens, wavelet, len(energies), mode, weights, transform)
     energy = xp.concat(energies, axis=-1)
-    gathered = xp.take(energy, constant(index, energy), axis=-1)
-    return xp.sum(xp.reshape(gathered, (energy.shape[0], *gain.shape)) * constant(gain, energy), axis=-1)
+    heads, reach = energy.shape[0], table.gain.shape[1]
+    index, gain, step = (constant(part, energy) for part in (table.index, table.gain, table.step))
+
+    def weighted(index: Array, gain: Array) -> Array:
+        """`[heads, ...]` of index `[..., rows, k]` and gain `[rows, k]`."""
+        gathered = xp.reshape(xp.take(energy, xp.reshape(index, (-1,)), axis=-1), (heads, *index.shape))
+        return xp.reshape(xp.sum(gathered * gain, axis=-1), (heads, -1))
+
+    inner = slice(table.first, table.first + table.period)
+    found = [weighted(index[: table.first], gain[: table.first])]
+    for some in blocks(table.repeats, table.repeats * table.period * reach * (16 + 8 * heads), energy):
+        if some.stop > some.start:
+            number = like(np.arange(some.start, some.stop), energy)[:, None, None]
+            found.append(weighted(index[inner] + number * step[inner], gain[inner]))
+    found.append(weighted(index[inner.stop :], gain[inner.stop :]))
+    return xp.concat(found, axis=-1)

@@ -101,7 +101,9 @@ def test_h2o_sums_the_columns_of_the_causal_attention_matrix(tokens, observed, r
 @pytest.mark.parametrize("chunk", [1, 7, 59, 60, 61])
 def test_the_chunk_of_h2o_changes_nothing(chunk, monkeypatch, rng, rope):
     layer = view(rng, rope, 60, 60)
-    monkeypatch.setattr(attention, "CHUNK", chunk)
+    monkeypatch.setattr(
+        attention, "blocks", lambda length, *_: [slice(i, min(i + chunk, length)) for i in range(0, length, chunk)]
+    )
     score = H2O().score(layer)
     np.testing.assert_allclose(score, accumulated(layer), rtol=1e-4)
     np.testing.assert_allclose(score.sum(axis=1), 60, rtol=1e-4)  # every query gives away a weight of one

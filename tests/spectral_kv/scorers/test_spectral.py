@@ -7,7 +7,7 @@ import torch
 from spectral_kv.scorers.base import LayerView
 from spectral_kv.scorers.fourier import Fourier
 from spectral_kv.scorers.wavelet import Wavelet
-from spectral_kv.scorers.wavelet_fourier import WaveletFourier, nonstationarity
+from spectral_kv.scorers.wavelet_fourier import WaveletFourier, nonstationarity, segment_power
 from spectral_kv.transforms.wavelet import TRANSFORMS
 from spectral_kv.xp import to_numpy
 
@@ -185,7 +185,7 @@ def test_nonstationarity_is_zero_for_a_constant_small_for_noise_and_large_for_ch
     changing = np.concatenate([np.cos(np.pi * 0.1 * (s + 1) * tokens[:128]) for s in range(8)])
     noise = rng.normal(size=(1024, 64))
     x = np.stack([np.ones((1024, 64)), noise, np.tile(changing[:, None], (1, 64))]).astype(np.float32)
-    constant, steady, moving = nonstationarity(torch.from_numpy(x)).tolist()
+    constant, steady, moving = nonstationarity(segment_power(torch.from_numpy(x))).tolist()
     assert constant == 0
     assert steady < 0.05 < 0.5 < moving <= 1
 
@@ -193,7 +193,7 @@ def test_nonstationarity_is_zero_for_a_constant_small_for_noise_and_large_for_ch
 def test_nonstationarity_hears_tones_that_come_back_in_the_other_half():
     tokens = np.arange(1024)
     tones = np.concatenate([np.cos(np.pi * 0.2 * (s % 4 + 1) * tokens[:128]) for s in range(8)])
-    found = nonstationarity(torch.from_numpy(tones.astype(np.float32))[None, :, None])
+    found = nonstationarity(segment_power(torch.from_numpy(tones.astype(np.float32))[None, :, None]))
     assert found.item() == pytest.approx(np.log(4) / np.log(8), abs=0.1)  # four tones in eight segments
 
 
