@@ -65,8 +65,8 @@ class Spectral(ABC):
 
     @property
     def copies(self) -> int:
-        """How many signals in single precision `energies` takes the room of."""
-        return 12
+        """How many signals in single precision `energies` about takes the room of."""
+        return 8
 
     def spectral(self, x: Array) -> Array:
         """Deviation of every token of the signal `[kv_heads, tokens, dim]`, as `[kv_heads, tokens]`."""

@@ -53,7 +53,8 @@ class Wavelet(Spectral):
 
     @property
     def copies(self) -> int:
-        return pywt.Wavelet(self.wavelet).dec_len + 8
+        taps = pywt.Wavelet(self.wavelet).dec_len  # the signal at each: of every other token, or of all
+        return 4 + taps if self.transform == "stationary" else 4 + taps // 2
 
     @property
     def weights(self) -> tuple[float, ...]:

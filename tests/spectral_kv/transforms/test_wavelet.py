@@ -3,7 +3,7 @@ import pytest
 import pywt
 import torch
 
-from spectral_kv.transforms.wavelet import MODES, TRANSFORMS, back_projection, to_tokens, wavedec
+from spectral_kv.transforms.wavelet import MODES, TRANSFORMS, back_projection, repeating, to_tokens, wavedec
 
 
 def mlx_array(x):
@@ -102,3 +102,23 @@ def test_back_projection_is_the_weighted_squared_response(transform, mode):
     dense = np.zeros_like(expected)
     np.add.at(dense, (np.repeat(np.arange(tokens), gain.shape[1]), index), gain.ravel())
     np.testing.assert_allclose(dense, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("wavelet, levels", [("haar", 4), ("db4", 3), ("bior3.5", 2)])
+def test_the_repeating_back_projection_is_that_of_every_token(transform, mode, wavelet, levels):
+    weights = tuple(0.5**level for level in range(levels))
+    period, taps = 2**levels, pywt.Wavelet(wavelet).dec_len
+    short = (4 * taps + 1) * period
+    for tokens in (short - 1, short, short + 1, short + period, short + 3 * period - 1, short + 20 * period + 3):
+        index, gain = back_projection(tokens, wavelet, levels, mode, weights, transform)
+        table = repeating(tokens, wavelet, levels, mode, weights, transform)
+        assert table.repeats > 1 or tokens < short + 2 * period
+        inner = slice(table.first, table.first + table.period)
+        of_periods = [table.index[inner] + number * table.step[inner] for number in range(table.repeats)]
+        ours = np.concatenate([table.index[: inner.start], *of_periods, table.index[inner.stop :]])
+        gains = [table.gain[: inner.start], *[table.gain[inner]] * table.repeats, table.gain[inner.stop :]]
+        energy = np.random.default_rng(0).random(index.max() + 1)
+        expected = (energy[index].reshape(gain.shape) * gain).sum(axis=1)
+        np.testing.assert_allclose((energy[ours] * np.concatenate(gains)).sum(axis=1), expected, rtol=1e-5)
