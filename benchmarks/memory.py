@@ -111,9 +111,7 @@ def score(scorer: Scorer, shape: str, tokens: int, observed: int, whole: bool) -
 
 def alone(*arguments) -> tuple[float, float]:
     """`score` in a process of its own."""
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(
-        2**17
-    )  # whatever is freed is given back, so that only what is used counts
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "131072"  # what is freed goes back at once: only what is in use counts
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(score, arguments)
 
