@@ -1,17 +1,23 @@
-"""Peak memory of scoring one layer, beside its keys.
+"""Peak memory of scoring one layer, beside its keys, and of a prefill, whole and in chunks.
 
     python -m benchmarks.memory
     python -m benchmarks.memory --tokens 16384 --shape llama-3.1-8b --methods wavelet,snapkv
+    python -m benchmarks.memory --prefill --shape reference --tokens 32768 --chunk 1024
 
 Every method scores random bfloat16 keys in a process of its own; `peak` is by how much its memory grows at most during
 the first call, tables included, in units of the keys. `whole` is the same without blocks; times are of a second call.
 A method that reads all queries gets the last `--queries`: its peak does not grow with their number, its time does.
+
+`--prefill` runs a prompt of random tokens through a model with random weights in float32, whole and in chunks, each in
+a process of its own: by how much its memory grows, and how far the last logits, and the last layer's keys of all
+tokens, are apart at most.
 """
 
 import argparse
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +26,7 @@ import torch
 from benchmarks import shapes
 from benchmarks.clock import Row, device, report
 from spectral_kv import xp
+from spectral_kv.backends.torch import TorchBackend
 from spectral_kv.calibration import QueryStatistics
 from spectral_kv.rope import Rope
 from spectral_kv.scorers.base import LayerView, Scorer
@@ -109,11 +116,33 @@ def score(scorer: Scorer, shape: str, tokens: int, observed: int, whole: bool) -
     return units, time.perf_counter() - begin
 
 
-def alone(*arguments) -> tuple[float, float]:
-    """`score` in a process of its own."""
+def alone(run: Callable, *arguments) -> tuple:
+    """What `run` returns, in a process of its own."""
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "131072"  # what is freed goes back at once: only what is in use counts
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(score, arguments)
+        return pool.apply(run, arguments)
+
+
+def prefill(shape: str, tokens: int, chunk: int | None) -> tuple[float, float, np.ndarray, np.ndarray]:
+    """Peak in MiB, seconds, the last logits `[vocabulary]` and the last layer's keys `[kv_heads, tokens, dim]`."""
+    backend = TorchBackend.wrap(shapes.model(shape, device(), torch.float32), "float32")
+    ids = np.random.default_rng(0).integers(0, backend.shape.vocabulary, size=tokens)
+    backend.prefill(ids[:64], 0, 32)
+    peak, begin = Peak(), time.perf_counter()
+    found = backend.prefill(ids, 0, chunk)
+    seconds = time.perf_counter() - begin
+    return peak.bytes() / 2**20, seconds, xp.to_numpy(found.logits), xp.to_numpy(found.keys[-1])
+
+
+def prefills(shape: str, tokens: int, chunk: int) -> list[Row]:
+    runs = {"whole": alone(prefill, shape, tokens, None), f"chunks of {chunk}": alone(prefill, shape, tokens, chunk)}
+    peak, _, logits, keys = runs["whole"]
+    return [
+        {"prefill": name, "peak MiB": mib, "of whole": mib / peak, "seconds": seconds,
+         "logits apart": float(np.abs(ours - logits).max()), "logits spread": float(np.ptp(logits)),
+         "keys apart": float(np.abs(cached - keys).max())}
+        for name, (mib, seconds, ours, cached) in runs.items()
+    ]  # fmt: skip
 
 
 def main() -> None:
@@ -122,13 +151,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--queries", type=int, default=512)
     parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--prefill", action="store_true", help="of a prompt instead of scores")
+    parser.add_argument("--chunk", type=int, default=1024)
     parser.add_argument("--csv")
     options = parser.parse_args()
+    if options.prefill:
+        return report("memory of a prefill", prefills(options.shape, options.tokens, options.chunk), options.csv)
     rows: list[Row] = []
     for name in options.methods.split(","):
         given = (METHODS[name], options.shape, options.tokens, options.queries)
-        peak, seconds = alone(*given, False)
-        whole, whole_seconds = alone(*given, True)
+        peak, seconds = alone(score, *given, False)
+        whole, whole_seconds = alone(score, *given, True)
         rows.append({"method": name, "peak": peak, "whole peak": whole, "time ratio": seconds / whole_seconds})
     report("memory", rows, options.csv)
 
