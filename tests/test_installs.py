@@ -78,9 +78,12 @@ def test_the_wheel_carries_what_the_pipeline_reads(wheel):
         "conf/hydra/help/pipeline.yaml",
         "paper/published.yaml",
         "reference_model/checkpoint/model.safetensors",
+        "reference_model/query_statistics.safetensors",
     ):
         assert f"pipeline/{name}" in names
     assert not any(name.startswith("conf/") for name in names)
+    for name in ("choices.yaml", "lookups.yaml", "documents.jsonl"):
+        assert f"spectral_kv/lm_eval/tasks/{name}" in names
 
 
 def brought_along() -> set[str]:
@@ -129,3 +132,36 @@ def test_the_wheel_without_extras_is_the_library(wheel, tmp_path):
         done.stderr.startswith("pipeline: the experiment pipeline needs hydra")
         and "spectral-kv[pipeline]" in done.stderr
     )
+
+
+THREE_LINES = """
+import sys
+import spectral_kv
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+assert spectral_kv.__file__.startswith(sys.prefix), spectral_kv.__file__
+folder = spectral_kv.reference_model()
+assert str(folder).startswith(sys.prefix), folder
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+inputs = tokenizer("Lists are mutable sequences. " * 60, return_tensors="pt")
+cache = spectral_kv.cache(model, "wavelet_tri", budget=160, storage="turboquant_4bit")
+ids = model.generate(**inputs, past_key_values=cache, max_new_tokens=5, min_new_tokens=5)
+print(ids.shape[1] - inputs.input_ids.shape[1], cache.held, cache.position)
+"""
+
+
+@pytest.mark.slow
+def test_an_empty_environment_installs_it_and_runs_the_three_lines_elsewhere(tmp_path):
+    """With what its requirements bring and nothing else, in the tested versions, outside the checkout."""
+    root, python = Path(__file__).parents[1], tmp_path / "env" / "bin" / "python"
+    venv.create(tmp_path / "env", with_pip=True)
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(root / "constraints.txt")]
+    for what in ("torch", str(root)):  # torch first: as in the Makefile
+        done = subprocess.run([*pip, what], capture_output=True, text=True, cwd=tmp_path)
+        if done.returncode and "Could not find a version" in done.stderr:
+            pytest.skip("no package registry can be reached")
+        assert done.returncode == 0, done.stderr
+    done = subprocess.run([str(python), "-c", THREE_LINES], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    new, held, position = map(int, done.stdout.split())
+    assert (new, held) == (5, 160 + 4) and position > 300
