@@ -18,6 +18,7 @@ from pipeline.sources import code_fingerprint
 from pipeline.stages.checkpoint import Checkpoint, Weightless, locate
 from pipeline.store.tracking import writable
 from spectral_kv.calibration import QueryStatistics
+from spectral_kv.codec.bases import Bases
 from spectral_kv.selection import Budget
 from spectral_kv.storage.base import Storage
 from spectral_kv.storage.dense import Dense
@@ -142,11 +143,46 @@ def _statistics(settings: Settings, checkpoint: Checkpoint | Weightless) -> Quer
     return statistics
 
 
+def _bases(settings: Settings, checkpoint: Checkpoint | Weightless) -> Bases | None:
+    """The bases that the storage reads, checked against the model and the documents."""
+    storage, model, name = settings.storage, settings.model.name, settings.storage_name
+    if not hasattr(storage, "read"):
+        return None
+    if isinstance(checkpoint, Weightless):
+        raise InputError(
+            f"storage={name} reads bases that were measured on a model's text, and model={model} reads none: "
+            "choose storage=turboquant_4bit, or another model"
+        )
+    if settings.method.scorer is not None:
+        raise InputError(
+            f"storage={name} keeps every token, and method={settings.method.name} evicts: "
+            "choose method=full, or another storage"
+        )
+    remedy = f"run `python -m pipeline.bases model={model}` and set storage.bases=<the file it writes>"
+    if storage.bases is None:
+        raise InputError(f"storage={name} reads bases of the model and model={model} has none: {remedy}")
+    if not Path(storage.bases).is_file():
+        raise InputError(f"storage.bases={storage.bases} is not a file: {remedy}")
+    shape = checkpoint.shape
+    try:
+        bases = storage.read((shape.layers, shape.kv_heads, shape.dim), checkpoint.hash)
+    except ValueError as error:
+        raise InputError(f"storage.bases: {error}; {remedy}") from None
+    if bases.metadata.get("text") == settings.documents.source:
+        raise InputError(
+            f"storage.bases={storage.bases} was measured on {settings.documents.source}, "
+            "which is also what the documents are cut from: choose another document, or measure on another text"
+        )
+    return bases
+
+
 def _budget(settings: Settings, checkpoint: Checkpoint | Weightless) -> Budget | None:
     shape = checkpoint.shape
     itemsize = ITEMSIZE[settings.backend.cache_dtype]
 
     def held_in(storage: Storage) -> Callable[[int], int]:
+        if together := getattr(storage, "nbytes_together", None):
+            return lambda tokens: together(tokens, shape.layers, shape.kv_heads, shape.dim, itemsize)
         return lambda tokens: shape.layers * storage.nbytes(tokens, shape.kv_heads, shape.dim, itemsize)
 
     try:
@@ -182,6 +218,7 @@ def prepare(cfg: DictConfig) -> Job:
                 f"and document={cfg.document.name} plants nothing: choose document=needles, or leave the phase out"
             )
     statistics = _statistics(settings, checkpoint)
+    bases = _bases(settings, checkpoint)
     budget = _budget(settings, checkpoint)
     resolved = OmegaConf.to_container(cfg, resolve=True)
     what = {k: v for k, v in resolved.items() if k not in NOT_IDENTITY}
@@ -195,6 +232,8 @@ def prepare(cfg: DictConfig) -> Job:
         settings.backend._target_, settings.method.scorer, settings.storage, *settings.phases.values()
     )
     what["budget"] = asdict(budget) if budget else None
+    if bases is not None:
+        what["storage"] = what["storage"] | {"bases": bases.digest}  # wherever the file lies
     if statistics is not None:
         what["statistics"] = statistics.digest
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]

@@ -19,8 +19,13 @@ FILE_LIMIT = 40_000  # characters of a file
 
 
 @cache
-def _evaluation() -> set[tuple[str, ...]]:
-    return shingles("\n\n".join([topics_text(), *(book_text(title) for title in EVALUATION)]))
+def _evaluation() -> frozenset[tuple[str, ...]]:
+    return frozenset(shingles("\n\n".join([topics_text(), *map(book_text, EVALUATION)])))
+
+
+def shared_with_evaluation(texts: Iterable[str]) -> set[tuple[str, ...]]:
+    """Runs of ten words that texts share with the language reference or a book that is evaluated on."""
+    return {run for text in texts for run in _evaluation() & shingles(text)}
 
 
 def _limited(texts: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ class Memory:
     """Bytes after compression and after `generated` further tokens, beside the full cache's.
 
     Decimal megabytes; allocated bytes include room to grow. The full cache holds all tokens in the dtype of the cache.
+    Bases that a storage reads are a constant of the model: they are no part of any cache, and stand beside it.
     """
 
     generated: int = 64
@@ -36,4 +37,7 @@ class Memory:
             "memory/ratio": full / cache.nbytes,
             "memory/tokens": kept,
         }
+        storage, shape = context.compressor.storage, context.backend.shape
+        if hasattr(storage, "read"):
+            values["memory/bases_mb"] = storage.read((shape.layers, shape.kv_heads, shape.dim)).nbytes / 1e6
         return [{"metric": name, "value": float(value)} for name, value in values.items()]

@@ -81,7 +81,7 @@ def _measure(cfg: DictConfig) -> float | None:
     return result.metrics.get("ppl/delta_nll")
 
 
-PATHS = ("outputs", "checkpoints", "model.path", "model.calibration", "document.path")
+PATHS = ("outputs", "checkpoints", "model.path", "model.calibration", "model.bases", "storage.bases", "document.path")
 
 
 def _from_the_start(cfg: DictConfig) -> None:

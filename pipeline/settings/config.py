@@ -51,6 +51,7 @@ class ModelConfig:
     weights: str | None = None  # what they were rounded to, where that is part of what the model is
     package: str | None = None  # of the Python package index, which holds the file that `path` names
     sha256: str | None = None  # of that file
+    bases: str | None = None  # of its cache, for storage=spectral
 
     def __post_init__(self):
         if (self.package is None) != (self.sha256 is None) or (self.package and self.path is None):

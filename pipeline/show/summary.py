@@ -10,6 +10,7 @@ from pipeline.statistics import Estimate
 LABELS = {
     "memory/mb": ("Cache, MB", "{:.2f}"),
     "memory/mb_after_generation": ("Cache after generating, MB", "{:.2f}"),
+    "memory/bases_mb": ("Bases of the model beside it, MB", "{:.2f}"),
     "memory/ratio": ("Full cache / cache", "{:.2f}x"),
     "memory/tokens": ("Tokens kept", "{:.0f}"),
     "aop/mean": ("AOP, mean", "{:.3f}"),

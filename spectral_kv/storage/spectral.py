@@ -171,7 +171,7 @@ class SpectralStorage:
     Parameters
     ----------
     bases : str
-        File of the model's bases.
+        File of the model's bases; None is refused when they are read.
     ratio : float, optional
         How many times smaller than in 16 bits the tokens that are stored first become, the exact ones included.
     bits : float, optional
@@ -182,7 +182,7 @@ class SpectralStorage:
         Tokens fed later are coded in chunks of this many, when they have left the recent window.
     """
 
-    bases: str
+    bases: str | None
     ratio: float | None = 8.0
     bits: float | None = None
     sinks: int = 4
@@ -210,8 +210,10 @@ class SpectralStorage:
         Raises
         ------
         ValueError
-            If the file is not there, is damaged, or belongs to another model.
+            If there is no file, or it is damaged, or belongs to another model.
         """
+        if self.bases is None:
+            raise ValueError("bases=None: this storage needs bases that were measured on the model")
         return _read(self.bases, shape, model)
 
     def token_bytes(self, tokens: int, numbers: int, itemsize: int) -> int:

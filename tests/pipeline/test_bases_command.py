@@ -12,7 +12,7 @@ def test_the_command_writes_bases_that_the_model_can_load(small, backend, tmp_pa
     shape = backend.shape
     loaded = Bases.load(path, (shape.layers, shape.kv_heads, shape.dim))
     assert loaded.metadata["tokens"] == "392"
-    assert {"model", "text", "document"} <= set(loaded.metadata)
+    assert {"model", "text", "document"} <= set(loaded.metadata) and loaded.metadata["overlap"] == "0"
     assert loaded.blocks[0].basis.shape == (128, 64)
     with pytest.raises(ValueError, match="another model"):
         Bases.load(path, (shape.layers, shape.kv_heads, shape.dim), "0" * 16)

@@ -1,7 +1,7 @@
 import pytest
 
 from pipeline.documents.book import EVALUATION, book_text
-from pipeline.documents.mixed import FILE_LIMIT, LIMIT, Mixed, _limited
+from pipeline.documents.mixed import FILE_LIMIT, LIMIT, Mixed, _limited, shared_with_evaluation
 from pipeline.documents.overlap import shingles
 from pipeline.documents.pydoc import topics_text
 
@@ -19,3 +19,9 @@ def test_a_paragraph_of_an_evaluation_document_is_dropped():
     stolen = next(p for p in topics_text().split("\n\n") if len(p.split()) > 30)
     assert _limited(["Before.\n\n" + stolen + "\n\nAfter."]) == "Before.\n\nAfter."
     assert len(_limited(["x" * 2 * FILE_LIMIT])) == FILE_LIMIT
+
+
+def test_runs_that_are_shared_with_evaluation_documents_are_found():
+    words = book_text("persuasion").split()
+    assert len(shared_with_evaluation(["a b c", "Before " + " ".join(words[5000:5012]) + " after"])) >= 2
+    assert not shared_with_evaluation([" ".join(words[5000:5008])])

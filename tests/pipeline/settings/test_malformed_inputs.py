@@ -26,6 +26,7 @@ from pipeline.settings import cli
 from pipeline.settings.compose import composed, outermost, spelled_out
 from pipeline.store import tracking
 from spectral_kv.calibration import QueryStatistics
+from spectral_kv.codec.bases import Bases, Moments
 
 TABLE = Path(__file__).parents[3] / "docs" / "malformed_inputs.md"
 HEAD = """# Malformed inputs
@@ -85,6 +86,20 @@ class Inputs:
         path.write_bytes(path.read_bytes()[:-20])
         return f"model.calibration={path}"
 
+    def bases(self, model: str = "0" * 64, damaged: bool = False) -> str:
+        """Bases for the shape of the checkpoint, by default of other weights."""
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(200, 128)).astype(np.float32)
+        moments = Moments((0, 1))
+        moments.add(x, x)
+        path = self.folder / "bases.safetensors"
+        Bases((moments.block(16),), 16, {"model": model}).save(path)
+        if damaged:
+            content = bytearray(path.read_bytes())
+            content[-1000] ^= 1
+            path.write_bytes(bytes(content))
+        return f"storage.bases={path}"
+
     def tokenizer(self) -> str:
         """A checkpoint whose tokenizer has more tokens than its configuration."""
         described = json.loads((self.checkpoint / "tokenizer.json").read_text())
@@ -119,6 +134,11 @@ class Inputs:
         path = self.folder / "statistics.pt"
         torch.save({"metadata": {}, "stats": re.compile("x")}, path)
         return str(path)
+
+
+def located(inputs: Inputs) -> str:
+    """Hash of the checkpoint."""
+    return prepare(composed([*inputs.settings])).checkpoint.hash
 
 
 MALFORMED = {
@@ -204,6 +224,21 @@ MALFORMED = {
     "no statistics for a method that needs them": lambda i: ["method=tri", "model.calibration=null"],
     "statistics of another model": lambda i: ["method=tri", i.statistics(bands=5)],
     "statistics that are cut off": lambda i: ["method=tri", i.truncated_statistics()],
+    # bases of the storage that codes layers in common
+    "a storage whose bases the model has not got": lambda i: ["method=full", "storage=spectral"],
+    "bases that are not there": lambda i: ["method=full", "storage=spectral", f"storage.bases={i.folder / 'nothing'}"],
+    "bases that are text": lambda i: ["method=full", "storage=spectral", f"storage.bases={i.file('t.txt', b'text')}"],
+    "bases of another model": lambda i: ["method=full", "storage=spectral", i.bases()],
+    "bases that are damaged": lambda i: ["method=full", "storage=spectral", i.bases(damaged=True)],
+    "an evicting method in a storage that keeps all": lambda i: ["storage=spectral", i.bases()],
+    "a ratio below 1": lambda i: ["method=full", "storage=spectral", "storage.ratio=0.5", i.bases()],
+    "a ratio and bits": lambda i: ["method=full", "storage=spectral", "storage.bits=2", i.bases()],
+    "a ratio that the exact tokens rule out": lambda i: [
+        "method=full", "storage=spectral", "storage.ratio=100", i.bases(located(i))
+    ],
+    "coded bytes without any bits": lambda i: [
+        "method=full", "storage=spectral", "storage.ratio=null", "storage.bits=0.01", i.bases(located(i))
+    ],
     "statistics in a pickle with code": lambda i: ["--from-pt", i.pickled(), "--out", str(i.folder / "o.safetensors")],
 }
 PROGRAMS = {"pipeline.calibrate": calibrate.main, "pipeline.compare": compare.main, "pipeline.paper": regenerate.main}
@@ -215,6 +250,7 @@ FOREIGN = (
     (r"(can't be loaded: ).*", r"\1..."),
     (r"(as UTF-8 text )\(.*\)", r"\1(...)"),
     (r"(does not hold query statistics )\(.*\)", r"\1(...)"),
+    (r"(does not hold bases of caches )\(.*\)", r"\1(...)"),
     (r"(can't be used: ).*", r"\1..."),
     (r"\(\d+ tokens, \d+ windows\)", "(...)"),  # of a text that differs between versions of Python
     (r"(plain tensors )\(\w+\)", r"\1(...)"),

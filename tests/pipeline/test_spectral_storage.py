@@ -1,0 +1,61 @@
+"""storage=spectral in runs: its bases are looked for, checked and counted beside the cache."""
+
+import pytest
+
+from pipeline.bases import bases
+from pipeline.job import prepare
+from pipeline.settings.compose import composed
+from pipeline.settings.errors import InputError
+from spectral_kv.codec.bases import Bases
+
+SETTINGS = ["method=full", "storage=spectral", "storage.recent=8", "storage.flush=8", "storage.ratio=4"]
+
+
+@pytest.fixture(scope="module")
+def file(small_in, tmp_path_factory):
+    """Bases of the small model."""
+    folder = tmp_path_factory.mktemp("bases")
+    return bases([*small_in(folder), "document=docstrings"], folder / "bases.safetensors", 2, 1.0)
+
+
+def test_all_tokens_are_kept_at_the_ratio_and_bases_stand_beside_the_cache(run, file):
+    metrics = run(*SETTINGS, f"storage.bases={file}").metrics
+    assert metrics["memory/tokens"] == 200
+    assert 4 <= metrics["memory/ratio"] < 4.2
+    assert metrics["memory/bases_mb"] == Bases.load(file, (2, 2, 16)).nbytes / 1e6
+    tighter = run(*SETTINGS, f"storage.bases={file}", "storage.ratio=7").metrics
+    assert tighter["memory/bytes"] < metrics["memory/bytes"]
+    assert 0 < metrics["ppl/kl"] < tighter["ppl/kl"] and metrics["aop/mean"] < tighter["aop/mean"]
+    assert "memory/bases_mb" not in run("method=full").metrics
+
+
+def test_a_run_is_known_by_its_bases_wherever_they_lie(small, file, tmp_path):
+    def identity(path) -> str:
+        return prepare(composed([*small, *SETTINGS, f"storage.bases={path}"])).identity
+
+    moved, other = tmp_path / "moved.safetensors", tmp_path / "other.safetensors"
+    moved.write_bytes(file.read_bytes())
+    whole = Bases.load(file, (2, 2, 16))
+    whole.truncated(0.5).save(other)
+    assert identity(file) == identity(moved) != identity(other)
+
+
+def test_bases_are_not_tried_on_the_text_they_were_measured_on(small, file):
+    with pytest.raises(InputError, match="also what the documents are cut from"):
+        prepare(composed([*small, *SETTINGS, f"storage.bases={file}", "document=docstrings"]))
+
+
+def test_the_reference_model_brings_its_bases():
+    """Measured on at least 100,000 tokens that share no ten words in a row with what is evaluated on."""
+    job = prepare(composed(["method=full", "storage=spectral", "document.count=1"]))
+    shape = job.checkpoint.shape
+    found = job.settings.storage.read((shape.layers, shape.kv_heads, shape.dim), job.checkpoint.hash)
+    assert found.metadata["model"] == job.checkpoint.hash
+    assert int(found.metadata["tokens"]) >= 100_000
+    assert (found.metadata["text"], found.metadata["overlap"]) == ("mixed text", "0")
+    assert found.nbytes <= 8e6
+
+
+def test_other_models_say_how_bases_are_made(small):
+    with pytest.raises(InputError, match=r"python -m pipeline.bases model=qwen2_5_0_5b.*storage.bases"):
+        prepare(composed([*small, *SETTINGS]))
