@@ -4,8 +4,8 @@
     python -m pipeline.bases --out bases.safetensors
 
 Runs the model over calibration text (by default mixed: docstrings, source code, packages' descriptions, licences, a
-novel) and writes what `spectral_kv.storage.spectral.SpectralStorage` needs to code its cache. The file says how many runs
-of ten words the text shares with the documents that the project evaluates on.
+novel) and writes what `spectral_kv.storage.spectral.SpectralStorage` needs to code its cache. The file says how many
+runs of ten words the text shares with the documents that the project evaluates on.
 """
 
 import argparse
@@ -40,7 +40,8 @@ def bases(overrides: list[str], out: Path | None, layers: int, share: float) -> 
     windows = progress(job.windows, f"measuring bases of {settings.model.name}")
     found = measure(
         backend, windows, prompt, layers,
-        model=job.checkpoint.hash, text=settings.documents.source, document=job.document_hash, overlap=str(len(shared_with_evaluation(texts))),
+        model=job.checkpoint.hash, text=settings.documents.source, document=job.document_hash,
+        overlap=str(len(shared_with_evaluation(texts))),
     )  # fmt: skip
     path = out or settings.outputs / "bases" / f"{settings.model.name}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)

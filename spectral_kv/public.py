@@ -76,8 +76,8 @@ def cache(
         raise ValueError(f"method={method} is an oracle, which reads what is not generated yet: choose another method")
     if hasattr(storage, "store_together"):
         raise ValueError(
-            f"{type(storage).__name__} codes layers in common, and a prompt is compressed layer by layer: choose one of "
-            f"{', '.join(names.STORAGES)}"
+            f"{type(storage).__name__} codes layers in common, and a prompt is compressed layer by layer: "
+            f"choose one of {', '.join(names.STORAGES)}"
         )
     if every is not None and every < 1:
         raise ValueError(f"every={every} must be at least 1, or unset to keep what is generated")

@@ -229,15 +229,22 @@ MALFORMED = {
     "bases that are not there": lambda i: ["method=full", "storage=spectral", f"storage.bases={i.folder / 'nothing'}"],
     "bases that are text": lambda i: ["method=full", "storage=spectral", f"storage.bases={i.file('t.txt', b'text')}"],
     "bases of another model": lambda i: ["method=full", "storage=spectral", i.bases()],
-    "bases that are damaged": lambda i: ["method=full", "storage=spectral", i.bases(damaged=True)],
+    "bases that are damaged": lambda i: ["method=full", "storage=spectral", i.bases(located(i), damaged=True)],
     "an evicting method in a storage that keeps all": lambda i: ["storage=spectral", i.bases()],
     "a ratio below 1": lambda i: ["method=full", "storage=spectral", "storage.ratio=0.5", i.bases()],
     "a ratio and bits": lambda i: ["method=full", "storage=spectral", "storage.bits=2", i.bases()],
     "a ratio that the exact tokens rule out": lambda i: [
-        "method=full", "storage=spectral", "storage.ratio=100", i.bases(located(i))
+        "method=full",
+        "storage=spectral",
+        "storage.ratio=100",
+        i.bases(located(i)),
     ],
     "coded bytes without any bits": lambda i: [
-        "method=full", "storage=spectral", "storage.ratio=null", "storage.bits=0.01", i.bases(located(i))
+        "method=full",
+        "storage=spectral",
+        "storage.ratio=null",
+        "storage.bits=0.01",
+        i.bases(located(i)),
     ],
     "statistics in a pickle with code": lambda i: ["--from-pt", i.pickled(), "--out", str(i.folder / "o.safetensors")],
 }
