@@ -31,7 +31,7 @@ def test_all_tokens_are_kept_at_the_ratio_and_bases_stand_beside_the_cache(run, 
 
 def test_a_run_is_known_by_its_bases_wherever_they_lie(small, file, tmp_path):
     def identity(path) -> str:
-        return prepare(composed([*small, *SETTINGS, f"storage.bases={path}"])).identity
+        return prepare(composed([*small, *SETTINGS, f"storage.bases={path}"])).digest
 
     moved, other = tmp_path / "moved.safetensors", tmp_path / "other.safetensors"
     moved.write_bytes(file.read_bytes())
