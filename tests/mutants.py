@@ -51,7 +51,7 @@ MUTANTS = [
     Mutant("scorers/tri.py", "int(layer.positions.max()) + 1", "layer.tokens", "scorers/test_tri.py::test_the_next"),
     Mutant("transforms/fourier.py", "1.0 - gain if stop", "gain if stop", "transforms/test_fourier.py::test_passes"),
     Mutant("transforms/wavelet.py", "ahead, count = 1,", "ahead, count = 0,", "transforms/test_wavelet.py::test_eq"),
-    Mutant("quantization/packing.py", "full_like(high, 2))", "full_like(high, 1))", "quantization/test_packing.py"),
+    Mutant("quantization/packing.py", "full_like(high, split))", "full_like(high, 1))", "quantization/test_packing.py"),
     Mutant("quantization/codebook.py", "1.5104176", "1.6104176", "quantization/test_codebook.py"),
     Mutant(
         "quantization/turboquant.py",
@@ -59,7 +59,7 @@ MUTANTS = [
         "return x",
         "quantization/test_turboquant.py::test_a_zero",
     ),
-    Mutant("selection.py", "stable_order(-candidates)", "stable_order(candidates)", "test_selection.py::test_keeps"),
+    Mutant("selection.py", "largest(candidates", "largest(-candidates", "test_selection.py::test_keeps"),
     Mutant(
         "selection.py",
         "budget.tokens - budget.sinks - budget.recent",
@@ -100,6 +100,8 @@ def copy(folder: Path) -> None:
 def main(wanted: str = "") -> int:
     """How many of the errors nobody noticed."""
     mutants = [mutant for mutant in MUTANTS if wanted in mutant.file]
+    for mutant in mutants:
+        mutated((ROOT / "spectral_kv" / mutant.file).read_text(), mutant)
     survivors = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

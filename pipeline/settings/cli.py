@@ -70,9 +70,11 @@ def _status(error: Exception) -> int:
 
 def _measure(cfg: DictConfig) -> float | None:
     from pipeline.job import prepare
+    from pipeline.store.tracking import refuse_unusable
 
     _from_the_start(cfg)
-    job = prepare(cfg)  # refuses bad input before anything heavy is imported
+    job = prepare(cfg)  # refuses bad input before anything heavy is imported,
+    refuse_unusable(job.settings.tracking, job.settings.outputs)  # and so does this
     from pipeline.run import execute
     from pipeline.show.summary import show
 

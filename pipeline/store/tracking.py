@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import cache
 from http.client import HTTPException
 from importlib.metadata import version
@@ -88,6 +88,31 @@ def _answers(uri: str) -> bool:
         return False
 
 
+def refuse_unusable(tracking: TrackingConfig, outputs: Path) -> None:
+    """Refuse a server that does not answer, and a file that is no database, before anything heavy is imported.
+
+    Raises
+    ------
+    InputError
+    OSError
+        If locks can't be made in the outputs folder.
+    """
+    import sqlite3
+
+    uri, file = store_uri(tracking, outputs), database(tracking, outputs)
+    if not _answers(uri):
+        raise InputError(f"tracking.uri={uri} can't be reached: start the server, or set tracking.uri=null")
+    (outputs / "locks").mkdir(parents=True, exist_ok=True)
+    if file is not None and file.is_file():
+        try:
+            with closing(sqlite3.connect(file)) as store:
+                store.execute("PRAGMA schema_version")
+        except sqlite3.OperationalError:  # somebody else is busy with it
+            pass
+        except sqlite3.DatabaseError as error:
+            raise _unusable(error, tracking, outputs) from error
+
+
 def connect(tracking: TrackingConfig, outputs: Path):
     """The mlflow module, pointed at the store; a database is prepared once, under a lock, a sqlite file in WAL mode.
 
@@ -109,8 +134,7 @@ def connect(tracking: TrackingConfig, outputs: Path):
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints what it then raises
-    if not _answers(uri):
-        raise InputError(f"tracking.uri={uri} can't be reached: start the server, or set tracking.uri=null")
+    refuse_unusable(tracking, outputs)
     try:
         mlflow.set_tracking_uri(uri)
         if uri.startswith(("http://", "https://")):  # the server decides where artifacts go

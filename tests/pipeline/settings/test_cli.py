@@ -23,7 +23,7 @@ def call(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
     return end.value.code, lines[0]
 
 
-def imported_by(*arguments: str) -> tuple[str, set[str]]:
+def imported_by(*arguments: str, status: int = 0) -> tuple[str, set[str]]:
     """What a call prints, and the top-level names of all modules that it imports."""
     code = (
         f"import atexit, sys; sys.argv = ['pipeline', *{arguments!r}]\n"
@@ -32,7 +32,7 @@ def imported_by(*arguments: str) -> tuple[str, set[str]]:
         "main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == status, done.stderr
     return done.stdout, set(done.stderr.split())
 
 
@@ -53,6 +53,14 @@ def test_the_configuration_is_printed_by_hydra_and_its_own_imports():
     assert "largest_offset: 65536" in text
     assert not modules & HEAVY
     assert len(modules) < 500
+
+
+@pytest.mark.parametrize("setting", ["tracking.uri=http://localhost:9", "seed=1"])
+def test_a_store_that_can_not_be_used_is_refused_before_frameworks_are_imported(tmp_path, setting):
+    (tmp_path / "mlflow.db").write_bytes(b"no database" * 999)
+    _, said = imported_by(f"outputs={tmp_path}", setting, "document.count=1", status=2)
+    assert not said & {"torch", "transformers", "mlflow", "pandas"}
+    assert "tracking.uri=null" in said if "uri" in setting else "mlflow.db" in " ".join(said)
 
 
 def test_a_sweep_on_the_command_line_gives_a_finished_run_a_budget(small):

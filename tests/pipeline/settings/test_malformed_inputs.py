@@ -280,7 +280,9 @@ def run_here(arguments: list[str]) -> None:
         cli.main()
     words = outermost(spelled_out(arguments))
     with cli.reporting(words):
-        execute(prepare(composed(words)))
+        job = prepare(composed(words))
+        tracking.refuse_unusable(job.settings.tracking, job.settings.outputs)
+        execute(job)
 
 
 def call(settings: list[str], arguments: list[str]) -> tuple[str, list[str]]:

@@ -190,6 +190,17 @@ def test_spread_queries_add_the_norm_of_the_key(rope, rng):
     np.testing.assert_allclose(TriAttention().expectation(layer)[0, :, 0], 2 * bands.sum(axis=1), rtol=1e-5)
 
 
+def test_spread_is_what_the_mean_query_leaves_of_the_modulus(rope, rng):
+    """Queries of modulus 2 whose mean is 1.5 long are spread by the half; without the series nothing else counts."""
+    keys = rng.normal(size=(1, 20, 16))
+    bands = np.hypot(keys[0, :, :8], keys[0, :, 8:])
+    mean = np.full((1, 1, 8), 1.5 * np.exp(2j))
+    layer = view(keys, rope, np.arange(20), QueryStatistics(mean, np.full((1, 1, 8), 2.0)))
+    for share, without_mean in ((0.5, False), (2.0, True)):
+        scores = TriAttention(disable_trig=True, disable_mlr=without_mean).expectation(layer)[0, :, 0]
+        np.testing.assert_allclose(scores, share * bands.sum(axis=1), rtol=1e-5)
+
+
 @pytest.mark.parametrize("path, aggregation", FORMS)
 def test_without_the_series_only_key_norms_count(path, aggregation, rope, rng):
     """Position, next position and phase of the key don't matter then; with the series each of them does."""

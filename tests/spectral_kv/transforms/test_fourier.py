@@ -49,3 +49,5 @@ def test_passes_low_tones_and_stops_high_ones():
     tone = lambda cycles: np.cos(np.pi * cycles * np.arange(tokens) / (tokens - 1))[None, :, None]  # noqa: E731
     np.testing.assert_allclose(lowpass(tone(50), 0.25, 0.5), tone(50), atol=1e-6)
     np.testing.assert_allclose(lowpass(tone(600), 0.25, 0.5), 0, atol=1e-6)
+    np.testing.assert_allclose(highpass(tone(50), 0.25, 0.5), 0, atol=1e-6)
+    np.testing.assert_allclose(highpass(tone(600), 0.25, 0.5), tone(600), atol=1e-6)
