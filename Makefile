@@ -25,8 +25,9 @@ smollm2: setup  ## Fetch a model of 135 M parameters (93 MB) and run WaveletTriA
 	$(BIN)/python -m pipeline.fetch smollm2
 	$(BIN)/python -m pipeline model=smollm2 method=wavelet_tri budget=512 document.count=2
 
+# a file's tests stay in one process, which makes what they share once; files with many small tests come last
 test: setup     ## Run the fast tests.
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup  ## Run the slow tests.
 	$(BIN)/python -m pytest -m slow

@@ -185,7 +185,7 @@ def test_the_main_result_is_said_first(regenerated):
     assert set(table["verdict"]) == {"open"} and len(table) == 3 * 6  # five and random
 
 
-def test_with_fewer_documents_than_asked_for_there_is_no_table(store, tmp_path):
+def test_with_fewer_documents_than_asked_for_there_is_no_table(store, tmp_path, monkeypatch):
     from dataclasses import replace
 
     from pipeline.paper.document import Origin, write
@@ -194,7 +194,9 @@ def test_with_fewer_documents_than_asked_for_there_is_no_table(store, tmp_path):
 
     placements = Placements(tmp_path / "placements.json")
     (section,) = measure(plan(["paper"], store, tmp_path / "compositions.json"), placements, print)[0]
-    whole = write([section], Origin("m", "d", "s", "c"), tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.paper.document.draw", lambda sections, folder: {})  # takes seconds
+        whole = write([section], Origin("m", "d", "s", "c"), tmp_path / "whole")
     assert whole.excerpt().startswith("**None of the 5 published methods that prune beats keeping the latest tokens")
     assert "| Key finding 1" in whole.excerpt() and "###" not in whole.excerpt()  # tables have a document of their own
     assert "## Attention output perturbation (AOP; lower is better)" in whole.published_tables()

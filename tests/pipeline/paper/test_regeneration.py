@@ -103,6 +103,7 @@ def test_sections_are_parts_of_experiments_unless_all_is_asked_for():
     assert brief("equal_bytes", ["method=tri"]) == [storage]  # what is given goes first
 
 
+@pytest.mark.slow
 def test_a_part_of_an_experiment_says_so_and_is_left_with_full(settings, tmp_path, capsys):
     given = [*settings, "method=streaming", "document.tokens=1100", "document.count=1"]
     regenerate(["budgets"], given)

@@ -134,6 +134,7 @@ def test_the_full_cache_finds_needles_and_a_window_loses_those_before_it(found):
     pd.testing.assert_series_equal(everything, theirs)
 
 
+@pytest.mark.slow
 def test_a_method_that_follows_attention_finds_what_a_visible_question_looks_for(found):
     settings = ["method=tova", "budget=160", "budget.recent=16"]
     hidden, visible = found(*settings), found(*settings, "document.visible=true")
