@@ -287,6 +287,36 @@ class GenerationCache(Cache):
         """Bytes of every tensor that must live to continue decoding."""
         return sum(layer.nbytes for layer in self.layers)
 
+    @torch.no_grad()
+    def prefill(self, input_ids, attention_mask=None, chunk: int | None = None) -> torch.Tensor:
+        """Feed a prompt, or a further turn, without generating.
+
+        With `chunk` it is fed in pieces, and the budget is held after every one: no layer ever holds more than budget
+        and chunk. Each piece is chosen from with what is held, by the queries of the piece, so that what is kept is not
+        quite that of the whole prompt. `generate(..., prefill_chunk_size=chunk)` of transformers does the same.
+
+        Parameters
+        ----------
+        input_ids : torch.Tensor of int, [batch, tokens]
+            New tokens alone.
+        attention_mask : torch.Tensor, [batch, position + tokens], optional
+            Zero for padding in front of a prompt; it has to end in the first piece.
+        chunk : int, optional
+            Tokens that are fed at once; by default all.
+
+        Returns
+        -------
+        torch.Tensor, [batch, vocabulary]
+            Logits of the token that follows.
+        """
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk={chunk} must be at least 1, or unset to feed the prompt at once")
+        model = self.compressor.backend.model
+        for piece in input_ids.split(chunk or input_ids.shape[1], dim=1):
+            mask = None if attention_mask is None else attention_mask[:, : self.position + piece.shape[1]]
+            logits = model(piece, attention_mask=mask, past_key_values=self, logits_to_keep=1).logits
+        return logits[:, -1]
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that is held, by layer and sequence."""
         found = {}
