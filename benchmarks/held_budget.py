@@ -12,8 +12,8 @@ import argparse
 import time
 
 import numpy as np
-import pandas as pd
 import torch
+from tabulate import tabulate
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 import spectral_kv
@@ -66,9 +66,8 @@ def main() -> None:
                 "most bytes": max(seen.nbytes), "allowed": arguments.layers * (allowed + places),
                 "last bytes": seen.nbytes[-1], "s": round(time.perf_counter() - start, 1),
             })  # fmt: skip
-    table = pd.DataFrame(rows)
-    print(table.to_string(index=False))
-    raise SystemExit(int((table["most bytes"] > table["allowed"]).any()))
+    print(tabulate(rows, "keys"))
+    raise SystemExit(int(any(row["most bytes"] > row["allowed"] for row in rows)))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ comparison.
 
 import argparse
 
-import pandas as pd
 import torch
+from tabulate import tabulate
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 import spectral_kv
@@ -120,11 +120,11 @@ def main() -> None:
     if arguments.plain:
         model.set_attn_implementation("sdpa")
         rows += [plainly(model, ids, chunk) for chunk in chunks]
-    table = pd.DataFrame(rows).set_index("fed") / MB
-    table["full"] = full / MB
+    for row in rows:
+        row["full"] = full
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{arguments.tokens} tokens, {arguments.layers} layers, {arguments.method}, {arguments.dtype}, {where}; MB")
-    print(table.round(1).to_string())
+    print(tabulate([{k: v if k == "fed" else v / MB for k, v in row.items()} for row in rows], "keys", floatfmt=".1f"))
 
 
 if __name__ == "__main__":
