@@ -96,13 +96,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--hidden", type=int, default=896, help="width; 14 query and 2 KV heads of 64 at 896")
     parser.add_argument("--vocabulary", type=int, default=151936)
+    parser.add_argument(
+        "--intermediate", type=int, default=4864, help="width of the MLP, which the cache has no part of"
+    )
     parser.add_argument("--method", default="fourier")
     parser.add_argument("--budget", type=int, default=512)
     parser.add_argument("--chunks", default="2048,whole", help="tokens fed at once, or `whole`")
     parser.add_argument("--plain", action="store_true", help="feed transformers' DynamicCache too")
     arguments = parser.parse_args()
     config = Qwen2Config(
-        vocab_size=arguments.vocabulary, hidden_size=arguments.hidden, intermediate_size=arguments.hidden * 38 // 7,
+        vocab_size=arguments.vocabulary, hidden_size=arguments.hidden, intermediate_size=arguments.intermediate,
         num_hidden_layers=arguments.layers, num_attention_heads=arguments.hidden // 64, num_key_value_heads=2,
         max_position_embeddings=max(32768, arguments.tokens), tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
@@ -113,7 +116,8 @@ def main() -> None:
         model = Qwen2ForCausalLM._from_config(config, dtype=dtype).eval()
     ids = torch.randint(0, config.vocab_size, (1, arguments.tokens), device=device)
     settings = dict(method=arguments.method, budget=arguments.budget)
-    spectral_kv.cache(model, **settings).prefill(ids[:, :1024])  # tables and kernels are made
+    if device.type == "cuda":
+        spectral_kv.cache(model, **settings).prefill(ids[:, :1024])  # tables and kernels are made
     full = arguments.layers * 2 * 2 * arguments.tokens * 64 * dtype.itemsize
     chunks = [None if chunk == "whole" else int(chunk) for chunk in arguments.chunks.split(",")]
     rows = [fed(model, ids, chunk, settings) for chunk in chunks]

@@ -225,6 +225,44 @@ def test_bytes_never_exceed_those_of_the_budget_and_the_interval(model, name, ev
     assert max(sizes) <= allowed
 
 
+@pytest.mark.parametrize("decode", ["rescore", "append"])
+@pytest.mark.parametrize("name", ["fourier", "snapkv"])
+def test_a_prompt_in_chunks_holds_the_budget_after_every_one(model, name, decode):
+    """By `prefill`, by `generate`, and step by step, with the same result."""
+    budget = spectral_kv.Budget(80)
+    settings = dict(every=1 if decode == "append" else None, decode=decode)
+    ids = prompt(330)
+    ours, stepped, generated = (spectral_kv.cache(model, name, budget, **settings) for _ in range(3))
+    with torch.no_grad():
+        for piece in ids.split(100, dim=1):
+            logits = model(piece, past_key_values=stepped).logits[:, -1]
+            assert stepped.held == 80
+    torch.testing.assert_close(ours.prefill(ids, chunk=100), logits)
+    mask = torch.ones_like(ids)
+    model.generate(ids, attention_mask=mask, past_key_values=generated, max_new_tokens=1, prefill_chunk_size=100)
+    for cache in (stepped, generated):
+        assert cache.position == ours.position == 330
+        for one, other in zip(cache.layers, ours.layers, strict=True):
+            assert np.array_equal(one.positions[0], other.positions[0])
+    whole = spectral_kv.cache(model, name, budget, **settings)
+    whole.prefill(ids)
+    assert any(
+        not np.array_equal(a.positions[0], b.positions[0]) for a, b in zip(whole.layers, ours.layers, strict=True)
+    )
+
+
+def test_chunks_that_lose_nothing_give_the_logits_of_the_whole_prompt(model):
+    ids, mask = padded(prompt(150), prompt(131))
+    cache = spectral_kv.cache(model, "fourier", 1000)
+    got = cache.prefill(ids, mask, chunk=40)
+    torch.testing.assert_close(got, model(ids, attention_mask=mask, use_cache=False).logits[:, -1], atol=1e-4, rtol=0)
+    more = torch.cat([mask, torch.ones(2, 9, dtype=torch.long)], dim=1)
+    got, whole = cache.prefill(prompt(9, batch=2), more), torch.cat([ids, prompt(9, batch=2)], dim=1)
+    torch.testing.assert_close(got, model(whole, attention_mask=more, use_cache=False).logits[:, -1], atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="chunk=0"):
+        cache.prefill(ids, chunk=0)
+
+
 @pytest.mark.parametrize("every", [1, 7])
 def test_appending_keeps_what_scores_most_of_all_that_have_left_the_recent_window(model, every):
     """Seen where the score of a token does not depend on the others: in the first layer, by the norm of keys."""
