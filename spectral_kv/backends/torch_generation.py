@@ -293,7 +293,8 @@ class GenerationCache(Cache):
 
         With `chunk` it is fed in pieces, and the budget is held after every one: no layer ever holds more than budget
         and chunk. Each piece is chosen from with what is held, by the queries of the piece, so that what is kept is not
-        quite that of the whole prompt. A last piece of one token counts as generated. `generate(..., prefill_chunk_size=chunk)` of transformers does the same.
+        quite that of the whole prompt. A last piece of one token counts as generated.
+        `generate(..., prefill_chunk_size=chunk)` of transformers does the same.
 
         Parameters
         ----------
