@@ -202,7 +202,7 @@ def test_new_tokens_take_the_logical_position(backend, tokens):
     prefill = backend.prefill(tokens[:200], observe=10)
     cache = backend.compress(prefill, keep(backend, prefill, 60, 0), Dense())
     wrong = cache.copy()
-    assert (cache.position, cache.layers[0].held) == (200, 60)
+    assert (cache.get_seq_length(), cache.position, cache.layers[0].held) == (200, 200, 60)
     for layer in wrong.layers:
         layer.seen = layer.held
     right, shifted = (backend.extend(c, tokens[200:220]).logits for c in (cache, wrong))
