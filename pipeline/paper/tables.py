@@ -323,6 +323,6 @@ def synthetic(section: MeasuredSection) -> list[Table]:
 
 TABLES: dict[str, Callable[[MeasuredSection], list[Table]]] = {
     "paper": paper, "speed": speed, "baselines": baselines, "seeds": seeds, "budgets": budgets,
-    "equal_bytes": equal_bytes, "ablation": ablation, "recent": recent, "multiturn": multiturn, "retrieval": retrieval,
-    "correlation": correlation, "synthetic": synthetic,
+    "equal_bytes": equal_bytes, "ablation": ablation, "recent": recent, "multiturn": multiturn,
+    "correlation": correlation, "retrieval": retrieval, "synthetic": synthetic,
 }  # fmt: skip
