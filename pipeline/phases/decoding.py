@@ -43,7 +43,7 @@ class Decoding:
         How many documents are decoded.
     """
 
-    tokens: int = 1024
+    tokens: int = 640
     every: int | None = 128
     positions: int = 16
     documents: int = 5
