@@ -27,7 +27,7 @@ def _waves(
         part = slice(start, start + TABLE)
         phases = places[part, None] * turns
         cos[part], sin[part] = scale * np.cos(phases), direction * scale * np.sin(phases)
-    return cos.reshape(*shape, -1), sin.reshape(*shape, -1)
+    return cos.reshape(*shape, len(turns)), sin.reshape(*shape, len(turns))
 
 
 @dataclass(frozen=True)

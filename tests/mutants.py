@@ -44,7 +44,7 @@ MUTANTS = [
     Mutant("scorers/h2o.py", "layer.scaling", "0.01", f"{BASELINES}::test_h2o"),
     Mutant("scorers/oracle_mass.py", "layer.scaling", "0.01", "scorers/test_oracles.py::test_mass"),
     Mutant("scorers/observed_attention.py", "return mass / saw", "return mass", f"{BASELINES}::test_observed"),
-    Mutant("scorers/keydiff.py", "return -xp.sum", "return xp.sum", f"{BASELINES}::test_keydiff"),
+    Mutant("scorers/keydiff.py", "keys: -xp.sum", "keys: xp.sum", f"{BASELINES}::test_keydiff"),
     Mutant("scorers/knorm.py", "-layer.key_norms", "layer.key_norms", f"{BASELINES}::test_knorm"),
     Mutant("scorers/spectral.py", "deviation = -deviation", "pass", f"{SPECTRAL}::test_sign"),
     Mutant("scorers/tri.py", "modulus - np.abs(mu)", "modulus", "scorers/test_tri.py::test_spread"),

@@ -109,7 +109,7 @@ class SpectralKV(HFLM):
         self.setting = Setting(method, storage, budget, ratio, every, Path(statistics) if statistics else None)
         super().__init__(pretrained, **settings)
         if self.backend != "causal":
-            raise ValueError(f"backend={self.backend} has no cache of a context: give a causal model")
+            raise ValueError(f"a {self.backend} model has no cache of a context: give a causal one")
         self._cache(1)  # what can't be used is refused before anything runs
 
     def _cache(self, context: int) -> GenerationCache:

@@ -135,3 +135,8 @@ def test_positions_of_every_head_are_looked_up_in_one_table(rope, rng, monkeypat
             assert torch.equal(found[head], rope.unrotate(x[head], positions[head]))
     tables = [shape for shape in asked if shape != (50,)]
     assert set(tables) == {(12288,)} and waves.cache_info().hits >= 2
+
+
+def test_no_positions_give_no_rotations():
+    _, rope = model_rotation(DEFAULT)
+    assert rope.rotate(np.zeros((2, 0, 16), dtype=np.float32), np.zeros(0)).shape == (2, 0, 16)
