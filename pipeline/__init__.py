@@ -1,5 +1,6 @@
 """The experiment pipeline: it needs more than the library, which works without it."""
 
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,3 +12,7 @@ if _MISSING:
         print(f"pipeline: {_REMEDY}", file=sys.stderr)
         sys.exit(2)
     raise ImportError(_REMEDY)
+
+# Threads of torch that wait sleep. By default they spin, and with as many threads as cores a barrier then lasts until
+# the scheduler has put off whoever else computes. Read when OpenMP's library is loaded, so before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -300,8 +300,8 @@ def execute(job: Job) -> Result:
     """
     settings = job.settings
     try:
+        mlflow = tracking.connect(settings.tracking, settings.outputs)  # may refuse, before frameworks are loaded
         hashed = identity(job)
-        mlflow = tracking.connect(settings.tracking, settings.outputs)
         with tracking.claim(settings.outputs, hashed):
             if not settings.force and (run := tracking.find_finished(mlflow, hashed)):
                 tracking.join(mlflow, run, settings.tracking)

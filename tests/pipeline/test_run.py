@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -285,3 +286,16 @@ def test_h2o_gives_half_of_the_budget_to_recent_tokens(small):
         for head in layer:
             assert set(range(4)) <= set(head.tolist()) and set(range(200 - 28, 200)) <= set(head.tolist())
             assert len(head) == 60
+
+
+def test_threads_that_wait_sleep_unless_the_user_wants_them_to_spin(monkeypatch):
+    import importlib
+
+    import pipeline
+
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    importlib.reload(pipeline)
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    importlib.reload(pipeline)
+    assert os.environ["OMP_WAIT_POLICY"] == "active"
