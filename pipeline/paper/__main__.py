@@ -7,8 +7,8 @@
     python -m pipeline.paper --refresh                           measure again what is there already
 
 Further arguments are settings as for `python -m pipeline`; they apply to every section whose experiment doesn't choose
-another option of the same group. Results go to <outputs>/paper: paper.md, results.json, tables/ (CSV and LaTeX) and
-figures/ (PNG and SVG). A configuration that MLflow already holds, measured with the same code, model and documents,
+another option of the same group. Results go to <outputs>/paper: index.html (one page that needs no network), paper.md,
+results.json, tables/ (CSV and LaTeX) and figures/ (PNG and SVG). A configuration that MLflow already holds, measured with the same code, model and documents,
 is not run again: after an interruption the command goes on. That holds for speeds, too, which the document dates:
 `--sections speed --refresh` times again.
 """
@@ -52,6 +52,7 @@ def regenerate(experiments: list[str], overrides: list[str], readme: Path | None
         f"windows of {documents.tokens} + {documents.continuation} tokens of {documents.source}",
         tracking.store_uri(first.tracking, first.outputs),
         " ".join(["python -m pipeline.paper", *sys.argv[1:]]),
+        " ".join(general),
     )
     document = write(measured, origin, folder)
     verdicts = document.verdicts
@@ -70,6 +71,7 @@ def regenerate(experiments: list[str], overrides: list[str], readme: Path | None
         if section.withheld:
             print(f"{section.title}: {section.withheld}")
     print(f"\n{fresh} configurations measured, {total - fresh} were there already. The document: {folder / 'paper.md'}")
+    print(f"As a page to open: {folder / 'index.html'}")
 
 
 def main() -> None:

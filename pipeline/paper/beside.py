@@ -112,6 +112,7 @@ def beside(spec: Published, runs: dict[str, FinishedRun]) -> Table:
         .reset_index(drop=True)
     )
     cells: list[dict[str, str]] = []
+    origins: list[dict[str, str]] = []
     recency = f"- {runs[RECENCY].title}" if RECENCY in runs else ""
     for index, row in table.iterrows():
         own = {
@@ -129,8 +130,12 @@ def beside(spec: Published, runs: dict[str, FinishedRun]) -> Table:
             if table[f"{column}_published"].notna().any():
                 own[f"{label} published"] = number(row[f"{column}_published"], pattern)
         cells.append(own)
+        origins.append(dict.fromkeys(own, row["run_id"]))
+        if recency in own:
+            origins[-1][recency] += f" {runs[RECENCY].run_id}"
     starred(cells, p)
-    return Table(f"published_{spec.name}", spec.title, table, pd.DataFrame(cells), _note(spec, runs, bool(p)))
+    note = _note(spec, runs, bool(p))
+    return Table(f"published_{spec.name}", spec.title, table, pd.DataFrame(cells), note, origins)
 
 
 def _note(spec: Published, runs: dict[str, FinishedRun], differs: bool) -> str:

@@ -1,9 +1,9 @@
 """The document: tables, figures, claims and their origin, written to a folder."""
 
+import io
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
@@ -13,12 +13,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipeline.paper import published, recency
 from pipeline.paper.claims import CONTRADICTED, SUPPORTED, UNDECIDED, Verdict, claims, judge
-from pipeline.paper.finished import FinishedRun
 from pipeline.paper.measured import MeasuredSection
+from pipeline.paper.provenance import TRACED, Origin, by_choice, hashes, setup, timed, traced
+from pipeline.paper.report import page
 from pipeline.paper.tables import TABLES, Table
 
 TITLE = "SpectralKV, measured again"
-TRACED = ("git.revision", "git.changed", "hash.model", "hash.document", "hash.code")
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,6 @@ class Shown:
     withheld: str | None
     tables: list[Table]
     figures: list[Drawn]
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What the whole document is about, and how it was made."""
-
-    model: str
-    documents: str
-    store: str
-    command: str
-
-
-def by_choice(section: MeasuredSection) -> dict[str, FinishedRun]:
-    """Runs by their variant, or by their method."""
-    return {run.choice.get("variant", run.method): run for run in section.runs}
 
 
 def judged(sections: list[MeasuredSection]) -> list[Verdict]:
@@ -83,54 +68,6 @@ def verdict_table(verdicts: list[Verdict]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def timed(sections: list[MeasuredSection]) -> str:
-    """When speeds were measured, for they are not measured again; nothing if there are none."""
-    runs = [run for s in sections for run in s.runs if "throughput/speedup" in run.metrics]
-    if not runs:
-        return ""
-    days = sorted({f"{datetime.fromtimestamp(run.started / 1000, UTC):%Y-%m-%d %H:%M} UTC" for run in runs})
-    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-    return f"Speeds were timed on {when}; `python -m pipeline.paper --sections speed --refresh` times them again."
-
-
-SETUP = ("hardware", "platform", "version.python", "version.torch", "version.transformers", "version.numpy")
-
-
-def setup(sections: list[MeasuredSection]) -> list[tuple[str, str]]:
-    """What the runs were measured with; several values where they were not measured alike."""
-    runs = [run for section in sections for run in section.runs]
-    tags = [tag for name in SETUP for tag in sorted({t for r in runs for t in r.tags if t.split(":")[0] == name})]
-    found = [(t, ", ".join(dict.fromkeys(run.tags[t] for run in runs if t in run.tags))) for t in dict.fromkeys(tags)]
-    notes = dict.fromkeys(run.tags["timings"] for run in runs if "timings" in run.tags)
-    return found + ([("times", ", ".join(notes))] if notes else [])
-
-
-def _traced(sections: list[MeasuredSection]) -> tuple[str, list[tuple[str, str]]]:
-    """One line a run, and every hash that they share."""
-    lines: dict[str, dict[str, str]] = {}
-    for section in sections:
-        for run in section.runs:
-            choice = ", ".join(f"{k.split('.')[-1]} {v}" for k, v in run.choice.items())
-            line = lines.setdefault(
-                run.run_id,
-                {
-                    "what": f"{section.experiment}: {choice}",
-                    "run": run.run_id,
-                    "identity": run.tags["identity"],
-                    "documents": run.tags["hash.document"],
-                },
-            )
-            if not line["what"].startswith(f"{section.experiment}:"):
-                line["what"] += f"; {section.experiment}: {choice}"
-    everything = [run for section in sections for run in section.runs]
-    hashes = []
-    for tag in TRACED:
-        for value in dict.fromkeys(run.tags.get(tag, "-") for run in everything):
-            of = [s.experiment for s in sections if any(run.tags.get(tag, "-") == value for run in s.runs)]
-            hashes.append((f"{tag} of {', '.join(of)}", value))
-    return pd.DataFrame(lines.values()).to_markdown(index=False, disable_numparse=True), hashes
-
-
 def _clean(value: object) -> object:
     """JSON has no NaN."""
     if isinstance(value, dict):
@@ -147,6 +84,7 @@ def draw(sections: list[MeasuredSection], folder: Path) -> dict[str, list[Drawn]
     import matplotlib.pyplot as plt
 
     from pipeline.paper.figures import FIGURES, STYLE
+    from pipeline.paper.hover import titled
 
     there = {section.experiment: section for section in sections if not section.withheld}
     drawn: dict[str, list[Drawn]] = {}
@@ -155,7 +93,9 @@ def draw(sections: list[MeasuredSection], folder: Path) -> dict[str, list[Drawn]
             if (figure := function(there)) is not None:
                 figure.savefig(folder / f"{name}.png", metadata={"Software": None})
                 figure.set_layout_engine("none")  # the layout stays; it need not be found again
-                figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+                drawing = io.StringIO()
+                figure.savefig(drawing, format="svg", metadata={"Date": None})
+                (folder / f"{name}.svg").write_text(titled(drawing.getvalue()), encoding="utf-8")
                 plt.close(figure)
                 drawn.setdefault(experiment, []).append(Drawn(name, caption))
     return drawn
@@ -185,24 +125,31 @@ class Document:
         return beside + [table for section in self.shown for table in section.tables]
 
     def render(self, template: str, **more: object) -> str:
-        """One of the templates of this package."""
+        """One of the templates of this package, as Markdown."""
         claimed = verdict_table(self.verdicts).to_markdown(index=False) if self.verdicts else ""
+        more = {"tally": tally(self.verdicts), "main_result": self.main_result} | more
         bounds = {(str(b["date"]), b["value"], b["reason"]): b["after"] for v in self.verdicts for b in v.bounds}
         return self.environment.get_template(template).render(
-            verdicts=self.verdicts, verdict_table=claimed, tally=tally(self.verdicts), main_result=self.main_result,
+            verdicts=self.verdicts, verdict_table=claimed,
             bounds=[(*about, after) for about, after in bounds.items()], **more,
         )  # fmt: skip
 
+    def about(self) -> dict[str, object]:
+        """What every form of the whole document is made of."""
+        metrics = [run.metrics for section in self.sections for run in section.runs]
+        return {
+            "title": TITLE, "tally": tally(self.verdicts), "main_result": self.main_result, "card": published.card()["source"], "sections": self.shown,
+            "hashes": hashes(self.sections), "setup": setup(self.sections), "timed": timed(self.sections),
+            "beside_recency": self.beside_recency,
+            "flagged": max(found.get("ppl/flagged", 0.0) for found in metrics), **asdict(self.origin),
+            "references": published.references({run.method for s in self.sections for run in s.runs}),
+            "no_verdicts": "The section `paper` decides on the claims; it is not here, or has too few documents.",
+        }  # fmt: skip
+
     def text(self) -> str:
         """`paper.md`."""
-        trace, hashes = _traced(self.sections)
-        metrics = [run.metrics for section in self.sections for run in section.runs]
-        return self.render(
-            "paper.md.j2", title=TITLE, card=published.card()["source"], sections=self.shown, trace=trace,
-            hashes=hashes, setup=setup(self.sections), timed=timed(self.sections), beside_recency=self.beside_recency,
-            flagged=max(found.get("ppl/flagged", 0.0) for found in metrics), **asdict(self.origin),
-            no_verdicts="The section `paper` decides on the claims; it is not here, or has too few documents.",
-        )  # fmt: skip
+        lines = pd.DataFrame(traced(self.sections)).to_markdown(index=False, disable_numparse=True)
+        return self.render("paper.md.j2", trace=lines, **self.about())
 
     def excerpt(self) -> str:
         """What another document shows: the main result, the verdicts, and a figure."""
@@ -245,7 +192,7 @@ def _results(document: Document) -> dict:
 
 
 def write(sections: list[MeasuredSection], origin: Origin, folder: Path) -> Document:
-    """Write `paper.md`, `results.json`, `tables/` and `figures/`.
+    """Write `paper.md`, `index.html`, `results.json`, `tables/` and `figures/`.
 
     Parameters
     ----------
@@ -275,6 +222,7 @@ def write(sections: list[MeasuredSection], origin: Origin, folder: Path) -> Docu
         table.numbers.to_csv(folder / "tables" / f"{table.name}.csv", index=False)
         (folder / "tables" / f"{table.name}.tex").write_text(table.latex(), encoding="utf-8")
     (folder / "paper.md").write_text(document.text(), encoding="utf-8")
+    (folder / "index.html").write_text(page(document, folder / "figures"), encoding="utf-8")
     results = _clean(_results(document))
     (folder / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False), encoding="utf-8")
     return document

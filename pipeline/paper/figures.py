@@ -11,8 +11,10 @@ import yaml
 
 from pipeline.paper import recency
 from pipeline.paper.finished import FinishedRun
+from pipeline.paper.hover import say, say_cells
 from pipeline.paper.measured import MeasuredSection
-from pipeline.statistics import Estimate, differences, estimate
+from pipeline.show.summary import spread
+from pipeline.statistics import Estimate, differences, estimate, kendall
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -45,10 +47,11 @@ def look(method: str) -> dict[str, str]:
     return palette().get(method, {"color": "#999999", "marker": "."})
 
 
-def _line(axes: Axes, run: FinishedRun, x: list[float], values: list[Estimate], **options) -> None:
-    """A curve with its 95 % band."""
+def _line(axes: Axes, run: FinishedRun, x: list[float], values: list[Estimate], at: str) -> None:
+    """A curve with its 95 % band; `at` says what a place on the x axis is called."""
     style = look(run.method)
-    axes.plot(x, [v.mean for v in values], **{"label": run.title, "lw": 1.4, "ms": 5, **style, **options})
+    (line,) = axes.plot(x, [v.mean for v in values], label=run.title, lw=1.4, ms=5, **style)
+    say(line, [f"{run.title}, {at.format(place)}: {spread(v, '{:.3f}')}" for place, v in zip(x, values, strict=True)])
     low, high = ([getattr(v, bound) for v in values] for bound in ("low", "high"))
     axes.fill_between(x, low, high, color=style["color"], alpha=0.12, lw=0)
 
@@ -77,11 +80,13 @@ def frontier(sections: dict[str, MeasuredSection]) -> Figure | None:
     left = grid[0, 0]
     for method in dict.fromkeys(run.method for run in runs):
         own = sorted((run for run in runs if run.method == method), key=lambda run: run.metrics["memory/mb"])
-        _line(left, own[0], [run.metrics["memory/mb"] for run in own], [run.estimate("ppl/kl") for run in own])
+        bytes_of = [run.metrics["memory/mb"] for run in own]
+        _line(left, own[0], bytes_of, [run.estimate("ppl/kl") for run in own], "{:.2f} MB")
     for run in others:
         if run.method == "full" and (storage := run.choice["storage"]) != "dense":
             place = (run.metrics["memory/mb"], run.metrics["ppl/kl"])
-            left.plot(*place, ls="", ms=7, label="whole prompt in codes", **look("turboquant"))
+            (mark,) = left.plot(*place, ls="", ms=7, label="whole prompt in codes", **look("turboquant"))
+            say(mark, [f"every token, {STORAGES[storage]}, {place[0]:.2f} MB: {spread(run.estimate('ppl/kl'), '{:.3f}')}"])
             left.annotate(STORAGES[storage].split()[0], place, xytext=(6, 0), textcoords="offset points", va="center")
     ticks = sorted({run.metrics["memory/mb"] for run in runs})
     left.set(xscale="log", yscale="log", xlabel="cache, MB (decimal, log scale)", ylabel=QUALITY, title="over budgets")
@@ -104,10 +109,12 @@ def _over_storages(axes: Axes, runs: list[FinishedRun]) -> None:
         shift = 0.7 * (list(methods).index(method) / max(len(methods) - 1, 1) - 0.5)
         means = np.array([value.mean for value in values])
         ends = np.abs(np.array([[value.low, value.high] for value in values]).T - means)
-        axes.errorbar(
+        bars = axes.errorbar(
             np.array(there) + shift, means, yerr=ends, ls="", ms=5, lw=1.2, label=next(iter(own.values())).title,
             **look(method),
         )  # fmt: skip
+        title, kept = next(iter(own.values())).title, [STORAGES[stored[i]] for i in there]
+        say(bars[0], [f"{title}, {s}: {spread(v, '{:.3f}')}" for s, v in zip(kept, values, strict=True)])
     megabytes = runs[0].metrics["memory/mb"]
     axes.set(title=f"the same {megabytes:.2g} MB, in other storage", xlabel="how kept tokens are stored")
     axes.set_xticks(range(len(stored)), [STORAGES[storage] for storage in stored])
@@ -132,6 +139,25 @@ def _maps(
     return figure, drawn
 
 
+def aop_against_kl(sections: dict[str, MeasuredSection]) -> Figure | None:
+    """Whether the error of attention says what the error of prediction is: one point a method."""
+    runs = list(recency.pruned(list(sections.values())).values())
+    runs = [r for r in runs if r.method not in ("full", "turboquant") and not r.method.startswith("oracle")]
+    runs = [run for run in runs if {"aop/mean", "ppl/kl"} <= set(run.documents)]
+    if len(runs) < 3:
+        return None
+    figure, axes = plt.subplots(figsize=(6.4, 4.0))
+    for run in runs:
+        x, y = run.estimate("aop/mean"), run.estimate("ppl/kl")
+        ends = [[[v.mean - v.low], [v.high - v.mean]] for v in (x, y)]
+        bars = axes.errorbar(x.mean, y.mean, xerr=ends[0], yerr=ends[1], ls="", ms=6, lw=1, label=run.title, **look(run.method))
+        say(bars[0], [f"{run.title}: AOP {spread(x, '{:.3f}')}, KL {spread(y, '{:.3f}')}"])
+    tau = float(kendall(*(np.array([run.metrics[m] for run in runs]) for m in ("aop/mean", "ppl/kl"))))
+    axes.set(xlabel="AOP", ylabel=QUALITY, yscale="log", title=f"Kendall's tau of {len(runs)} methods: {tau:+.2f}")
+    _outside(figure, axes)
+    return figure
+
+
 def layers_and_heads(sections: dict[str, MeasuredSection]) -> Figure | None:
     """Where attention is perturbed: mean AOP of every layer and query head."""
     if "paper" not in sections:
@@ -147,7 +173,11 @@ def layers_and_heads(sections: dict[str, MeasuredSection]) -> Figure | None:
 
     def draw(axes: Axes, run: FinishedRun):
         image = axes.imshow(grids[run.method], vmin=0, vmax=top, cmap="viridis", aspect="auto", origin="lower")
-        axes.set(xticks=range(grids[run.method].shape[1]), yticks=range(grids[run.method].shape[0]))
+        lines, columns = grids[run.method].shape
+        axes.set(xticks=range(columns), yticks=range(lines))
+        values = grids[run.method].to_numpy()
+        words = [[f"{run.title}, layer {i}, head {j}: {v:.3f}" for j, v in enumerate(line)] for i, line in enumerate(values)]
+        say_cells(axes, np.arange(columns + 1) - 0.5, np.arange(lines + 1) - 0.5, np.array(words))
         return image
 
     figure, image = _maps(runs, draw, 2.5, 2.1)
@@ -172,7 +202,8 @@ def drift(sections: dict[str, MeasuredSection]) -> Figure | None:
             if run.choice["phase.drift.policy"] == policy:
                 rows = run.rows[(run.rows["metric"] == "drift/aop") & run.rows["turn"].notna()]
                 turns = rows.groupby("turn")["value"]
-                _line(axes, run, list(turns.groups), [estimate(values.to_numpy()) for _, values in turns])
+                values = [estimate(values.to_numpy()) for _, values in turns]
+                _line(axes, run, list(turns.groups), values, "turn {:.0f}")
         axes.set(xlabel="turn", title=title, ylim=(0, None))
         axes.xaxis.get_major_locator().set_params(integer=True)
     grid[0].set_ylabel("AOP (bands: 95 % over windows)")
@@ -192,6 +223,7 @@ def kept_tokens(sections: dict[str, MeasuredSection]) -> Figure | None:
         width = np.diff(grid.columns[:2])[0]
         extent = (0, grid.columns[-1] + width, -0.5, len(grid) - 0.5)
         axes.set(yticks=range(len(grid)))
+        _say_stretches(axes, run.title, grid, width)
         return axes.imshow(
             grid, vmin=0, vmax=1, cmap="cividis", aspect="auto", origin="lower", extent=extent, interpolation="nearest"
         )
@@ -201,6 +233,23 @@ def kept_tokens(sections: dict[str, MeasuredSection]) -> Figure | None:
     figure.supylabel("layer", fontsize=9)
     figure.colorbar(image, ax=figure.axes, label="share kept, mean over KV heads", shrink=0.8)
     return figure
+
+
+STRETCHES = 16  # of a prompt that words are for: a rectangle for every 16 tokens would double the document's bytes
+
+
+def _say_stretches(axes: Axes, title: str, grid: pd.DataFrame, width: float) -> None:
+    """Words for the kept shares `[layers, positions]`, for some stretches of the prompt."""
+    parts = np.array_split(np.arange(grid.shape[1]), min(STRETCHES, grid.shape[1]))
+    edges = [float(grid.columns[part[0]]) for part in parts] + [float(grid.columns[-1] + width)]
+    words = [
+        [
+            f"{title}, layer {layer:.0f}, tokens {low:.0f} to {high - 1:.0f}: {own.iloc[part].mean():.2f} kept"
+            for part, low, high in zip(parts, edges, edges[1:], strict=False)
+        ]
+        for layer, own in grid.iterrows()
+    ]
+    say_cells(axes, edges, np.arange(len(grid) + 1) - 0.5, np.array(words))
 
 
 def windows(sections: dict[str, MeasuredSection]) -> Figure | None:
@@ -218,8 +267,10 @@ def windows(sections: dict[str, MeasuredSection]) -> Figure | None:
         for one in (one for one in found if one.metric == metric):
             line, style = methods.index(one.method), look(one.method)
             values = differences(runs[one.method].documents[metric], runs[recency.RECENCY].documents[metric])
-            axes.scatter(values, np.full(len(values), line), s=9, alpha=0.5, lw=0.6, **style)
-            axes.plot([one.value.low, one.value.high], [line - 0.3] * 2, color="#000000", lw=1.2)
+            points = axes.scatter(values, np.full(len(values), line), s=9, alpha=0.5, lw=0.6, **style)
+            say(points, [f"{one.title}, window {index}: {v:+.3f}" for index, v in enumerate(values)])
+            (bar,) = axes.plot([one.value.low, one.value.high], [line - 0.3] * 2, color="#000000", lw=1.2)
+            say(bar, f"{one.title}, mean of {one.windows} windows: {spread(one.value, '{:+.3f}')}")
         axes.axvline(0, color="#666666", lw=0.8)
         axes.set(xlabel=f"{recency.margins()[metric]['label']}, method - StreamingLLM")
         axes.set_xscale("symlog", linthresh=0.1)
@@ -248,6 +299,11 @@ def recall_by_depth(sections: dict[str, MeasuredSection]) -> Figure | None:
         grid[line, means.index] = means
     figure, axes = plt.subplots(figsize=(6.0, 0.3 * len(ordered) + 1.2))
     image = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    words = [
+        [f"{run.title}, {name} % of the prompt: {v:.2f} found" for name, v in zip(names, grid[line], strict=True)]
+        for line, run in enumerate(ordered)
+    ]
+    say_cells(axes, np.arange(DEPTHS + 1) - 0.5, np.arange(len(ordered) + 1) - 0.5, np.array(words))
     for (line, part), value in np.ndenumerate(grid):
         if not np.isnan(value):
             axes.text(
@@ -279,7 +335,8 @@ def spectra(sections: dict[str, MeasuredSection]) -> Figure | None:
     layers = powers(any_run, "spectrum/full", ["layer", "frequency"]).unstack(0)
     shades = plt.get_cmap("viridis")(np.linspace(0, 0.95, layers.shape[1]))
     for shade, (layer, values) in zip(shades, layers.items(), strict=True):
-        left.loglog(values.index, values, color=shade, lw=1.4, label=f"layer {layer:.0f}")
+        (line,) = left.loglog(values.index, values, color=shade, lw=1.4, label=f"layer {layer:.0f}")
+        say(line, f"full cache, layer {layer:.0f}")
     left.set(title="full cache, by layer", ylabel="power of keys before RoPE")
     left.legend(fontsize=7, ncols=2)
     full = powers(any_run, "spectrum/full", ["frequency"])
@@ -288,7 +345,8 @@ def spectra(sections: dict[str, MeasuredSection]) -> Figure | None:
         if method in runs:
             values = powers(runs[method], "spectrum/rebuilt", ["frequency"])
             style = look(method)
-            right.loglog(values.index, values, lw=1.2, ms=4, markevery=4, label=runs[method].title, **style)
+            (line,) = right.loglog(values.index, values, lw=1.2, ms=4, markevery=4, label=runs[method].title, **style)
+            say(line, runs[method].title)
     right.set(title="rebuilt from what is kept, mean of layers")
     _outside(figure, right)
     for axes in (left, right):
@@ -302,6 +360,11 @@ FIGURES: dict[str, tuple[Callable[[dict[str, MeasuredSection]], Figure | None], 
         windows, "paper",
         "Differences to keeping the latest tokens, one point a window, with the 95 % interval of their mean below; "
         "left of 0 the method is better. Axes are linear within 0.1 and logarithmic beyond.",
+    ),
+    "aop_against_kl": (
+        aop_against_kl, "paper",
+        "The error of attention beside that of prediction, one point a method that evicts, at the same budget; bars "
+        "are 95 % over windows.",
     ),
     "kept_tokens": (
         kept_tokens, "paper",

@@ -16,6 +16,12 @@ def card() -> dict:
     return yaml.safe_load(files("pipeline.paper").joinpath("published.yaml").read_text(encoding="utf-8"))
 
 
+def references(methods: set[str]) -> list[str]:
+    """What is cited, one line a work: the sources of the methods, then those of the statistics."""
+    cited = yaml.safe_load(files("pipeline.paper").joinpath("references.yaml").read_text(encoding="utf-8"))
+    return [one["work"] for one in cited if not one.get("methods") or methods & set(one["methods"])]
+
+
 def table(name: str) -> dict[str, dict[str, float]]:
     """The numbers of one published table by method and column."""
     return card()["tables"][name]

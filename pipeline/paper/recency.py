@@ -37,6 +37,7 @@ class Comparison:
     equivalence: Equivalence
     better_on: int  # windows
     windows: int
+    run_ids: str  # of the method and of StreamingLLM
 
     @property
     def verdict(self) -> str:
@@ -83,7 +84,7 @@ def comparisons(runs: dict[str, FinishedRun]) -> list[Comparison]:
             found.append(
                 Comparison(
                     method, run.title, metric, estimate(values), p_value(values), margin, int((values < 0).sum()),
-                    len(values),
+                    len(values), f"{run.run_id} {runs[RECENCY].run_id}",
                 )
             )  # fmt: skip
     return [replace(one, p=float(p)) for one, p in zip(found, holm(one.p for one in found), strict=True)]
@@ -143,6 +144,7 @@ def table(found: list[Comparison]) -> Table:
                 "method": one.title, "metric": one.metric, **flat("difference", one.value), "p_holm": one.p,
                 "margin": tested.margin, "equivalence_p": tested.p, "low_90": tested.low, "high_90": tested.high,
                 "better_on": one.better_on, "windows": one.windows, "verdict": one.verdict,
+                "run_id": one.run_ids,
             }
         )  # fmt: skip
         within = MISSING if pd.isna(tested.p) else f"[{tested.low:+.3f}, {tested.high:+.3f}], p {tested.p:.1g}"

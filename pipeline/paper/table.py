@@ -37,6 +37,9 @@ class Table:
         Every number and the run it is from, one row a line.
     cells : pd.DataFrame
         What is printed.
+    origins : list of dict of str to str, optional
+        For every line the runs behind each printed column, ids separated by spaces; without it those of the line of
+        `numbers`, where there are as many lines.
     """
 
     name: str
@@ -44,6 +47,17 @@ class Table:
     numbers: pd.DataFrame
     cells: pd.DataFrame
     note: str
+    origins: list[dict[str, str]] | None = None
+
+    def runs(self, line: int, column: str) -> list[str]:
+        """Ids of the runs that a printed cell is from; a published number is from none."""
+        if "published" in column:
+            return []
+        if self.origins is not None:
+            return self.origins[line].get(column, "").split()
+        if "run_id" not in self.numbers or len(self.numbers) != len(self.cells):
+            return []
+        return self.numbers["run_id"].iloc[line].split()
 
     def markdown(self) -> str:
         return self.cells.to_markdown(index=False, disable_numparse=True)
@@ -110,16 +124,18 @@ def listing(
     reference : function
         The run that differences of a run are taken to; None, or the run itself: a dash.
     """
-    numbers, cells, p = [], [], {}
+    numbers, cells, origins, p = [], [], [], {}
     for line, run in enumerate(runs):
         about = {label: head(run) for label, head in heads.items()}
         values, printed = dict(about), dict(about)
+        origins.append(dict.fromkeys([*heads, *(column.label for column in columns)], run.run_id))
         for column in columns:
             if column.difference:
                 found = against(run, reference(run), column.metric)
                 value, key = None if found is None else found[0], f"{column.metric}_difference"
                 if found is not None:
                     p[line, column.label] = values[f"{key}_p"] = found[1]
+                    origins[line][column.label] += f" {reference(run).run_id}"
             else:
                 value, key = run.estimate(column.metric), column.metric
             values |= flat(key, value)
@@ -127,18 +143,20 @@ def listing(
         numbers.append(values | {"run_id": run.run_id})
         cells.append(printed)
     starred(cells, p)
-    return Table(name, title, pd.DataFrame(numbers), pd.DataFrame(cells), f"{note} {STARRED}" if p else note)
+    note = f"{note} {STARRED}" if p else note
+    return Table(name, title, pd.DataFrame(numbers), pd.DataFrame(cells), note, origins)
 
 
 def grid(name: str, title: str, runs: list[FinishedRun], across: str, metric: str, pattern: str, note: str) -> Table:
     """A table with one line a method and one column a value of the setting `across`."""
-    numbers, cells = [], []
+    numbers, cells, origins = [], [], []
     for method in dict.fromkeys(run.method for run in runs):
         own = {run.choice[across]: run for run in runs if run.method == method}
+        origins.append({setting: run.run_id for setting, run in own.items()})
         printed = {"method": next(iter(own.values())).title}
         for setting, run in own.items():
             printed[setting] = cell(run.estimate(metric), pattern)
             line = {"method": run.title, across: setting, **flat(metric, run.estimate(metric)), "run_id": run.run_id}
             numbers.append(line)
         cells.append(printed)
-    return Table(name, title, pd.DataFrame(numbers), pd.DataFrame(cells).fillna(MISSING), note)
+    return Table(name, title, pd.DataFrame(numbers), pd.DataFrame(cells).fillna(MISSING), note, origins)

@@ -118,7 +118,8 @@ def seeds(section: MeasuredSection) -> list[Table]:
             means = [run.estimate(metric).mean for run in own]
             whole = estimate(pd.concat([run.documents[metric] for run in own], axis=1).mean(axis=1).to_numpy())
             line = {"method": own[0].title, "metric": metric, **flat("mean", whole), "seeds": len(own)}
-            numbers.append(line | {"least": min(means), "most": max(means), "run_id": own[0].run_id})
+            line |= {"least": min(means), "most": max(means)}
+            numbers.append(line | {"run_id": " ".join(run.run_id for run in own)})
             cells.append(
                 {
                     "method": own[0].title,
@@ -192,7 +193,8 @@ def gaps(ordered: list[FinishedRun], runs: dict[str, FinishedRun]) -> Table:
             value = gap_closed(run.documents[metric].to_numpy(), *ends)
             line |= flat(f"{metric}_gap", value)
             printed[label] = cell(value, "{:.2f}")
-        numbers.append(line | {"run_id": run.run_id})
+        behind = [run, runs["random"], runs["oracle_value"]]
+        numbers.append(line | {"run_id": " ".join(one.run_id for one in behind)})
         cells.append(printed)
     note = "(random - method) / (random - oracle): 0 is as good as random tokens, 1 as the oracle of mass and value."
     title = "Share of the gap between random tokens and the oracle that is closed"
