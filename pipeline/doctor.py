@@ -69,9 +69,9 @@ def unfinished(runs: list, all_hosts: bool) -> Iterator[Finding]:
 
 
 def incomplete(client, runs: list) -> Iterator[Finding]:
-    """FINISHED runs that lack what every finished run has."""
+    """FINISHED runs that lack what every finished run has; one above a sweep has nothing of its own."""
     for run in runs:
-        if run.info.status != "FINISHED":
+        if run.info.status != "FINISHED" or tracking.PARENT in run.data.tags:
             continue
         missing = [] if "time/total_s" in run.data.metrics else ["metrics"]
         try:

@@ -26,7 +26,7 @@ from pipeline.stages.fast_blas import fast_blas
 from pipeline.stages.prefill import FullRuns
 from pipeline.stages.prefill_cache import PrefillCache
 from pipeline.statistics import Estimate, aggregate, per_turn
-from pipeline.store import tracking
+from pipeline.store import sweeps, tracking
 from pipeline.store.record import ROWS, tracked
 from spectral_kv.backends.measuring import MeasuredBackend
 from spectral_kv.compressor import Compressor, foresees, gathers, observed
@@ -268,12 +268,6 @@ def _write(job: Job, measured: Measured, folder: Path) -> None:
 
 def _tags(job: Job, identity: str) -> dict[str, str]:
     settings = job.settings
-    budget = "all tokens" if job.budget is None else f"{job.budget.tokens} of {settings.documents.tokens} tokens"
-    note = (
-        f"**{settings.method.title}**, {budget}, storage {settings.storage_name}, model {settings.model.title}.\n\n"
-        f"{_documents(job)}; the method reads {reads(settings.method.scorer)}.\n\n"
-        f"Rows by document, layer and head: `{ROWS}`; settings: `config.yaml`; pictures: `figures/`."
-    )
     return {
         **tracking.environment(),
         **tracking.membership(settings.tracking),
@@ -286,8 +280,22 @@ def _tags(job: Job, identity: str) -> dict[str, str]:
         "method": settings.method.name,
         "title": settings.method.title,
         "timings": timing_note(settings.backend) or "of this machine",
-        "mlflow.note.content": note,
+        "mlflow.note.content": _note(job, {}),
     }
+
+
+def _note(job: Job, metrics: dict[str, float]) -> str:
+    """The description of a run: what it is, and what came out."""
+    from pipeline.show.summary import described
+
+    settings = job.settings
+    budget = "all tokens" if job.budget is None else f"{job.budget.tokens} of {settings.documents.tokens} tokens"
+    return (
+        f"**{settings.method.title}**, {budget}, storage {settings.storage_name}, model {settings.model.title}.\n\n"
+        f"{described(metrics)}"
+        f"{_documents(job)}; the method reads {reads(settings.method.scorer)}.\n\n"
+        f"Rows by document, layer and head: `{ROWS}`; settings: `config.yaml`; pictures: `figures/`."
+    )
 
 
 def execute(job: Job) -> Result:
@@ -322,12 +330,17 @@ def _recorded(job: Job, mlflow, identity: str) -> Result:
     params["budget.resolved"] = job.budget.tokens if job.budget else "all"
     params["method.reads"] = reads(settings.method.scorer)
     name = f"{settings.method.name}-{params['budget.resolved']}-{settings.storage_name}-{settings.model.name}"
-    with tracked(mlflow, name, params, _tags(job, identity)) as record, TemporaryDirectory() as folder:
+    tags = _tags(job, identity)
+    if above := sweeps.parent(mlflow, settings.tracking, settings.outputs):
+        tags[sweeps.NESTED] = above
+    with tracked(mlflow, name, params, tags) as record, TemporaryDirectory() as folder:
+        record.reads(_documents(job), job.document_hash, job.resolved["document"])
         start = time.perf_counter()
         measured = measure(job)
         metrics = _metrics(measured)
         _write(job, measured, Path(folder))
         metrics["time/total_s"] = time.perf_counter() - start
         turns = per_turn(measured.rows).items()
-        record.log(Path(folder), metrics, {turn: {m: v.mean for m, v in values.items()} for turn, values in turns})
+        by_turn = {turn: {m: v.mean for m, v in values.items()} for turn, values in turns}
+        record.log(Path(folder), metrics, by_turn, _note(job, metrics))
     return _result(job, record.run_id, metrics, reused=False)

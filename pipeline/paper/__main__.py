@@ -8,9 +8,9 @@
 
 Further arguments are settings as for `python -m pipeline`; they apply to every section whose experiment doesn't choose
 another option of the same group. Results go to <outputs>/paper: index.html (one page that needs no network), paper.md,
-results.json, tables/ (CSV and LaTeX) and figures/ (PNG and SVG). A configuration that MLflow already holds, measured with the same code, model and documents,
-is not run again: after an interruption the command goes on. That holds for speeds, too, which the document dates:
-`--sections speed --refresh` times again.
+results.json, tables/ (CSV and LaTeX) and figures/ (PNG and SVG). A configuration that MLflow already holds, measured
+with the same code, model and documents, is not run again: after an interruption the command goes on. That holds for
+speeds, too, which the document dates: `--sections speed --refresh` times again.
 """
 
 import argparse

@@ -138,7 +138,8 @@ class Document:
         """What every form of the whole document is made of."""
         metrics = [run.metrics for section in self.sections for run in section.runs]
         return {
-            "title": TITLE, "tally": tally(self.verdicts), "main_result": self.main_result, "card": published.card()["source"], "sections": self.shown,
+            "title": TITLE, "tally": tally(self.verdicts), "main_result": self.main_result,
+            "card": published.card()["source"], "sections": self.shown,
             "hashes": hashes(self.sections), "setup": setup(self.sections), "timed": timed(self.sections),
             "beside_recency": self.beside_recency,
             "flagged": max(found.get("ppl/flagged", 0.0) for found in metrics), **asdict(self.origin),

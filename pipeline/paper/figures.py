@@ -86,7 +86,10 @@ def frontier(sections: dict[str, MeasuredSection]) -> Figure | None:
         if run.method == "full" and (storage := run.choice["storage"]) != "dense":
             place = (run.metrics["memory/mb"], run.metrics["ppl/kl"])
             (mark,) = left.plot(*place, ls="", ms=7, label="whole prompt in codes", **look("turboquant"))
-            say(mark, [f"every token, {STORAGES[storage]}, {place[0]:.2f} MB: {spread(run.estimate('ppl/kl'), '{:.3f}')}"])
+            say(
+                mark,
+                [f"every token, {STORAGES[storage]}, {place[0]:.2f} MB: {spread(run.estimate('ppl/kl'), '{:.3f}')}"],
+            )
             left.annotate(STORAGES[storage].split()[0], place, xytext=(6, 0), textcoords="offset points", va="center")
     ticks = sorted({run.metrics["memory/mb"] for run in runs})
     left.set(xscale="log", yscale="log", xlabel="cache, MB (decimal, log scale)", ylabel=QUALITY, title="over budgets")
@@ -150,7 +153,9 @@ def aop_against_kl(sections: dict[str, MeasuredSection]) -> Figure | None:
     for run in runs:
         x, y = run.estimate("aop/mean"), run.estimate("ppl/kl")
         ends = [[[v.mean - v.low], [v.high - v.mean]] for v in (x, y)]
-        bars = axes.errorbar(x.mean, y.mean, xerr=ends[0], yerr=ends[1], ls="", ms=6, lw=1, label=run.title, **look(run.method))
+        bars = axes.errorbar(
+            x.mean, y.mean, xerr=ends[0], yerr=ends[1], ls="", ms=6, lw=1, label=run.title, **look(run.method)
+        )
         say(bars[0], [f"{run.title}: AOP {spread(x, '{:.3f}')}, KL {spread(y, '{:.3f}')}"])
     tau = float(kendall(*(np.array([run.metrics[m] for run in runs]) for m in ("aop/mean", "ppl/kl"))))
     axes.set(xlabel="AOP", ylabel=QUALITY, yscale="log", title=f"Kendall's tau of {len(runs)} methods: {tau:+.2f}")
@@ -176,7 +181,9 @@ def layers_and_heads(sections: dict[str, MeasuredSection]) -> Figure | None:
         lines, columns = grids[run.method].shape
         axes.set(xticks=range(columns), yticks=range(lines))
         values = grids[run.method].to_numpy()
-        words = [[f"{run.title}, layer {i}, head {j}: {v:.3f}" for j, v in enumerate(line)] for i, line in enumerate(values)]
+        words = [
+            [f"{run.title}, layer {i}, head {j}: {v:.3f}" for j, v in enumerate(line)] for i, line in enumerate(values)
+        ]
         say_cells(axes, np.arange(columns + 1) - 0.5, np.arange(lines + 1) - 0.5, np.array(words))
         return image
 

@@ -5,7 +5,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import hydra
@@ -227,6 +227,25 @@ def reporting(overrides: list[str]) -> Iterator[None]:
         del os.environ["HYDRA_FULL_ERROR"]
 
 
+@contextmanager
+def closed() -> Iterator[None]:
+    """End the run above a sweep as the sweep itself ends."""
+    status = "FINISHED"
+    try:
+        yield
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    except BaseException:
+        status = "FAILED"
+        raise
+    finally:
+        from pipeline.store import sweeps
+
+        with suppress(Exception):  # on a full disk, for one: how the jobs ended matters more
+            sweeps.close(status)
+
+
 def main() -> None:
     """Entry point of `python -m pipeline`."""
     sys.argv[1:] = outermost(spelled_out(sys.argv[1:]))
@@ -236,4 +255,5 @@ def main() -> None:
             refuse_empty(sys.argv[1:])
         if "hydra.launcher.n_jobs=0" in sys.argv:
             raise InputError("hydra.launcher.n_jobs=0 starts no process: give 1 or more, or -1 for every core")
-        _run()
+        with closed():
+            _run()

@@ -1,5 +1,6 @@
 """What a run prints at its end: one screen."""
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -59,6 +60,16 @@ def spread(value: Estimate, pattern: str) -> str:
     if not value.low < value.high:
         return mean
     return f"{mean} [{pattern.format(value.low)}, {pattern.format(value.high)}]"
+
+
+def described(metrics: dict[str, float]) -> str:
+    """A Markdown table of the metrics that have a label; nothing where there is none."""
+    lines = []
+    for metric, (label, pattern) in LABELS.items():
+        if metric in metrics:
+            bounds = (metrics.get(f"{metric}_{bound}", np.nan) for bound in ("low", "high"))
+            lines.append(f"| {label} | {spread(Estimate(metrics[metric], *bounds), pattern)} |")
+    return "\n".join(["| | mean over documents [95 % interval] |", "|---|---|", *lines, "\n"]) if lines else ""
 
 
 def show(result: Result) -> None:

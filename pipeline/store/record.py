@@ -57,8 +57,18 @@ class Record:
     def __init__(self, client, run_id: str):
         self.client, self.run_id = client, run_id
 
-    def log(self, files: Path, metrics: dict[str, float], curves: dict[int, dict[str, float]]) -> None:
-        """Log the files of a folder, then metrics, and metrics by step."""
+    def reads(self, name: str, digest: str, about: dict[str, object]) -> None:
+        """Name the documents that are measured, as a dataset: the UI lists runs by it."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        text = json.dumps(about)
+        dataset = Dataset(name[:500], digest, "code", text, profile=text)
+        self.client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "measured")])])
+
+    def log(
+        self, files: Path, metrics: dict[str, float], curves: dict[int, dict[str, float]], note: str | None = None
+    ) -> None:
+        """Log the files of a folder, then metrics, metrics by step, and a description."""
         from mlflow.entities import Metric, RunTag
 
         for path in sorted(files.rglob("*")):
@@ -70,6 +80,7 @@ class Record:
         points += [Metric(name, v, now, step) for step, values in curves.items() for name, v in values.items()]
         table = json.dumps([{"path": ROWS, "type": "table"}])  # by this tag the UI and mlflow.load_table know it
         tags = [RunTag("mlflow.loggedArtifacts", table)] if (files / ROWS).is_file() else []
+        tags += [RunTag("mlflow.note.content", note[:LONGEST])] if note else []
         self.client.log_batch(self.run_id, metrics=points[:BATCH], tags=tags)
         for start in range(BATCH, len(points), BATCH):
             self.client.log_batch(self.run_id, metrics=points[start : start + BATCH])

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -40,6 +41,29 @@ def _logged(run, key: str) -> str | None:
     return run.data.params.get(key, run.data.params.get(f"{key}.name"))
 
 
+def opened(overrides: list[str]) -> tuple[ModuleType, TrackingConfig, Path]:
+    """MLflow pointed at the store that settings name, which must be there; the settings, and the outputs folder.
+
+    Raises
+    ------
+    InputError
+        If there is no store.
+    """
+    cfg = composed(overrides)
+    settings = typed(TrackingConfig, cfg.tracking, "tracking")
+    outputs = Path(OmegaConf.select(cfg, "outputs")).resolve()
+    file = tracking.database(settings, outputs)
+    if file is not None and not file.is_file():
+        raise InputError(f"there is no store at {file}: set outputs=<the folder of your runs>")
+    return tracking.connect(settings, outputs), settings, outputs
+
+
+def finished(mlflow: ModuleType) -> list:
+    """All finished runs of a store, the newest first, without those that only hold others together."""
+    runs = tracking.runs(mlflow, "attributes.status = 'FINISHED'")
+    return [run for run in runs if tracking.PARENT not in run.data.tags]
+
+
 def chosen(overrides: list[str]) -> list:
     """The newest finished run of every configuration that fits all of `setting=value,value`.
 
@@ -51,16 +75,8 @@ def chosen(overrides: list[str]) -> list:
     pairs = [override.split("=", 1) for override in spelled_out(overrides)]
     if bad := [pair[0] for pair in pairs if len(pair) < 2]:
         raise InputError(f"{bad[0]} can't be read: write setting=value or setting=value,value")
-    cfg = composed([f"{k}={v}" for k, v in pairs if k.partition(".")[0] in STORE])
-    settings, outputs = (
-        typed(TrackingConfig, cfg.tracking, "tracking"),
-        Path(OmegaConf.select(cfg, "outputs")).resolve(),
-    )
-    file = tracking.database(settings, outputs)
-    if file is not None and not file.is_file():
-        raise InputError(f"there is no store at {file}: set outputs=<the folder of your runs>")
-    runs = tracking.runs(tracking.connect(settings, outputs), "attributes.status = 'FINISHED'")
-    newest = {run.data.tags.get(tracking.CONFIGURATION, run.info.run_id): run for run in reversed(runs)}
+    mlflow, _, _ = opened([f"{k}={v}" for k, v in pairs if k.partition(".")[0] in STORE])
+    newest = {run.data.tags.get(tracking.CONFIGURATION, run.info.run_id): run for run in reversed(finished(mlflow))}
     found = sorted(newest.values(), key=lambda run: run.info.start_time)
     for key, value in pairs:
         if key.partition(".")[0] in STORE:

@@ -30,6 +30,7 @@ PACKAGES = ("torch", "transformers", "numpy", "PyWavelets", "hydra-core", "mlflo
 PATIENCE = 5  # seconds until a server that says nothing counts as not there
 PORTS = {"postgresql": 5432, "postgres": 5432, "mysql": 3306, "mssql": 1433}
 CONFIGURATION = "identity"  # tag that holds the hash of everything that determines a result
+PARENT = "runs"  # tag of a run that measures nothing and holds those of a sweep together
 
 _connected: tuple | None = None  # the store that mlflow points to: opening one takes most of a second
 _experiment_id: str = ""

@@ -1,0 +1,148 @@
+"""Measure a finished run again from the configuration that it stored, and say what differs.
+
+    python -m pipeline.rerun 3f0c9a41                      a run by its id, or by how the id begins
+    python -m pipeline.rerun 3f0c9a41 outputs=/data        of the store of another outputs folder
+    python -m pipeline.rerun 3f0c9a41 model.path=/models/x with a path that is another one on this machine
+
+The second run is recorded beside the first, with the tag `rerun` naming it. Times are not compared. Exit status 0: all
+other metrics are equal in every digit; 1: some are not, and what else is not alike (versions, hardware, hashes of code,
+model and documents) is printed with them; 2: the run can't be repeated.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.job import prepare
+from pipeline.settings.cli import reporting
+from pipeline.settings.compose import spelled_out
+from pipeline.settings.errors import InputError
+from pipeline.store import search
+
+TIMED = ("time/", "prefill/", "throughput/")  # what the clock and the caches of a machine decide
+TIMED_ENDS = ("tok_s", "peak_mb")
+ADDED = ("_vs_", "_gap")  # metrics that `python -m pipeline.compare` gave to a run afterwards
+ALIKE = ("git.revision", "git.changed", "hardware", "platform")
+ALIKE_BEGINS = ("hash.", "version.")
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """Two runs of one configuration beside each other.
+
+    Parameters
+    ----------
+    equal : list of str
+        Metrics that are the same number.
+    differing : dict of str to (first, second)
+        Those that are not; None where a run does not have it.
+    timed : list of str
+        Metrics that are not compared.
+    unlike : dict of str to (first, second)
+        Versions, hashes and hardware that differ.
+    """
+
+    equal: list[str]
+    differing: dict[str, tuple[float | None, float | None]]
+    timed: list[str]
+    unlike: dict[str, tuple[str | None, str | None]]
+
+
+def beside(first, second) -> Repetition:
+    """Compare two runs of MLflow."""
+    ours, theirs = second.data.metrics, first.data.metrics
+    names = sorted(name for name in {*ours, *theirs} if not any(part in name for part in ADDED))
+    timed = [name for name in names if name.startswith(TIMED) or name.endswith(TIMED_ENDS)]
+    values = {name: (theirs.get(name), ours.get(name)) for name in names if name not in timed}
+    tags = sorted(t for t in {*first.data.tags, *second.data.tags} if t in ALIKE or t.startswith(ALIKE_BEGINS))
+    about = {tag: (first.data.tags.get(tag), second.data.tags.get(tag)) for tag in tags}
+    return Repetition(
+        [name for name, (a, b) in values.items() if a == b],
+        {name: pair for name, pair in values.items() if pair[0] != pair[1]},
+        timed,
+        {tag: pair for tag, pair in about.items() if pair[0] != pair[1]},
+    )
+
+
+def _found(mlflow, begins: str):
+    """The finished run whose id begins so."""
+    found = [run for run in search.finished(mlflow) if run.info.run_id.startswith(begins)]
+    if not found:
+        raise InputError(
+            f"no finished run has an id that begins with {begins}: python -m pipeline.compare --runs lists"
+        )
+    if len(found) > 1:
+        raise InputError(f"{len(found)} finished runs have ids that begin with {begins}: write more of the id")
+    return found[0]
+
+
+def repeated(begins: str, overrides: list[str]) -> tuple[object, object]:
+    """Measure a run again; both as MLflow holds them.
+
+    Raises
+    ------
+    InputError
+        If there is no such run, or its configuration means nothing here.
+    """
+    general = [o for o in overrides if o.partition("=")[0].partition(".")[0] in search.STORE]
+    mlflow, settings, outputs = search.opened(general)
+    first = _found(mlflow, begins)
+    try:
+        stored = mlflow.artifacts.load_text(f"{first.info.artifact_uri}/config.yaml")
+    except (mlflow.MlflowException, OSError):
+        raise InputError(f"run {first.info.run_id} has lost its config.yaml: measure with python -m pipeline") from None
+    cfg = OmegaConf.create(stored)
+    cfg.outputs, cfg.force = str(outputs), True
+    cfg.tracking.uri, cfg.tracking.experiment = settings.uri, settings.experiment
+    for override in (o for o in overrides if o not in general):
+        key, given, value = override.partition("=")
+        if not given or OmegaConf.select(cfg, key, default=search) is search:
+            raise InputError(f"{override} is no setting of run {first.info.run_id}: write one of its config.yaml")
+        try:
+            OmegaConf.update(cfg, key, OmegaConf.create(f"value: {value}").value)
+        except OmegaConfBaseException as error:
+            raise InputError(f"{override} can't be read ({error}): write setting=value") from None
+    from pipeline.run import execute
+
+    result = execute(prepare(cfg))
+    client = mlflow.MlflowClient()
+    client.set_tag(result.run_id, "rerun", first.info.run_id)
+    return first, client.get_run(result.run_id)
+
+
+def said(first, second, found: Repetition) -> str:
+    """What a person wants to know of a repetition."""
+    title = first.data.tags.get("title", first.info.run_name)
+    lines = [f"{title}, run {first.info.run_id}, measured again as run {second.info.run_id}"]
+    lines += [f"  {tag}: {a} -> {b}" for tag, (a, b) in found.unlike.items()]
+    lines += [f"  {name}: {a} -> {b}" for name, (a, b) in found.differing.items()]
+    count = "all" if not found.differing else f"{len(found.equal)} of {len(found.equal) + len(found.differing)}"
+    lines.append(
+        f"{count} metrics are equal in every digit ({len(found.equal)}); {len(found.timed)} that tell times are not compared"
+    )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.rerun", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", help="id of a finished run, or its first letters")
+    parser.add_argument("overrides", nargs="*", metavar="SETTING", help="outputs, tracking, and what has to be another")
+    arguments = parser.parse_intermixed_args()
+    begins = arguments.run
+    overrides = spelled_out(arguments.overrides)
+    if "=" in begins:  # settings may come first
+        begins, overrides = (overrides or [""])[-1], spelled_out([begins, *overrides[:-1]])
+    with reporting(overrides):
+        first, second = repeated(begins, overrides)
+        found = beside(first, second)
+        print(said(first, second, found))
+        sys.exit(1 if found.differing else 0)
+
+
+if __name__ == "__main__":
+    main()

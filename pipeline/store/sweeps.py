@@ -1,0 +1,130 @@
+"""The run above the runs of a sweep: it holds them together in the UI, with their results and curves over budgets."""
+
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+from filelock import FileLock
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from pipeline.settings.config import TrackingConfig, typed
+from pipeline.store import tracking
+from pipeline.store.record import BATCH, LONGEST
+
+NESTED = "mlflow.parentRunId"
+SHOWN = ("memory/ratio", "aop/mean", "ppl/nd", "ppl/kl", "retrieval/recall", "throughput/speedup")  # in the description
+CURVES = ("aop/mean", "ppl/nd", "ppl/kl", "retrieval/recall")
+BUDGET = "budget.resolved"
+
+_begun: DictConfig | None = None  # the configuration of the sweep that this process launches
+_parents: dict[tuple[str, str], str] = {}  # by store and sweep
+
+
+class Begun(Callback):
+    """Remembers that this process launches a sweep: `close` has no other way to know its name."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
+        global _begun
+        _begun = config
+
+
+def _name(config: DictConfig) -> str:
+    return config.tracking.sweep or "/".join(Path(config.hydra.sweep.dir).parts[-2:])
+
+
+def _existing(mlflow, sweep: str) -> str | None:
+    found = tracking.runs(mlflow, f"tags.sweep = '{sweep}' and tags.{tracking.PARENT} = 'sweep'")
+    return found[0].info.run_id if found else None
+
+
+def parent(mlflow, settings: TrackingConfig, outputs: Path) -> str | None:
+    """The run above a job of a sweep, made by whichever job needs it first; None outside of sweeps."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    about = tracking.membership(settings)
+    sweep = about["sweep"]
+    key = (tracking.store_uri(settings, outputs), sweep)
+    if key not in _parents:
+        with FileLock(outputs / "locks" / "sweep.lock"):
+            _parents[key] = _existing(mlflow, sweep) or _made(mlflow, about)
+    return _parents[key]
+
+
+def _made(mlflow, about: dict[str, str]) -> str:
+    tags = tracking.environment() | about | {tracking.PARENT: "sweep"}
+    name = " ".join(["sweep", *([about["table"]] if "table" in about else []), about["sweep"]])
+    return mlflow.MlflowClient().create_run(tracking.experiment_id(), run_name=name, tags=tags).info.run_id
+
+
+def close(status: str) -> None:
+    """End the run above the sweep that this process launched, if one was made: description, curves, status."""
+    global _begun
+    config, _begun = _begun, None
+    if config is None:
+        return
+    outputs = Path(OmegaConf.select(config, "outputs")).resolve()
+    settings = typed(TrackingConfig, config.tracking, "tracking")
+    file = tracking.database(settings, outputs)
+    if file is not None and not file.is_file():
+        return
+    mlflow = tracking.connect(settings, outputs)
+    run_id = _existing(mlflow, _name(config))
+    if run_id is None:
+        return
+    client = mlflow.MlflowClient()
+    children = tracking.runs(mlflow, f"tags.`{NESTED}` = '{run_id}' and attributes.status = 'FINISHED'")
+    note = f"`python -m pipeline {' '.join(sys.argv[1:])}`\n\n{described(children)}"
+    client.set_tag(run_id, "mlflow.note.content", note[:LONGEST])
+    _draw(client, run_id, children)
+    client.set_terminated(run_id, status)
+
+
+def described(children: list) -> str:
+    """A line of Markdown for every run: what it is, and its main metrics."""
+    shown = [name for name in SHOWN if any(name in run.data.metrics for run in children)]
+    head = ["method", "tokens", "storage", "model", *shown]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for run in sorted(children, key=lambda run: run.info.start_time):
+        params, metrics = run.data.params, run.data.metrics
+        about = [params.get(key, "-") for key in (BUDGET, "storage.name", "model.name")]
+        values = [f"{metrics[name]:.4g}" if name in metrics else "-" for name in shown]
+        lines.append(f"| {' | '.join([run.data.tags.get('title', '-'), *about, *values])} |")
+    return "\n".join(lines) if children else "Nothing was measured."
+
+
+def curves(children: list) -> dict[str, dict[int, float]]:
+    """Metrics over budgets by method, where a sweep has several budgets and they alone tell a method's runs apart.
+
+    Returns
+    -------
+    dict of str to dict of int to float
+        By name, such as `ppl/kl over budgets/WaveletKV`, the value at every budget in tokens.
+    """
+    by_method = defaultdict(list)
+    for run in children:
+        if run.data.params.get(BUDGET, "").isdigit():
+            by_method[run.data.tags.get("title", "-")].append(run)
+    found: dict[str, dict[int, float]] = {}
+    for title, runs in by_method.items():
+        budgets = [int(run.data.params[BUDGET]) for run in runs]
+        if len(runs) < 2 or len(set(budgets)) < len(runs):
+            continue
+        for metric in CURVES:
+            own = zip(budgets, (run.data.metrics for run in runs), strict=True)
+            points = {budget: metrics[metric] for budget, metrics in own if metric in metrics}
+            if points:
+                found[f"{metric} over budgets/{title}"] = dict(sorted(points.items()))
+    return found
+
+
+def _draw(client, run_id: str, children: list) -> None:
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    points = [Metric(name, v, now, step) for name, own in curves(children).items() for step, v in own.items()]
+    if points:
+        client.log_batch(run_id, metrics=points[:BATCH])
