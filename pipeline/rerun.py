@@ -119,9 +119,10 @@ def said(first, second, found: Repetition) -> str:
     lines = [f"{title}, run {first.info.run_id}, measured again as run {second.info.run_id}"]
     lines += [f"  {tag}: {a} -> {b}" for tag, (a, b) in found.unlike.items()]
     lines += [f"  {name}: {a} -> {b}" for name, (a, b) in found.differing.items()]
-    count = "all" if not found.differing else f"{len(found.equal)} of {len(found.equal) + len(found.differing)}"
+    count = "all" if not found.differing else str(len(found.equal))
+    total = len(found.equal) + len(found.differing)
     lines.append(
-        f"{count} metrics are equal in every digit ({len(found.equal)}); {len(found.timed)} that tell times are not compared"
+        f"{count} of {total} metrics are equal in every digit; {len(found.timed)} that tell times are not compared"
     )
     return "\n".join(lines)
 

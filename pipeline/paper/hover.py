@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import numpy as np
@@ -31,8 +32,8 @@ def say_cells(axes: Axes, x: Sequence[float], y: Sequence[float], words: np.ndar
     """
     corners = [
         [(left, low), (right, low), (right, high), (left, high)]
-        for low, high in zip(y[:-1], y[1:], strict=True)
-        for left, right in zip(x[:-1], x[1:], strict=True)
+        for low, high in pairwise(y)
+        for left, right in pairwise(x)
     ]
     cells = PolyCollection(corners, facecolors="none", edgecolors="none")
     say(cells, words.ravel().tolist())

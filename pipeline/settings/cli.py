@@ -15,6 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pipeline.settings import gpus
 from pipeline.settings.compose import composed, outermost, refuse_contradictions, refuse_empty, spelled_out, sweep
 from pipeline.settings.errors import DiskFull, Exhausted, InputError, Terminated, exhausted, suggestion
 from pipeline.settings.folders import conf_dir, register_resolvers
@@ -73,6 +74,8 @@ def _measure(cfg: DictConfig) -> float | None:
     from pipeline.store.tracking import refuse_unusable
 
     _from_the_start(cfg)
+    if HydraConfig.initialized() and HydraConfig.get().runtime.choices.get("hydra/launcher") == gpus.LAUNCHER:
+        gpus.take(Path(cfg.outputs).resolve())
     job = prepare(cfg)  # refuses bad input before anything heavy is imported,
     refuse_unusable(job.settings.tracking, job.settings.outputs)  # and so does this
     from pipeline.run import execute
@@ -253,6 +256,8 @@ def main() -> None:
         refuse_contradictions(sys.argv[1:])
         if {"-m", "--multirun"} & set(sys.argv[1:]):
             refuse_empty(sys.argv[1:])
+        if f"hydra/launcher={gpus.LAUNCHER}" in sys.argv and {"-m", "--multirun"} & set(sys.argv):
+            gpus.offer()
         if "hydra.launcher.n_jobs=0" in sys.argv:
             raise InputError("hydra.launcher.n_jobs=0 starts no process: give 1 or more, or -1 for every core")
         with closed():

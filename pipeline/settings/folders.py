@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from pipeline.settings.gpus import visible
+
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -17,8 +19,13 @@ def bits(keys: int, values: int) -> str:
 
 
 def register_resolvers() -> None:
-    """`${shipped:x}` is the path of a file that comes with the package, `${bits:4,2}` the length of codes in words."""
+    """What configuration files may write.
+
+    `${shipped:x}` is the path of a file that comes with the package, `${bits:4,2}` the length of codes in words,
+    `${gpus:}` the number of GPUs that there are.
+    """
     from omegaconf import OmegaConf  # the help text needs none of it
 
     OmegaConf.register_new_resolver("shipped", lambda path: str(PACKAGE / path), replace=True)
     OmegaConf.register_new_resolver("bits", bits, replace=True)
+    OmegaConf.register_new_resolver("gpus", lambda: len(visible()), replace=True)

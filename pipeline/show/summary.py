@@ -68,7 +68,8 @@ def described(metrics: dict[str, float]) -> str:
     for metric, (label, pattern) in LABELS.items():
         if metric in metrics:
             bounds = (metrics.get(f"{metric}_{bound}", np.nan) for bound in ("low", "high"))
-            lines.append(f"| {label} | {spread(Estimate(metrics[metric], *bounds), pattern)} |")
+            cells = label.replace("|", "\\|"), spread(Estimate(metrics[metric], *bounds), pattern)
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(["| | mean over documents [95 % interval] |", "|---|---|", *lines, "\n"]) if lines else ""
 
 

@@ -254,12 +254,13 @@ def revision(folder: Path) -> dict[str, str]:
 
 @cache
 def _process(pid: int) -> dict[str, str]:
-    slurm = {"process.slurm": job} if (job := os.environ.get("SLURM_JOB_ID")) else {}
+    tags = {"process.slurm": "SLURM_JOB_ID", "process.gpu": "CUDA_VISIBLE_DEVICES"}
+    placed = {tag: os.environ[name] for tag, name in tags.items() if os.environ.get(name)}
     return {
         "process.host": socket.gethostname(),
         "process.pid": str(pid),
         "process.started": f"{psutil.Process(pid).create_time():.2f}",  # seconds since 1970: pids come round again
-        **slurm,
+        **placed,
     }
 
 

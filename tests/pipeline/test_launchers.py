@@ -51,7 +51,7 @@ def numbers(outputs: Path) -> dict[tuple, list[float]]:
 
 def test_presets_do_not_collide_with_the_plugins():
     names = {path.stem for path in (Path(conf_dir()) / "hydra" / "launcher").glob("*.yaml")}
-    assert names == {"local_joblib", "slurm", "ray_cluster"}
+    assert names == {"local_joblib", "local_gpus", "slurm", "ray_cluster"}
     assert not names & {"joblib", "submitit_local", "submitit_slurm", "ray", "basic"}
 
 
@@ -108,6 +108,20 @@ def test_four_workers_on_a_fresh_store_find_what_one_process_finds(small, tmp_pa
     assert (alone.returncode, together.returncode) == (0, 0), together.stderr
     expected = numbers(tmp_path / "alone")
     assert len(expected) == 5 and numbers(tmp_path / "together") == expected
+
+
+@pytest.mark.faults
+def test_local_gpus_gives_every_process_one_of_them(small, tmp_path):
+    """Names of GPUs that are not there: the processes compute on the CPU, and their runs say which they had."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    swept = ["method=random,snapkv", "budget=60,80,100"]
+    result = sweep(tmp_path / "o", small, *swept, "hydra/launcher=local_gpus", CUDA_VISIBLE_DEVICES="3,5")
+    assert result.returncode == 0, result.stderr
+    runs = chosen([f"outputs={tmp_path / 'o'}"])
+    taken = {(run.data.tags["process.pid"], run.data.tags["process.gpu"]) for run in runs}
+    assert len(runs) == 6 and len(taken) == 2 and {gpu for _, gpu in taken} == {"3", "5"}
+    nothing = sweep(tmp_path / "p", small, *swept, "hydra/launcher=local_gpus", CUDA_VISIBLE_DEVICES="")
+    assert nothing.returncode == 2 and "local_gpus finds no GPU" in nothing.stderr
 
 
 @pytest.mark.faults

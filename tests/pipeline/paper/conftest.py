@@ -1,12 +1,16 @@
 """Runs made up by hand: what a table or a verdict must say can be computed on paper."""
 
+import io
 import json
+from contextlib import redirect_stdout
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pipeline.paper.finished import FinishedRun
 from pipeline.statistics import estimate
+from tests.pipeline.paper.made_up import AOP, metrics_of, rows_of
 
 TITLES = {
     "wavelet": "WaveletKV",
@@ -59,3 +63,46 @@ def made():
         )  # fmt: skip
 
     return make
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("paper")
+
+
+@pytest.fixture(scope="module")
+def store(small_in, as_json, folder) -> list[str]:
+    """Overrides of a store in which every run of the section `paper` is finished."""
+    from pipeline.paper.sections import plan
+    from pipeline.run import identity
+    from pipeline.store import tracking
+
+    overrides = [o for o in small_in(folder) if not o.startswith("document.count")]
+    overrides += ["phase.drift.tokens=8", "phase.drift.positions=4"]
+    (section,) = plan(["paper"], overrides, folder / "compositions.json")
+    settings = section.jobs[0].settings
+    mlflow = tracking.connect(settings.tracking, settings.outputs)
+    for job in section.jobs:
+        method = job.settings.method
+        rows = rows_of(AOP[method.name])
+        tags = {
+            tracking.CONFIGURATION: identity(job), "method": method.name, "title": method.title,
+            "hash.document": job.document_hash, "git.revision": "abc",
+            "platform": "a machine", "version.python": "3.11",
+        }  # fmt: skip
+        with mlflow.start_run(tags=tags):
+            mlflow.log_metrics(metrics_of(rows))
+            mlflow.log_text(as_json(rows), "rows.json")
+    return overrides
+
+
+@pytest.fixture(scope="module")
+def regenerated(store, folder) -> tuple[Path, str]:
+    """The folder of the document, and what was printed."""
+    from pipeline.paper.__main__ import main
+
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setattr("sys.argv", ["pipeline.paper", "--sections", "paper", *store])
+        main()
+    return folder / "outputs" / "paper", printed.getvalue()
