@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup paper readme smollm2 test test-slow test-faults lint clean
+.PHONY: help setup paper report docs readme smollm2 test test-slow test-faults lint clean
 
 help:           ## List the targets.
 	@grep -E '^[a-z0-9-]+: .*##' Makefile | sed 's/: .*##/\t/'
@@ -15,8 +15,15 @@ setup: .venv/installed  ## Make .venv with the project and its tools.
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[pipeline,dev]'
 	touch $@
 
-paper: setup    ## Measure what is missing on the embedded model, write outputs/paper/paper.md, print the verdicts.
+paper: setup    ## Measure what is missing on the embedded model, write outputs/paper/index.html and paper.md, print the verdicts.
 	$(BIN)/python -m pipeline.paper
+
+report: paper   ## The same, and open it as a page: outputs/paper/index.html.
+	$(BIN)/python -m webbrowser -t "file://$(CURDIR)/outputs/paper/index.html"
+
+docs: setup     ## Build the pages as a site that needs no network: outputs/docs/index.html.
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/mkdocs build --quiet
 
 readme: setup   ## The same, and copy tables and figures into the README.
 	$(BIN)/python -m pipeline.paper --readme README.md

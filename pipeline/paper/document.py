@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipeline.paper import published, recency
 from pipeline.paper.claims import CONTRADICTED, SUPPORTED, UNDECIDED, Verdict, claims, judge
+from pipeline.paper.latex import latex, latex_text
 from pipeline.paper.measured import MeasuredSection
 from pipeline.paper.provenance import TRACED, Origin, by_choice, hashes, setup, timed, traced
 from pipeline.paper.report import page
@@ -152,6 +153,18 @@ class Document:
         lines = pd.DataFrame(traced(self.sections)).to_markdown(index=False, disable_numparse=True)
         return self.render("paper.md.j2", trace=lines, **self.about())
 
+    def tex(self) -> str:
+        """`paper.tex`."""
+        environment = Environment(
+            loader=PackageLoader("pipeline.paper", "."), undefined=StrictUndefined, trim_blocks=True,
+            lstrip_blocks=True, block_start_string="((*", block_end_string="*))", variable_start_string="(((",
+            variable_end_string=")))", comment_start_string="((#", comment_end_string="#))",
+        )  # fmt: skip
+        environment.filters |= {"tex": latex_text, "markdown": latex}
+        about = self.about()
+        texts = {name: self.render(f"{name}.md.j2", **about) for name in ("reading", "deciding", "limits")}
+        return environment.get_template("paper.tex.j2").render(verdicts=self.verdicts, shown=_tabular, **texts, **about)
+
     def excerpt(self) -> str:
         """What another document shows: the main result, the verdicts, and a figure."""
         return self._copied("readme.md.j2", [])
@@ -167,6 +180,12 @@ class Document:
         captions = {figure.name: figure.caption for section in self.shown for figure in section.figures}
         about = {"captions": captions, "runs": runs, "timed": timed(self.sections)}
         return self.render(template, tables=tables, **about, **asdict(self.origin))
+
+
+def _tabular(table: Table) -> str:
+    """A table of `paper.tex`, where it stands and no wider than the page."""
+    body = f"\\begin{{fit}}\n{table.tabular()}\\end{{fit}}"
+    return f"\\textbf{{{latex_text(table.title)}}}\n\n{body}\n\n{{\\small {latex(table.note)}}}\n"
 
 
 def _results(document: Document) -> dict:
@@ -193,7 +212,7 @@ def _results(document: Document) -> dict:
 
 
 def write(sections: list[MeasuredSection], origin: Origin, folder: Path) -> Document:
-    """Write `paper.md`, `index.html`, `results.json`, `tables/` and `figures/`.
+    """Write `paper.md`, `paper.tex`, `index.html`, `results.json`, `tables/` and `figures/`.
 
     Parameters
     ----------
@@ -223,6 +242,7 @@ def write(sections: list[MeasuredSection], origin: Origin, folder: Path) -> Docu
         table.numbers.to_csv(folder / "tables" / f"{table.name}.csv", index=False)
         (folder / "tables" / f"{table.name}.tex").write_text(table.latex(), encoding="utf-8")
     (folder / "paper.md").write_text(document.text(), encoding="utf-8")
+    (folder / "paper.tex").write_text(document.tex(), encoding="utf-8")
     (folder / "index.html").write_text(page(document, folder / "figures"), encoding="utf-8")
     results = _clean(_results(document))
     (folder / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False), encoding="utf-8")

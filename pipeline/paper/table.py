@@ -1,6 +1,5 @@
 """A table: numbers with their intervals, as data and as they are printed."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,21 +7,12 @@ import numpy as np
 import pandas as pd
 
 from pipeline.paper.finished import FinishedRun
+from pipeline.paper.latex import latex_text
 from pipeline.show.summary import spread
 from pipeline.statistics import LEVEL, Estimate, differences, estimate, holm, p_value
 
 MISSING = "-"
 STARRED = "* differs from 0 after Holm over all differences of the table."
-LATEX = {
-    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}", "<": r"\textless{}",
-    ">": r"\textgreater{}",
-}  # fmt: skip
-
-
-def latex_text(text: str) -> str:
-    """Text that LaTeX prints as it stands."""
-    return re.sub("|".join(map(re.escape, LATEX)), lambda found: LATEX[found.group()], text)
 
 
 @dataclass(frozen=True)
@@ -62,12 +52,17 @@ class Table:
     def markdown(self) -> str:
         return self.cells.to_markdown(index=False, disable_numparse=True)
 
+    def _escaped(self) -> pd.DataFrame:
+        return self.cells.astype(str).map(latex_text).rename(columns=latex_text)
+
     def latex(self) -> str:
         """A booktabs table with its title as caption."""
-        cells = self.cells.astype(str).map(latex_text).rename(columns=latex_text)
-        return cells.to_latex(
-            index=False, escape=False, caption=latex_text(self.title), label=f"tab:{self.name.replace('_', '-')}"
-        )
+        label = f"tab:{self.name.replace('_', '-')}"
+        return self._escaped().to_latex(index=False, escape=False, caption=latex_text(self.title), label=label)
+
+    def tabular(self) -> str:
+        """The same without a place and a caption."""
+        return self._escaped().to_latex(index=False, escape=False)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 from scipy.stats import ttest_1samp
 
-from pipeline.paper.table import Column, Table, latex_text, listing
+from pipeline.paper.latex import latex_text
+from pipeline.paper.table import Column, Table, listing
 
 SPECIAL = {
     "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
