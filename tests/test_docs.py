@@ -24,7 +24,7 @@ def test_the_readme_stays_short():
 
 @pytest.mark.faults
 def test_the_site_builds_without_a_dead_link_and_asks_no_network(tmp_path):
-    """In strict mode mkdocs fails on a link or an anchor that leads nowhere, and on a page that the index leaves out."""
+    """In strict mode mkdocs fails on a link or an anchor that leads nowhere, and on a page that it does not list."""
     pytest.importorskip("mkdocs", reason="pip install 'spectral-kv[docs]'")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
