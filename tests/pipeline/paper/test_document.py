@@ -66,7 +66,9 @@ def test_files_and_origin(regenerated):
     assert "\\toprule" in (folder / "tables" / "published_drift.tex").read_text()
     figures = {path.name for path in (folder / "figures").iterdir()}
     assert figures == {
-        f"{n}.{e}" for n in ("layers_and_heads", "windows", "kept_tokens", "spectra") for e in ("png", "svg")
+        f"{n}.{e}"
+        for n in ("layers_and_heads", "windows", "aop_against_kl", "kept_tokens", "spectra")
+        for e in ("png", "svg")
     }
     text = (folder / "paper.md").read_text()
     results = json.loads((folder / "results.json").read_text())
