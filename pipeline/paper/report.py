@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
+from pipeline.paper import published
 from pipeline.paper.claims import claims, needs
 from pipeline.paper.finished import FinishedRun
 from pipeline.paper.hover import inline
@@ -120,17 +121,21 @@ def _traced_run(run: FinishedRun, what: str, where: str) -> Traced:
 
 
 def _behind(document: "Document") -> dict[str, list[str]]:
-    """Ids of the runs that a claim is decided by."""
+    """Ids of the runs that a claim is decided by; an order is one of all methods that the published table has."""
     there = {s.experiment: by_choice(s) for s in document.sections}
-    return {
-        claim["id"]: [
-            there[section][name].run_id
-            for section, names in needs(claim).items()
-            for name in there.get(section, {})
+    found = {}
+    for claim in claims():
+        named = {section: set(names) for section, names in needs(claim).items()}
+        for test in claim["tests"]:
+            if "table" in test:
+                named[test.get("section", "paper")] |= set(published.table(test["table"]))
+        found[claim["id"]] = [
+            run.run_id
+            for section, names in named.items()
+            for name, run in there.get(section, {}).items()
             if name in names
         ]
-        for claim in claims()
-    }
+    return found
 
 
 def page(document: "Document", figures: Path) -> str:

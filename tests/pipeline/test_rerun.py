@@ -48,8 +48,8 @@ def test_what_differs_is_named(run, outputs):
 
 def test_a_setting_of_the_command_line_goes_first(run, outputs):
     first = run("method=random")
-    one, other = repeated(first.run_id, [outputs, "seed=7"])
-    assert (one.data.params["seed"], other.data.params["seed"]) == ("0", "7")
+    one, other = repeated(first.run_id, [outputs, "budget.tokens=100"])
+    assert (one.data.params["budget.resolved"], other.data.params["budget.resolved"]) == ("60", "100")
     assert "aop/mean" in beside(one, other).differing
 
 

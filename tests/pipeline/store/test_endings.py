@@ -42,7 +42,7 @@ def states() -> dict[str, str]:
     import mlflow
 
     runs = mlflow.MlflowClient().search_runs([tracking.experiment_id()])
-    return {run.data.params["budget.resolved"]: run.info.status for run in runs}
+    return {r.data.params["budget.resolved"]: r.info.status for r in runs if tracking.PARENT not in r.data.tags}
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,8 @@ def test_a_defect_is_named_at_once_and_shown_at_the_end(small, monkeypatch, caps
     said = capsys.readouterr().err
     assert "pipeline: the run failed, RuntimeError: the phase broke; MLflow run" in said
     assert states() == {"60": "FAILED", "100": "FINISHED"}
-    (failed,) = (r for r in tracking_runs() if r.info.status == "FAILED")
+    failed, above = (r for r in tracking_runs() if r.info.status == "FAILED")  # the run, and the one above the sweep
+    assert tracking.PARENT in above.data.tags
     assert failed.data.tags["failure"] == "RuntimeError: the phase broke"
 
 

@@ -36,7 +36,7 @@ def test_a_sweep_is_one_run_above_its_own(sweep, small):
     assert status == 0 and above.info.status == "FINISHED" and len(below) == 4
     assert {run.data.tags[NESTED] for run in below} == {above.info.run_id}
     note = above.data.tags["mlflow.note.content"]
-    assert "budget=60,100" in note and note.count("StreamingLLM") == 2
+    assert "budget.tokens=60,100" in note and note.count("StreamingLLM") == 2
     client = mlflow.MlflowClient()
     history = client.get_metric_history(above.info.run_id, "ppl/kl over budgets/StreamingLLM")
     expected = {
