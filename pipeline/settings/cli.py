@@ -7,10 +7,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import ClassVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -230,9 +232,19 @@ def reporting(overrides: list[str]) -> Iterator[None]:
         del os.environ["HYDRA_FULL_ERROR"]
 
 
+class Begun(Callback):
+    """Remembers the sweep that this process launches, so that the run above its runs can be ended as it ends."""
+
+    config: ClassVar[DictConfig | None] = None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
+        Begun.config = config
+
+
 @contextmanager
 def closed() -> Iterator[None]:
     """End the run above a sweep as the sweep itself ends."""
+    Begun.config = None
     status = "FINISHED"
     try:
         yield
@@ -243,10 +255,11 @@ def closed() -> Iterator[None]:
         status = "FAILED"
         raise
     finally:
-        from pipeline.store import sweeps
+        if Begun.config is not None:
+            from pipeline.store import sweeps
 
-        with suppress(Exception):  # on a full disk, for one: how the jobs ended matters more
-            sweeps.close(status)
+            with suppress(Exception):  # on a full disk, for one: how the jobs ended matters more
+                sweeps.close(Begun.config, status)
 
 
 def main() -> None:

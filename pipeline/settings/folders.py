@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from pipeline.settings.gpus import visible
-
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -18,6 +16,13 @@ def bits(keys: int, values: int) -> str:
     return f"{keys}bit" if keys == values else f"{keys}+{values}bit"
 
 
+def gpus() -> int:
+    """How many GPUs there are."""
+    from pipeline.settings.gpus import visible  # the help text needs none of it
+
+    return len(visible())
+
+
 def register_resolvers() -> None:
     """What configuration files may write.
 
@@ -28,4 +33,4 @@ def register_resolvers() -> None:
 
     OmegaConf.register_new_resolver("shipped", lambda path: str(PACKAGE / path), replace=True)
     OmegaConf.register_new_resolver("bits", bits, replace=True)
-    OmegaConf.register_new_resolver("gpus", lambda: len(visible()), replace=True)
+    OmegaConf.register_new_resolver("gpus", gpus, replace=True)

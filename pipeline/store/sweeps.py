@@ -7,7 +7,6 @@ from pathlib import Path
 
 from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
-from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -20,16 +19,7 @@ SHOWN = ("memory/ratio", "aop/mean", "ppl/nd", "ppl/kl", "retrieval/recall", "th
 CURVES = ("aop/mean", "ppl/nd", "ppl/kl", "retrieval/recall")
 BUDGET = "budget.resolved"
 
-_begun: DictConfig | None = None  # the configuration of the sweep that this process launches
 _parents: dict[tuple[str, str], str] = {}  # by store and sweep
-
-
-class Begun(Callback):
-    """Remembers that this process launches a sweep: `close` has no other way to know its name."""
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
-        global _begun
-        _begun = config
 
 
 def _name(config: DictConfig) -> str:
@@ -60,12 +50,8 @@ def _made(mlflow, about: dict[str, str]) -> str:
     return mlflow.MlflowClient().create_run(tracking.experiment_id(), run_name=name, tags=tags).info.run_id
 
 
-def close(status: str) -> None:
-    """End the run above the sweep that this process launched, if one was made: description, curves, status."""
-    global _begun
-    config, _begun = _begun, None
-    if config is None:
-        return
+def close(config: DictConfig, status: str) -> None:
+    """End the run above a sweep, if one was made: description, curves, status."""
     outputs = Path(OmegaConf.select(config, "outputs")).resolve()
     settings = typed(TrackingConfig, config.tracking, "tracking")
     file = tracking.database(settings, outputs)
