@@ -21,6 +21,7 @@ if _MISSING:
 # the scheduler has put off whoever else computes. Read when OpenMP's library is loaded, so before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+
 def runs(*settings: str) -> "pd.DataFrame":
     """Finished runs that fit settings such as `method=tri,snapkv` or `table=paper`, one line a run.
 
