@@ -29,6 +29,8 @@ STORAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "hqq_4bit": ("quantized_cache.QuantizedCacheStorage", {"library": "hqq", "bits": 4}),
     "quanto_2bit": ("quantized_cache.QuantizedCacheStorage", {"library": "quanto", "bits": 2}),
     "quanto_4bit": ("quantized_cache.QuantizedCacheStorage", {"library": "quanto", "bits": 4}),
+    "spectral": ("spectral.SpectralStorage", {"ratio": 8.0}),
+    "spectral_14x": ("spectral.SpectralStorage", {"ratio": 14.0}),
     "turboquant_2bit": ("turboquant.TurboQuantStorage", {"key_bits": 2, "value_bits": 2}),
     "turboquant_3bit": ("turboquant.TurboQuantStorage", {"key_bits": 3, "value_bits": 3}),
     "turboquant_4bit": ("turboquant.TurboQuantStorage", {"key_bits": 4, "value_bits": 4}),

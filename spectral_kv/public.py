@@ -1,6 +1,7 @@
 """What a user of transformers calls: see `spectral_kv`."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from spectral_kv import names
 from spectral_kv.calibration import QueryStatistics, observe
+from spectral_kv.codec.bases import Bases
 from spectral_kv.compressor import Compressor, foresees
 from spectral_kv.scorers.base import Scorer
 from spectral_kv.selection import Budget
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from spectral_kv.backends.torch_generation import GenerationCache
 
 STATISTICS = "query_statistics.safetensors"
+BASES = "bases.safetensors"
 DECODING = ("rescore", "append")
 
 
@@ -51,7 +54,8 @@ def cache(
         Tokens that every layer and KV head keeps, the first 4 and the last 64 among them as in the pipeline; a budget
         that can't hold them, of 68 tokens or fewer, has an eighth of it for the last. A `Budget` states them itself.
     storage : str or Storage
-        One of `STORAGES`.
+        One of `STORAGES`. `spectral` and `spectral_14x` keep every token and want `method="full"`; their bases are
+        looked for in the model's folder, and their ratio is that of the tokens in codes.
     every : int, optional
         While decoding, bring the cache back to its budget whenever it is so many tokens over it. By default what is
         generated is kept until the next prompt; with `decode="append"` the default is 1.
@@ -74,11 +78,8 @@ def cache(
     scorer, storage = names.method(method), names.storage(storage)
     if foresees(scorer):
         raise ValueError(f"method={method} is an oracle, which reads what is not generated yet: choose another method")
-    if hasattr(storage, "store_together"):
-        raise ValueError(
-            f"{type(storage).__name__} codes layers in common, and a prompt is compressed layer by layer: "
-            f"choose one of {', '.join(names.STORAGES)}"
-        )
+    if getattr(storage, "keeps_all", False) and scorer is not None:
+        raise ValueError(f"{type(storage).__name__} keeps every token, and {method} evicts: choose method=full")
     if every is not None and every < 1:
         raise ValueError(f"every={every} must be at least 1, or unset to keep what is generated")
     if decode not in DECODING:
@@ -102,18 +103,34 @@ def cache(
         model.set_attn_implementation("sdpa")
     backend = TorchBackend.wrap(model)
     found = _statistics(backend, model, statistics) if scorer is not None and "calibration" in scorer.reads else None
+    held_in = _with_bases(backend, model, storage) if hasattr(storage, "bases") else storage
     model.set_attn_implementation(ATTENTION)
-    return GenerationCache(Compressor(backend, scorer, budget, storage, found), every, decode)
+    return GenerationCache(Compressor(backend, scorer, budget, held_in, found), every, decode, storage)
+
+
+def _beside(model: "PreTrainedModel", name: str) -> Path:
+    """Where a file that was measured on a model is looked for: in its folder, or beside that of the shipped model."""
+    folder = Path(model.config._name_or_path)
+    shipped = folder.resolve() == reference_model().resolve()
+    return (folder.parent if shipped else folder) / name
+
+
+def _with_bases(backend: Any, model: "PreTrainedModel", storage: Any) -> Any:
+    """A storage with the bases of the model, checked, and bits instead of a ratio: nobody knows how long it becomes."""
+    path = storage.bases or _beside(model, BASES)
+    if not Path(path).is_file():
+        raise ValueError(
+            f"{path} is not there: save spectral_kv.bases(model, windows) there, or choose a storage without bases"
+        )
+    found = replace(storage, bases=str(path), ratio=None, bits=storage.bits or 16 / storage.ratio)
+    found.read((backend.shape.layers, backend.shape.kv_heads, backend.shape.dim))
+    return found
 
 
 def _statistics(backend: Any, model: "PreTrainedModel", given: QueryStatistics | str | Path | None) -> QueryStatistics:
     if isinstance(given, QueryStatistics):
         return given
-    path = given
-    if path is None:
-        folder = Path(model.config._name_or_path)
-        shipped = folder.resolve() == reference_model().resolve()
-        path = (folder.parent if shipped else folder) / STATISTICS
+    path = given or _beside(model, STATISTICS)
     if not Path(path).is_file():
         raise ValueError(
             f"{path} is not there: pass statistics=spectral_kv.calibrate(model, windows), or choose a method that "
@@ -130,6 +147,29 @@ def calibrate(model: "PreTrainedModel", windows: Iterable[np.ndarray]) -> QueryS
     from spectral_kv.backends.torch import TorchBackend
 
     return observe(TorchBackend.wrap(model), windows).statistics()
+
+
+def bases(model: "PreTrainedModel", windows: Iterable[np.ndarray], layers: int = 4) -> Bases:
+    """Bases of a model for `storage="spectral"`, measured over token ids `[tokens]` of several texts.
+
+    Saved as bases.safetensors in the model's folder, they are found from there. Wanted are 100,000 tokens of many
+    kinds, in texts of some thousands; longer texts are cut to the shortest. How much an error in a cache costs is
+    measured by the last eighth of a text, at most 512 tokens.
+
+    Parameters
+    ----------
+    layers : int
+        At most so many are coded together.
+    """
+    from spectral_kv.backends.torch import TorchBackend
+    from spectral_kv.backends.torch_bases import measure
+
+    texts = [np.asarray(window) for window in windows]
+    tokens = min(map(len, texts), default=0)
+    if tokens < 64:
+        raise ValueError(f"bases are measured on texts of some thousand tokens, and the shortest has {tokens}")
+    following = min(512, tokens // 8)
+    return measure(TorchBackend.wrap(model), texts, tokens - following, layers, following)
 
 
 def load(
@@ -172,5 +212,7 @@ def load(
         saved["decode"],
         statistics,
     )
+    if header["bases"] != torch_cache_file.bases_of(loaded.compressor):
+        raise ValueError(f"{path} was written with other bases than those of this storage: bring those back")
     loaded.restore(held, header["position"], header["seen"])
     return loaded

@@ -34,6 +34,7 @@ class CompressedLayer(CacheLayerMixin):
     """
 
     is_sliding = False
+    row = 0  # of a batch whose sequences are layers of their own
 
     def __init__(self, stored: Stored, dtype: torch.dtype, seen: int, positions: np.ndarray):
         super().__init__()
@@ -47,7 +48,10 @@ class CompressedLayer(CacheLayerMixin):
     def update(self, key_states, value_states, *args, **kwargs):
         new = [x.to(self.cache_dtype) for x in (key_states, value_states)]
         before = self.stored
-        self.stored = self._grown(*new) if isinstance(before, DenseTokens) else before.append(*new)
+        if isinstance(before, DenseTokens):
+            self.stored = self._grown(*new)
+        else:
+            self.stored = before.append(*new, self.row) if isinstance(before, SpectralTokens) else before.append(*new)
         if isinstance(before, DenseTokens) or key_states.shape[-2] == 1:
             keys, values = self.stored.load()
         else:  # tokens that are fed together see one another exactly, whatever of them is in codes afterwards

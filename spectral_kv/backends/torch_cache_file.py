@@ -20,6 +20,7 @@ from spectral_kv.calibration import QueryStatistics
 
 if TYPE_CHECKING:
     from spectral_kv.backends.torch_generation import GenerationCache
+    from spectral_kv.compressor import Compressor
 
 KIND = "spectral_kv cache"
 
@@ -69,11 +70,17 @@ def _settings(cache: "GenerationCache") -> dict[str, Any]:
     compressor = cache.compressor
     return {
         "method": names.known_as(compressor.scorer, "scorers") or {"own": repr(compressor.scorer)},
-        "storage": names.known_as(compressor.storage, "storage") or {"own": repr(compressor.storage)},
+        "storage": names.known_as(cache.storage, "storage") or {"own": repr(cache.storage)},
         "budget": asdict(compressor.budget),
         "every": cache.every,
         "decode": cache.decode,
     }
+
+
+def bases_of(compressor: "Compressor") -> str | None:
+    """Hash of the bases that a storage reads."""
+    storage, shape = compressor.storage, compressor.backend.shape
+    return storage.read((shape.layers, shape.kv_heads, shape.dim)).digest if hasattr(storage, "read") else None
 
 
 def save(cache: "GenerationCache", path: str | Path, tokens: Any = None) -> None:
@@ -91,6 +98,7 @@ def save(cache: "GenerationCache", path: str | Path, tokens: Any = None) -> None
         "position": cache.position,
         "seen": [sequence.seen for sequence in cache.layers[0].sequences],
         "settings": _settings(cache),
+        "bases": bases_of(cache.compressor),
     }
     held = cache.tensors()
     if (statistics := cache.compressor.statistics) is not None:

@@ -9,6 +9,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from spectral_kv.backends.torch_cache import CompressedLayer
 from spectral_kv.compressor import Compressor, observed
+from spectral_kv.storage.base import Storage
+from spectral_kv.storage.spectral import Arriving
 from spectral_kv.xp import rows, stable_order, to_numpy
 
 # The layer that was fed, until the attention over what it returned is computed.
@@ -58,13 +60,16 @@ class GenerationLayer(CacheLayerMixin):
         So many tokens over the budget, tokens are evicted while decoding; None: only after a prompt.
     decode : str
         `rescore` or `append`, see `spectral_kv.cache`.
+    arriving : dict of int to Arriving
+        Shared by the layers of a cache whose storage codes some of them in common: its prompts, by row of the batch.
     """
 
     is_sliding = False
 
-    def __init__(self, compressor: Compressor, index: int, every: int | None, decode: str):
+    def __init__(self, compressor: Compressor, index: int, every: int | None, decode: str, arriving: dict):
         super().__init__()
         self.compressor, self.index, self.every, self.decode = compressor, index, every, decode
+        self.arriving = arriving
         self.sequences: list[CompressedLayer] = []
         self.fed_tokens = 0
         self._prompt: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values before the first attention
@@ -160,8 +165,32 @@ class GenerationLayer(CacheLayerMixin):
                 kept = self._chosen(row, self._scores(k, v, positions, queries[row, :, empty:], (0, self.index)))
                 positions = to_numpy(kept)
                 k, v = rows(k, kept), rows(v, kept)
-            stored = compressor.storage.store(k[None], v[None], self.index)
-            self.sequences.append(CompressedLayer(stored, dtype, tokens, positions))
+            if hasattr(compressor.storage, "arriving"):
+                stored = self._arrival(row).add(k[None], v[None], positions[0], tokens)
+            else:
+                stored = compressor.storage.store(k[None], v[None], self.index)
+            self.hold(CompressedLayer(stored, dtype, tokens, positions))
+
+    def _arrival(self, row: int) -> Arriving:
+        """What puts the layers of one prompt away together."""
+        if self.index == 0:
+            backend = self.compressor.backend
+            self.arriving[row] = self.compressor.storage.arriving(backend.shape.layers, backend.rope)
+        return self.arriving[row] if self.index < self.compressor.backend.shape.layers - 1 else self.arriving.pop(row)
+
+    def hold(self, sequence: CompressedLayer) -> None:
+        """Have one more sequence in the batch."""
+        sequence.row = len(self.sequences)
+        self.sequences.append(sequence)
+
+    def restore(self, tensors: dict[str, torch.Tensor], positions: np.ndarray, seen: int) -> None:
+        """Have one more sequence in the batch, of `seen` tokens, whose storage wrote `tensors` down."""
+        storage = self.compressor.storage
+        if hasattr(storage, "arriving"):
+            stored = self._arrival(len(self.sequences)).restore(tensors, positions[0], seen)
+        else:
+            stored = storage.restored(tensors, self.index)
+        self.hold(CompressedLayer(stored, self.compressor.backend.cache_dtype, seen, positions))
 
     def _evict(self, row: int) -> None:
         """Bring a sequence that is over the budget back to it."""
@@ -249,7 +278,9 @@ class GenerationLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences of these numbers, each as often as it is named."""
         if self.sequences:
-            self.sequences = [self.sequences[row].copy() for row in indices.tolist()]
+            chosen, self.sequences = [self.sequences[row].copy() for row in indices.tolist()], []
+            for sequence in chosen:
+                self.hold(sequence)
             self._queries = [self._queries[row] for row in indices.tolist()]
             self._places = [self._places[row] for row in indices.tolist()]
 
@@ -267,9 +298,15 @@ class GenerationCache(Cache):
     while it runs, so that one layer at a time is whole; so is every later feed of several tokens.
     """
 
-    def __init__(self, compressor: Compressor, every: int | None = None, decode: str = "rescore"):
+    def __init__(
+        self, compressor: Compressor, every: int | None = None, decode: str = "rescore", storage: Storage | None = None
+    ):
         self.compressor, self.every, self.decode = compressor, every, decode
-        layers = [GenerationLayer(compressor, index, every, decode) for index in range(compressor.backend.shape.layers)]
+        self.storage = storage or compressor.storage  # as it was asked for
+        arriving = {}
+        layers = [
+            GenerationLayer(compressor, i, every, decode, arriving) for i in range(compressor.backend.shape.layers)
+        ]
         super().__init__(layers=layers)
 
     @property
@@ -332,7 +369,7 @@ class GenerationCache(Cache):
 
     def restore(self, tensors: dict[str, torch.Tensor], position: int, seen: list[int]) -> None:
         """Hold what `tensors` returned, of sequences of `seen` tokens, and continue after `position` fed tokens."""
-        backend, storage = self.compressor.backend, self.compressor.storage
+        device = self.compressor.backend.device
         for index, layer in enumerate(self.layers):
             layer.reset()
             layer.fed_tokens, layer.is_initialized = position, True
@@ -340,11 +377,10 @@ class GenerationCache(Cache):
                 start = f"{index}.{row}."
                 held = {name.removeprefix(start): x for name, x in tensors.items() if name.startswith(start)}
                 positions = held.pop("positions").numpy()
-                held = {name: x.to(backend.device) for name, x in held.items()}
+                held = {name: x.to(device) for name, x in held.items()}
                 layer._queries.append(held.pop("queries"))
                 layer._places.append(held.pop("places", None))
-                stored = storage.restored(held, index)
-                layer.sequences.append(CompressedLayer(stored, backend.cache_dtype, tokens, positions))
+                layer.restore(held, positions, tokens)
 
     def save(self, path, tokens=None) -> None:
         """Write it to a safetensors file: see `spectral_kv.load`.

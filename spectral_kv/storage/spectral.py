@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -16,7 +17,7 @@ from spectral_kv.xp import Array, namespace
 
 
 @lru_cache(maxsize=4)
-def _read(path: str, shape: tuple[int, int, int], model: str | None) -> Bases:
+def _read(path: str, shape: tuple[int, int, int], model: str | None, changed: int) -> Bases:
     return Bases.load(path, shape, model)
 
 
@@ -29,7 +30,7 @@ class Group:
     """Tokens of the layers of a block at one moment: the exact ones layer by layer, the codes in common.
 
     A forward pass makes a new one when it reaches the first layer and completes it layer by layer, so that copies of a
-    cache may go on from the same one.
+    cache may go on from the same one, and sequences of a batch that shared it until then.
 
     Parameters
     ----------
@@ -55,8 +56,13 @@ class Group:
     positions: np.ndarray
     seen: int
     codes: Codes | None = None
-    next: "Group | None" = field(default=None, repr=False)
+    next: "dict[int, Group]" = field(default_factory=dict, repr=False)  # by row of the batch, while layers are fed
     decoded: Array | None = field(default=None, repr=False)  # components, while a forward pass reads them
+
+    @property
+    def layers(self) -> int:
+        """Layers of the group, whether they are all there or not."""
+        return len(self.coder.mean) // (2 * self.first[0][0].shape[-3] * self.first[0][0].shape[-1])
 
     @property
     def coded(self) -> int:
@@ -148,17 +154,78 @@ class SpectralTokens:
     def load(self) -> Pair:
         return self.group.load(self.index)
 
-    def append(self, keys: Array, values: Array) -> "SpectralTokens":
+    def append(self, keys: Array, values: Array, row: int = 0) -> "SpectralTokens":
+        """With further tokens of row number `row` of a batch whose sequences are fed in turn, layer by layer."""
+        before = self.group
         if self.index == 0:
-            self.group.next = self.group.grown()
-        group = self.group.next
+            before.next[row] = before.grown()
+        group = before.next[row] if self.index < len(before.recent) - 1 else before.next.pop(row)
         group.append(self.index, keys, values)
         return SpectralTokens(group, self.index)
+
+    def tensors(self) -> dict[str, Array]:
+        """All that must be written to a file, by name; the codes with the first layer of the group."""
+        group = self.group
+        exact = {"first": group.first[self.index], "recent": group.recent[self.index]}
+        held = {f"{name}.{kind}": x for name, pair in exact.items()
+                for kind, x in zip(("keys", "values"), pair, strict=True)}  # fmt: skip
+        if self.index == 0 and group.codes is not None:
+            held |= {"codes.packed": group.codes.packed, "codes.gains": group.codes.gains}
+        return held
 
     def settle(self) -> None:
         """What follows when a forward pass has read the last layer of the group."""
         if self.index == len(self.group.recent) - 1:
             self.group.settle()
+
+
+class Arriving:
+    """A sequence whose layers come one by one: each group is coded when its last layer is there.
+
+    Parameters
+    ----------
+    storage : SpectralStorage
+    layers : int
+        Of the model.
+    rope : Rope
+    """
+
+    def __init__(self, storage: "SpectralStorage", layers: int, rope: Rope):
+        self.storage, self.layers, self.rope = storage, layers, rope
+        self.arrived = 0
+        self._group: Group | None = None
+
+    def _opened(self, keys: Array, positions: np.ndarray, seen: int) -> tuple[Group, int]:
+        """The group that the next layer, with such keys, belongs to, and its number in it."""
+        shape = (self.layers, keys.shape[-3], keys.shape[-1])
+        blocks = self.storage.read(shape).blocks
+        number = next(i for i, block in enumerate(blocks) if self.arrived in block.layers)
+        index = self.arrived - blocks[number].layers[0]
+        if index == 0:
+            coder = self.storage.rate(keys.shape[-2], shape, keys.nbytes // int(np.prod(keys.shape))).coders[number]
+            self._group = Group(self.storage, coder, self.rope, [], [], positions, seen)
+        self.arrived += 1
+        return self._group, index
+
+    def add(self, keys: Array, values: Array, positions: np.ndarray, seen: int) -> SpectralTokens:
+        """Hold the next layer; arguments as of `SpectralStorage.store_together`."""
+        group, index = self._opened(keys, positions, seen)
+        tokens, sinks = keys.shape[-2], min(self.storage.sinks, keys.shape[-2])
+        group.first.append((part(keys, 0, sinks), part(values, 0, sinks)))
+        group.recent.append((part(keys, sinks, tokens), part(values, sinks, tokens)))
+        if len(group.recent) == group.layers:
+            group.encode(tokens - sinks - self.storage.recent)
+        return SpectralTokens(group, index)
+
+    def restore(self, tensors: dict[str, Array], positions: np.ndarray, seen: int) -> SpectralTokens:
+        """Hold the next layer as `SpectralTokens.tensors` wrote it down."""
+        keys = tensors["recent.keys"]
+        group, index = self._opened(keys, positions, seen)
+        group.first.append((tensors["first.keys"], tensors["first.values"]))
+        group.recent.append((keys, tensors["recent.values"]))
+        if "codes.packed" in tensors:
+            group.codes = Codes(tensors["codes.packed"], tensors["codes.gains"])
+        return SpectralTokens(group, index)
 
 
 @dataclass(frozen=True)
@@ -182,7 +249,7 @@ class SpectralStorage:
         Tokens fed later are coded in chunks of this many, when they have left the recent window.
     """
 
-    bases: str | None
+    bases: str | None = None
     ratio: float | None = 8.0
     bits: float | None = None
     sinks: int = 4
@@ -214,14 +281,15 @@ class SpectralStorage:
         """
         if self.bases is None:
             raise ValueError("bases=None: this storage needs bases that were measured on the model")
-        return _read(self.bases, shape, model)
+        path = Path(self.bases)
+        return _read(self.bases, shape, model, path.stat().st_mtime_ns if path.is_file() else 0)
 
     def token_bytes(self, tokens: int, numbers: int, itemsize: int) -> int:
         """Bytes a coded token may take in all layers, where that many are stored and a token has so many numbers."""
-        if self.bits is not None:
-            return int(self.bits * numbers / 8)
         exact = min(tokens, self.sinks + self.recent)
-        coded = max(tokens - exact, 1)
+        if self.bits is not None or tokens == exact:  # what is to come is coded at the ratio itself
+            return int((self.bits or 16 / self.ratio) * numbers / 8)
+        coded = tokens - exact
         left = numbers * (2 * tokens / self.ratio - itemsize * exact) / coded
         if left < 1:
             raise ValueError(
@@ -230,9 +298,13 @@ class SpectralStorage:
             )
         return int(left)
 
-    def _rate(self, tokens: int, shape: tuple[int, int, int], itemsize: int) -> Rate:
+    def rate(self, tokens: int, shape: tuple[int, int, int], itemsize: int) -> Rate:
         layers, heads, dim = shape
         return rate(self.read(shape), self.token_bytes(tokens, 2 * layers * heads * dim, itemsize))
+
+    def arriving(self, layers: int, rope: Rope) -> Arriving:
+        """A sequence of a model of so many layers, which come one by one."""
+        return Arriving(self, layers, rope)
 
     def store_together(
         self, keys: list[Array], values: list[Array], positions: np.ndarray, seen: int, rope: Rope
@@ -246,23 +318,8 @@ class SpectralStorage:
         seen : int
             Logical position of the next token.
         """
-        tokens, (heads, dim) = keys[0].shape[-2], (keys[0].shape[-3], keys[0].shape[-1])
-        shape = (len(keys), heads, dim)
-        itemsize = keys[0].nbytes // int(np.prod(keys[0].shape))
-        sinks = min(self.sinks, tokens)
-        middle = tokens - sinks - self.recent
-        coders = self._rate(tokens, shape, itemsize).coders if middle > 0 else None
-        stored = []
-        for index, block in enumerate(self.read(shape).blocks):
-            pairs = [(keys[layer], values[layer]) for layer in block.layers]
-            first, rest = (
-                [tuple(part(x, *span) for x in pair) for pair in pairs] for span in ((0, sinks), (sinks, tokens))
-            )
-            coder = coders[index] if coders else None
-            group = Group(self, coder, rope, first, rest, positions, seen)
-            group.encode(middle)
-            stored += [SpectralTokens(group, i) for i in range(len(pairs))]
-        return stored
+        arriving = self.arriving(len(keys), rope)
+        return [arriving.add(*pair, positions, seen) for pair in zip(keys, values, strict=True)]
 
     def nbytes_together(self, tokens: int, layers: int, kv_heads: int, dim: int, itemsize: int) -> int:
         """Bytes that all layers of so many tokens that follow one another take."""
@@ -271,4 +328,4 @@ class SpectralStorage:
         held = exact * numbers * itemsize
         if tokens == exact:
             return held
-        return held + (tokens - exact) * self._rate(tokens, (layers, kv_heads, dim), itemsize).token_bytes
+        return held + (tokens - exact) * self.rate(tokens, (layers, kv_heads, dim), itemsize).token_bytes
