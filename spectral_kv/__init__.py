@@ -14,8 +14,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from spectral_kv.measured_files import reference_model
     from spectral_kv.names import METHODS, STORAGES
-    from spectral_kv.public import bases, cache, calibrate, load, reference_model
+    from spectral_kv.public import bases, cache, calibrate, load
     from spectral_kv.selection import Budget
 
 __version__ = "0.1.0"
@@ -28,7 +29,7 @@ _HOMES = {
     "cache": "public",
     "calibrate": "public",
     "load": "public",
-    "reference_model": "public",
+    "reference_model": "measured_files",
 }
 
 __all__ = ["METHODS", "STORAGES", "Budget", "bases", "cache", "calibrate", "load", "reference_model"]

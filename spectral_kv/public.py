@@ -11,6 +11,7 @@ from spectral_kv import names
 from spectral_kv.calibration import QueryStatistics, observe
 from spectral_kv.codec.bases import Bases
 from spectral_kv.compressor import Compressor, foresees
+from spectral_kv.measured_files import STATISTICS, bases_of, beside
 from spectral_kv.scorers.base import Scorer
 from spectral_kv.selection import Budget
 from spectral_kv.storage.base import Storage
@@ -19,15 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from spectral_kv.backends.torch_generation import GenerationCache
+    from spectral_kv.storage.spectral_at_rest import SpectralAtRest
 
-STATISTICS = "query_statistics.safetensors"
-BASES = "bases.safetensors"
 DECODING = ("rescore", "append")
-
-
-def reference_model() -> Path:
-    """Folder of a small model with a tokenizer that is installed with the library."""
-    return Path(__file__).parents[1] / "pipeline" / "reference_model" / "checkpoint"
 
 
 def cache(
@@ -108,21 +103,10 @@ def cache(
     return GenerationCache(Compressor(backend, scorer, budget, held_in, found), every, decode, storage)
 
 
-def _beside(model: "PreTrainedModel", name: str) -> Path:
-    """Where a file that was measured on a model is looked for: in its folder, or beside that of the shipped model."""
-    folder = Path(model.config._name_or_path)
-    shipped = folder.resolve() == reference_model().resolve()
-    return (folder.parent if shipped else folder) / name
-
-
 def _with_bases(backend: Any, model: "PreTrainedModel", storage: Any) -> Any:
     """A storage with the bases of the model, checked, and bits instead of a ratio: nobody knows how long it becomes."""
-    path = storage.bases or _beside(model, BASES)
-    if not Path(path).is_file():
-        raise ValueError(
-            f"{path} is not there: save spectral_kv.bases(model, windows) there, or choose a storage without bases"
-        )
-    found = replace(storage, bases=str(path), ratio=None, bits=storage.bits or 16 / storage.ratio)
+    path = bases_of(model, storage.bases)
+    found = replace(storage, bases=path, ratio=None, bits=storage.bits or 16 / storage.ratio)
     found.read((backend.shape.layers, backend.shape.kv_heads, backend.shape.dim))
     return found
 
@@ -130,7 +114,7 @@ def _with_bases(backend: Any, model: "PreTrainedModel", storage: Any) -> Any:
 def _statistics(backend: Any, model: "PreTrainedModel", given: QueryStatistics | str | Path | None) -> QueryStatistics:
     if isinstance(given, QueryStatistics):
         return given
-    path = given or _beside(model, STATISTICS)
+    path = given or beside(model, STATISTICS)
     if not Path(path).is_file():
         raise ValueError(
             f"{path} is not there: pass statistics=spectral_kv.calibrate(model, windows), or choose a method that "
@@ -178,6 +162,7 @@ def load(
     tokens: Any = None,
     method: str | Scorer | None = None,
     storage: str | Storage | None = None,
+    codec: "SpectralAtRest | None" = None,
 ) -> "GenerationCache":
     """A cache that `cache.save(path)` wrote, with all its settings; it continues bit for bit, evictions too.
 
@@ -193,13 +178,16 @@ def load(
         name in `METHODS` or other settings than those of the name.
     storage : str or Storage, optional
         The one that it was saved with, needed where that has no name in `STORAGES` or other settings.
+    codec : SpectralAtRest, optional
+        The one that wrote it, needed where its bases do not lie in the model's folder. What it wrote continues as a
+        dense cache, not bit for bit.
 
     Raises
     ------
     ValueError
         If the file is damaged, holds something else, or the cache of another model, version or text.
     """
-    from spectral_kv.backends import torch_cache_file
+    from spectral_kv.backends import torch_cache_at_rest, torch_cache_file
 
     header, held, statistics = torch_cache_file.read(path, model, tokens)
     saved = header["settings"]
@@ -212,6 +200,8 @@ def load(
         saved["decode"],
         statistics,
     )
+    if "at_rest" in header:
+        held = torch_cache_at_rest.awake(header["at_rest"], held, loaded.compressor.backend, codec)
     if header["bases"] != torch_cache_file.bases_of(loaded.compressor):
         raise ValueError(f"{path} was written with other bases than those of this storage: bring those back")
     loaded.restore(held, header["position"], header["seen"])

@@ -3,7 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from pipeline.phases.base import Context, Row
+from pipeline.stages.compress import timed
+from spectral_kv.codec.at_rest import AtRest
 
 
 @dataclass(frozen=True)
@@ -11,7 +15,8 @@ class Memory:
     """Bytes after compression and after `generated` further tokens, beside the full cache's.
 
     Decimal megabytes; allocated bytes include room to grow. The full cache holds all tokens in the dtype of the cache.
-    Bases that a storage reads are a constant of the model: they are no part of any cache, and stand beside it.
+    Bases that a storage reads are a constant of the model: they are no part of any cache, and stand beside it. A cache
+    at rest is measured as the file that it would be; megabytes a second are those of the full cache.
     """
 
     generated: int = 64
@@ -40,4 +45,26 @@ class Memory:
         storage, shape = context.compressor.storage, context.backend.shape
         if hasattr(storage, "read"):
             values["memory/bases_mb"] = storage.read((shape.layers, shape.kv_heads, shape.dim)).nbytes / 1e6
+        if getattr(storage, "at_rest", False):
+            values |= self._at_rest(context, full)
         return [{"metric": name, "value": float(value)} for name, value in values.items()]
+
+    @staticmethod
+    def _at_rest(context: Context, full: int) -> dict[str, float]:
+        backend, prefill, storage = context.backend, context.prefill, context.compressor.storage
+        shape = (backend.shape.layers, backend.shape.kv_heads, backend.shape.dim)
+        positions = np.arange(len(prefill.tokens))
+
+        def write() -> bytes:
+            return storage.encode(prefill.keys, prefill.values, positions, backend.rope).to_bytes()
+
+        written, writing = timed(backend, write)
+        _, reading = timed(
+            backend, lambda: storage.decode(AtRest.from_bytes(written), shape, backend.rope, prefill.keys[0])
+        )
+        return {
+            "memory/at_rest_mb": len(written) / 1e6,
+            "memory/at_rest_ratio": full / len(written),
+            "time/encode_mb_s": full / 1e6 / writing,
+            "time/decode_mb_s": full / 1e6 / reading,
+        }

@@ -69,9 +69,10 @@ def measure(
     """
     shape = backend.shape
     moments = [Moments(layers) for layers in groups(shape.layers, group)]
-    counted = np.arange(sinks, prompt)
+    counted, fed = np.arange(sinks, prompt), following
     for seed, window in enumerate(windows):
         prefill = backend.prefill(window[:prompt], 1)
+        fed = min(fed, len(window) - prompt)
         grads = gradients(backend, prefill.keys, prefill.values, window[prompt : prompt + following], seed)
         for sums in moments:
             parts = []
@@ -81,4 +82,4 @@ def measure(
                 parts.append(columns(turned, [values[i].float()[:, sinks:] for i in sums.layers]))
             sums.add(*parts)
     blocks = tuple(sums.block(shape.dim) for sums in moments)
-    return Bases(blocks, shape.dim, {"tokens": str(moments[0].tokens)} | metadata)
+    return Bases(blocks, shape.dim, {"tokens": str(moments[0].tokens), "following": str(fed)} | metadata)

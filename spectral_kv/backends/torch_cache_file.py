@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 import spectral_kv
 from spectral_kv import names
+from spectral_kv.backends.torch_cache_at_rest import written
 from spectral_kv.calibration import QueryStatistics
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def bases_of(compressor: "Compressor") -> str | None:
     return storage.read((shape.layers, shape.kv_heads, shape.dim)).digest if hasattr(storage, "read") else None
 
 
-def save(cache: "GenerationCache", path: str | Path, tokens: Any = None) -> None:
+def save(cache: "GenerationCache", path: str | Path, tokens: Any = None, codec: Any = None) -> None:
     """Write a cache to a file, whole or not at all."""
     if not cache.layers[0].sequences:
         raise ValueError("the cache is empty: run the model on a prompt before saving it")
@@ -100,7 +101,10 @@ def save(cache: "GenerationCache", path: str | Path, tokens: Any = None) -> None
         "settings": _settings(cache),
         "bases": bases_of(cache.compressor),
     }
-    held = cache.tensors()
+    if codec is None:
+        held = cache.tensors()
+    else:
+        header["at_rest"], held = written(cache, codec)
     if (statistics := cache.compressor.statistics) is not None:
         numbers = {"mu_re": statistics.mu.real, "mu_im": statistics.mu.imag, "modulus": statistics.modulus}
         held |= {f"statistics.{k}": torch.from_numpy(np.ascontiguousarray(v)) for k, v in numbers.items()}

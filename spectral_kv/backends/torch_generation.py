@@ -382,11 +382,19 @@ class GenerationCache(Cache):
                 layer._places.append(held.pop("places", None))
                 layer.restore(held, positions, tokens)
 
-    def save(self, path, tokens=None) -> None:
+    def save(self, path, tokens=None, codec=None) -> None:
         """Write it to a safetensors file: see `spectral_kv.load`.
 
-        `tokens` are the ids that were fed, `[batch, tokens]`; `load` can check them.
+        Parameters
+        ----------
+        path : path
+        tokens : array of int, [batch, tokens], optional
+            The ids that were fed; `load` can check them.
+        codec : str or SpectralAtRest, optional
+            `spectral` writes dense caches of which no head has evicted tokens of its own by a transform coder, about 16
+            times smaller; a `spectral_kv.storage.spectral_at_rest.SpectralAtRest` says how small. By default what is
+            held is written as it is.
         """
         from spectral_kv.backends.torch_cache_file import save
 
-        save(self, path, tokens)
+        save(self, path, tokens, codec)

@@ -70,6 +70,20 @@ class Block:
     def nbytes(self) -> int:
         return sum(x.nbytes for x in (self.mean, self.weights, self.basis, self.variances))
 
+    def part(self, layers: tuple[int, ...]) -> "Block":
+        """The basis of some of the layers, from what this one knows of their covariance."""
+        if layers == self.layers:
+            return self
+        width = len(self.mean) // (2 * len(self.layers))  # columns of the keys of a layer, and of its values
+        first = layers[0] - self.layers[0]
+        keys = np.arange(first * width, (first + len(layers)) * width)
+        at = np.concatenate([keys, keys + len(self.mean) // 2])
+        factor = self.basis[at].astype(np.float64) * np.sqrt(self.variances)
+        variances, basis = np.linalg.eigh(factor @ factor.T)
+        count = min(len(at), len(self.variances))
+        variances = np.maximum(variances[::-1][:count], 1e-12 * variances[-1]).astype(np.float32)
+        return Block(layers, self.mean[at], self.weights[at], basis[:, ::-1][:, :count].astype(np.float16), variances)
+
     def truncated(self, components: int) -> "Block":
         """With the first components alone."""
         return Block(
@@ -149,6 +163,11 @@ class Bases:
         return sum(block.nbytes for block in self.blocks)
 
     @property
+    def following(self) -> int:
+        """Predictions that the sensitivity adds up."""
+        return int(self.metadata.get("following", 512))
+
+    @property
     def layers(self) -> int:
         return sum(len(block.layers) for block in self.blocks)
 
@@ -172,6 +191,26 @@ class Bases:
         least = pooled[min(round(components * len(pooled)), len(pooled)) - 1]
         kept = [max(8, -(-int((block.variances >= least).sum()) // 8) * 8) for block in self.blocks]
         return Bases(tuple(b.truncated(k) for b, k in zip(self.blocks, kept, strict=True)), self.dim, self.metadata)
+
+    def regrouped(self, layers: int) -> "Bases":
+        """In smaller groups, of at most `layers` layers, whose bases follow from the covariances within these.
+
+        Raises
+        ------
+        ValueError
+            If the groups of these bases are smaller, or are cut at other layers.
+        """
+        wanted, blocks = groups(self.layers, layers), []
+        for block in self.blocks:
+            inside = [group for group in wanted if set(group) <= set(block.layers)]
+            blocks += [block.part(group) for group in inside]
+        if [block.layers for block in blocks] != wanted:
+            sizes = ", ".join(str(len(block.layers)) for block in self.blocks)
+            raise ValueError(
+                f"layers={layers}: these bases have groups of {sizes} layers, which can't be cut into such: "
+                "measure bases with as many"
+            )
+        return Bases(tuple(blocks), self.dim, self.metadata)
 
     def save(self, path: str | Path) -> None:
         from safetensors.numpy import save_file

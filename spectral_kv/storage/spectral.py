@@ -17,8 +17,16 @@ from spectral_kv.xp import Array, namespace
 
 
 @lru_cache(maxsize=4)
-def _read(path: str, shape: tuple[int, int, int], model: str | None, changed: int) -> Bases:
-    return Bases.load(path, shape, model)
+def _read(path: str, shape: tuple[int, int, int], model: str | None, layers: int | None, changed: int) -> Bases:
+    found = Bases.load(path, shape, model)
+    return found if layers is None else found.regrouped(layers)
+
+
+def read(path: str | None, shape: tuple[int, int, int], model: str | None, layers: int | None) -> Bases:
+    """Bases from a file, in groups of at most `layers` layers; see `SpectralStorage.read`."""
+    if path is None:
+        raise ValueError("bases=None: this storage needs bases that were measured on the model")
+    return _read(path, shape, model, layers, Path(path).stat().st_mtime_ns if Path(path).is_file() else 0)
 
 
 def _joined(*parts: Array) -> Array:
@@ -243,6 +251,8 @@ class SpectralStorage:
         How many times smaller than in 16 bits the tokens that are stored first become, the exact ones included.
     bits : float, optional
         Instead of `ratio`: bits a number of coded tokens, with everything that goes with them.
+    layers : int, optional
+        At most so many are coded together, where the bases have larger groups; None for the groups of the bases.
     sinks, recent : int
         First and last kept tokens that stay in the dtype of the cache.
     flush : int
@@ -252,6 +262,7 @@ class SpectralStorage:
     bases: str | None = None
     ratio: float | None = 8.0
     bits: float | None = None
+    layers: int | None = None
     sinks: int = 4
     recent: int = 64
     flush: int = 64
@@ -268,8 +279,9 @@ class SpectralStorage:
             raise ValueError(f"bits={self.bits} must be above 0 and at most 6")
         if self.sinks < 0 or self.recent < 0:
             raise ValueError(f"sinks={self.sinks} and recent={self.recent} can't be negative")
-        if self.flush < 1:
-            raise ValueError(f"flush={self.flush} must be at least 1")
+        for name in ("flush", "layers"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
     def read(self, shape: tuple[int, int, int], model: str | None = None) -> Bases:
         """The bases of a model of `shape` = (layers, kv_heads, dim); `model` is its hash.
@@ -279,10 +291,7 @@ class SpectralStorage:
         ValueError
             If there is no file, or it is damaged, or belongs to another model.
         """
-        if self.bases is None:
-            raise ValueError("bases=None: this storage needs bases that were measured on the model")
-        path = Path(self.bases)
-        return _read(self.bases, shape, model, path.stat().st_mtime_ns if path.is_file() else 0)
+        return read(self.bases, shape, model, self.layers)
 
     def token_bytes(self, tokens: int, numbers: int, itemsize: int) -> int:
         """Bytes a coded token may take in all layers, where that many are stored and a token has so many numbers."""

@@ -29,6 +29,21 @@ def test_all_tokens_are_kept_at_the_ratio_and_bases_stand_beside_the_cache(run, 
     assert "memory/bases_mb" not in run("method=full").metrics
 
 
+def test_a_cache_at_rest_is_measured_apart_from_what_lives(run, file):
+    pytest.importorskip("constriction")
+    rest = ["storage=spectral_at_rest", "storage.recent=8", f"storage.bases={file}"]
+    metrics = run("method=full", *rest, "storage.ratio=4").metrics
+    assert metrics["memory/ratio"] == 1 and metrics["memory/tokens"] == 200
+    assert metrics["memory/at_rest_ratio"] == pytest.approx(
+        metrics["memory/full_mb"] / metrics["memory/at_rest_mb"], rel=1e-3
+    )
+    assert 3.9 < metrics["memory/at_rest_ratio"] < 4.1
+    assert metrics["time/encode_mb_s"] > 0 and metrics["time/decode_mb_s"] > 0
+    coarser = run("method=full", *rest, "storage.ratio=null", "storage.distortion=0.05").metrics
+    finer = run("method=full", *rest, "storage.ratio=null", "storage.distortion=0.002").metrics
+    assert finer["ppl/kl"] < coarser["ppl/kl"] and finer["memory/at_rest_mb"] > coarser["memory/at_rest_mb"]
+
+
 def test_a_run_is_known_by_its_bases_wherever_they_lie(small, file, tmp_path):
     def identity(path) -> str:
         return prepare(composed([*small, *SETTINGS, f"storage.bases={path}"])).digest

@@ -232,6 +232,13 @@ MALFORMED = {
     "bases that are damaged": lambda i: ["method=full", "storage=spectral", i.bases(located(i), damaged=True)],
     "an evicting method in a storage that keeps all": lambda i: ["storage=spectral", i.bases()],
     "a ratio below 1": lambda i: ["method=full", "storage=spectral", "storage.ratio=0.5", i.bases()],
+    "a ratio at rest that the exact tokens rule out": lambda i: [
+        "method=full",
+        "storage=spectral_at_rest",
+        "storage.ratio=100",
+        i.bases(located(i)),
+    ],
+    "two targets at rest": lambda i: ["method=full", "storage=spectral_at_rest", "storage.step=1", i.bases()],
     "a ratio and bits": lambda i: ["method=full", "storage=spectral", "storage.bits=2", i.bases()],
     "a ratio that the exact tokens rule out": lambda i: [
         "method=full",

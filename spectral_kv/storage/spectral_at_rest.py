@@ -1,0 +1,305 @@
+"""Spectral storage at rest: caches that nobody attends to for a while, in as few bytes as an entropy coder needs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import ClassVar
+
+import numpy as np
+
+from spectral_kv.codec import exact
+from spectral_kv.codec.at_rest import AtRest
+from spectral_kv.codec.bases import Bases, Block, by_head, columns
+from spectral_kv.codec.entropy import EXTRA, Tables
+from spectral_kv.codec.variable_rate import CONTEXTS, Components, VariableRate
+from spectral_kv.rope import Rope
+from spectral_kv.storage.base import Pair
+from spectral_kv.storage.dense import DenseTokens
+from spectral_kv.storage.spectral import read
+from spectral_kv.storage.windowed import part
+from spectral_kv.xp import Array, constant, float32, like, namespace, to_numpy
+
+SEARCHED = 512  # tokens of which bits are counted while a step is looked for
+CLOSE = 0.003  # of the logarithm to base 2 of what is met, where the search ends
+TURNS = 12  # at most
+BESIDE = 1500  # bytes of names and sizes, about
+LEAST = 0.6  # share of their bytes that exact numbers take at least
+CHUNK = 24  # bytes a chunk takes beside its numbers, about
+
+
+@dataclass(frozen=True)
+class SpectralAtRest:
+    """A transform coder over groups of layers with an entropy coder, for caches between turns, on disk, on the way.
+
+    What is read from it continues as a cache in the dtype of the one that was written. Sinks and recent window come
+    back bit for bit. One of `ratio`, `step` and `distortion` says how much is kept of the others.
+
+    Parameters
+    ----------
+    bases : str
+        File of the model's bases; None is refused when they are read.
+    ratio : float, optional
+        How many times smaller than in 16 bits a cache becomes, everything that is written included.
+    step : float, optional
+        Of all components, in the unit of the bases.
+    distortion : float, optional
+        KL in nats that a prediction is expected to lose, as far as errors are small and the text is like that of the
+        bases.
+    layers : int, optional
+        At most so many are coded together, where the bases have larger groups; None for the groups of the bases.
+    sinks, recent : int
+        First and last tokens that stay as they are.
+    chunk : int
+        Tokens that are read at once where only some are wanted.
+    """
+
+    bases: str | None = None
+    ratio: float | None = 16.0
+    step: float | None = None
+    distortion: float | None = None
+    layers: int | None = None
+    sinks: int = 4
+    recent: int = 64
+    chunk: int = 256
+
+    torch_only: ClassVar[bool] = True
+    keeps_all: ClassVar[bool] = True
+    at_rest: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if not find_spec("constriction"):
+            raise ValueError(f"codes at rest need the package constriction: pip install 'spectral-kv[{EXTRA}]'")
+        given = {"ratio": self.ratio, "step": self.step, "distortion": self.distortion}
+        if sum(x is not None for x in given.values()) != 1:
+            said = ", ".join(f"{name}={x}" for name, x in given.items())
+            raise ValueError(f"{said}: give one of them and leave the others null")
+        if self.ratio is not None and self.ratio <= 1:
+            raise ValueError(f"ratio={self.ratio} must be above 1")
+        for name in ("step", "distortion"):
+            if given[name] is not None and given[name] <= 0:
+                raise ValueError(f"{name}={given[name]} must be above 0")
+        if self.sinks < 0 or self.recent < 0:
+            raise ValueError(f"sinks={self.sinks} and recent={self.recent} can't be negative")
+        for name in ("chunk", "layers"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+    def read(self, shape: tuple[int, int, int], model: str | None = None) -> Bases:
+        """The bases of a model of `shape` = (layers, kv_heads, dim); `model` is its hash.
+
+        Raises
+        ------
+        ValueError
+            If there is no file, or it is damaged, or belongs to another model.
+        """
+        return read(self.bases, shape, model, self.layers)
+
+    def encode(self, keys: list[Array], values: list[Array], positions: np.ndarray, rope: Rope) -> AtRest:
+        """Write down rotated keys and values `[kv_heads, tokens, dim]` of all layers.
+
+        Parameters
+        ----------
+        positions : np.ndarray of int, [tokens]
+            Logical positions, the same in every head and layer.
+
+        Raises
+        ------
+        ValueError
+            If a ratio can't be met.
+        """
+        heads, tokens, dim = keys[0].shape
+        bases = self.read((len(keys), heads, dim))
+        sinks = min(self.sinks, tokens)
+        coded = max(tokens - sinks - self.recent, 0)
+        pairs = list(zip(keys, values, strict=True))
+        whole = [part(x, *span) for span in ((0, sinks), (sinks + coded, tokens)) for pair in pairs for x in pair]
+        tensors = {f"exact.{name}": x for name, x in exact.encode(whole).items()}
+        header = {
+            "bases": bases.digest,
+            "tokens": tokens,
+            "sinks": sinks,
+            "coded": coded,
+            "chunk": self.chunk,
+            "layers": self.layers,
+        }
+        if not np.array_equal(positions, np.arange(tokens)):
+            tensors["positions"] = np.asarray(positions, dtype=np.int32)
+        if coded:
+            where = np.asarray(positions)[sinks : sinks + coded]
+            middle = [[part(x, sinks, sinks + coded) for x in pair] for pair in pairs]
+            components = Components([_components(block, middle, where, rope) for block in bases.blocks])
+            held = sum(x.nbytes for x in tensors.values())
+            step = self._step(components, 2 * tokens * 2 * len(keys) * heads * dim, held, bases.following)
+            written = VariableRate.of(components, step, self.chunk)
+            header |= {"step": step, "chunk": self.chunk}
+            tensors |= {
+                "coded.levels": written.levels, "coded.means": written.means,
+                "coded.codes": written.tables.codes, "coded.lengths": written.tables.lengths,
+                "coded.gain_codes": written.gain_tables.codes, "coded.gain_lengths": written.gain_tables.lengths,
+                "coded.words": written.words, "coded.ends": written.ends,
+            }  # fmt: skip
+        return AtRest(header, tensors)
+
+    def _step(self, components: Components, full: int, held: int, following: int) -> float:
+        """The step that meets the target, of a cache of `full` bytes in 16 bits, where `held` bytes are spent already.
+
+        The unit of the bases is the nats that an error costs in `following` predictions together.
+        """
+        if self.step is not None:
+            return float(np.float32(self.step))
+        tokens = len(components.values)
+        wanted = 0.0
+        if self.ratio is not None:
+            chunks = -(-tokens // self.chunk)
+            wanted = 8 * (full / self.ratio - held - len(components.block) - BESIDE - CHUNK * chunks)
+            if wanted < tokens:
+                raise ValueError(
+                    f"ratio={self.ratio:g} can't be met: what stays exact and the tables of the codes alone take more; "
+                    "lower ratio, sinks or recent"
+                )
+
+        allowed = 0.0
+        if self.distortion is not None:
+            allowed = self.distortion * following / tokens
+            if allowed > 0.9 * (components.values**2).sum(axis=1).mean():
+                raise ValueError(f"distortion={self.distortion:g} is what losing all coded tokens costs: lower it")
+
+        def beyond(some: Components, logarithm: float) -> float:
+            rounded = some.rounded(2.0**logarithm)
+            if self.ratio is None:
+                return 0.5 * np.log2(max(rounded.distortion(some.values, 2.0**logarithm), 1e-30) / allowed)
+            tables = 8 * (Tables.of(rounded.frequencies).nbytes + 2 * CONTEXTS) * len(some.values)
+            return np.log2(wanted * len(some.values) / max(tokens * rounded.bits + tables, 1.0))
+
+        few = components.every(max(1, tokens // SEARCHED))
+        about = 0.5 * np.log2(float((few.values**2).mean()) + 1e-24)
+        about = root(lambda at: beyond(few, at), about, 0.01)
+        return float(np.float32(2.0 ** root(lambda at: beyond(components, at), about, CLOSE)))
+
+    def decode(
+        self,
+        written: AtRest,
+        shape: tuple[int, int, int],
+        rope: Rope,
+        template: Array,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> list[Pair]:
+        """Rotated keys and values `[kv_heads, tokens, dim]` of all layers, of tokens `start` to `stop`.
+
+        Of the codes only those of the chunks that the tokens lie in are read.
+
+        Parameters
+        ----------
+        shape : tuple of int
+            (layers, kv_heads, dim) of the model.
+        template : array
+            What they shall be like: kind of array, device and dtype.
+
+        Raises
+        ------
+        ValueError
+            If the cache was written with other bases.
+        """
+        layers, heads, dim = shape
+        bases = self.read(shape)
+        header = written.header
+        if header["bases"] != bases.digest:
+            raise ValueError("this cache at rest was written with other bases than these: bring those back")
+        tokens, sinks, coded = header["tokens"], header["sinks"], header["coded"]
+        stop = tokens if stop is None else stop
+        if not 0 <= start < stop <= tokens:
+            raise ValueError(f"tokens {start} to {stop} are not among the {tokens} of this cache")
+        counts = (sinks, tokens - sinks - coded)
+        shapes = [(heads, count, dim) for count in counts for _ in range(2 * layers)]
+        whole = [like(x, template) for x in exact.decode(written.part("exact"), shapes)]
+        xp = namespace(template)
+        first, recent = whole[: 2 * layers], whole[2 * layers :]
+        low, high = (min(max(x - sinks, 0), coded) for x in (start, stop))
+        between = [[] for _ in range(2 * layers)]
+        if high > low:
+            positions = written.tensors.get("positions", np.arange(tokens))[sinks + low : sinks + high]
+            between = [[x] for x in self._middle(written, bases, template, low, high, positions, rope)]
+        edges = (sinks, sinks + coded, tokens)
+        pairs = []
+        for index in range(2 * layers):
+            parts = []
+            if start < sinks:
+                parts.append(part(first[index], start, min(stop, sinks)))
+            parts += between[index]
+            if stop > edges[1]:
+                parts.append(part(recent[index], max(start - edges[1], 0), stop - edges[1]))
+            pairs.append(xp.concat([xp.astype(x, template.dtype) for x in parts], axis=-2))
+        return list(zip(pairs[::2], pairs[1::2], strict=True))
+
+    def _middle(self, written, bases: Bases, template: Array, low: int, high: int, positions: np.ndarray, rope: Rope):
+        """Coded keys and values `low` to `high`, of every layer in turn."""
+        names = ("levels", "means", "codes", "lengths", "gain_codes", "gain_lengths", "words", "ends")
+        levels, means, codes, lengths, gain_codes, gain_lengths, words, ends = (
+            written.tensors[f"coded.{name}"] for name in names
+        )
+        header = written.header
+        coder = VariableRate(
+            header["step"], header["chunk"], levels, means, Tables(codes, lengths), Tables(gain_codes, gain_lengths),
+            words, ends,
+        )  # fmt: skip
+        widths = [block.basis.shape[1] for block in bases.blocks]
+        components = coder.decode(header["coded"], np.repeat(np.arange(len(widths)), widths), low, high)
+        found, at = [], 0
+        for block, width in zip(bases.blocks, widths, strict=True):
+            z = like(np.ascontiguousarray(components[:, at : at + width]), template)
+            at += width
+            x = namespace(z).matmul(z, constant(block.synthesis, z)) + constant(block.mean, z)
+            each = by_head(x, bases.dim)  # [heads, tokens, dim], keys of all layers before values
+            count = bases.kv_heads
+            for index in range(len(block.layers)):
+                found.append(rope.rotate(each[index * count : (index + 1) * count], positions))
+                start = (len(block.layers) + index) * count
+                found.append(each[start : start + count])
+        return found
+
+    def store_together(
+        self, keys: list[Array], values: list[Array], positions: np.ndarray, seen: int, rope: Rope
+    ) -> list[DenseTokens]:
+        """What becomes of keys and values `[batch, kv_heads, tokens, dim]`, all rows alike, that were at rest."""
+        batch, heads, _, dim = keys[0].shape
+        written = self.encode([x[0] for x in keys], [x[0] for x in values], positions, rope)
+        pairs = self.decode(written, (len(keys), heads, dim), rope, keys[0][0])
+        xp = namespace(keys[0])
+        return [DenseTokens(*(xp.concat([x[None]] * batch, axis=0) for x in pair)) for pair in pairs]
+
+    def nbytes_together(self, tokens: int, layers: int, kv_heads: int, dim: int, itemsize: int) -> int:
+        """Bytes of a cache that has been read: it lives as it was before.
+
+        Raises
+        ------
+        ValueError
+            If no cache of so many tokens can meet the ratio.
+        """
+        exact_tokens = min(tokens, self.sinks + self.recent)
+        if self.ratio is not None and exact_tokens * itemsize * LEAST > 2 * tokens / self.ratio:
+            raise ValueError(
+                f"ratio={self.ratio:g} can't be met: the {exact_tokens} exact of {tokens} tokens alone take more; "
+                "lower ratio, sinks or recent"
+            )
+        return 2 * layers * kv_heads * dim * tokens * itemsize
+
+
+def root(function: Callable[[float], float], at: float, close: float) -> float:
+    """Where a rising function of about unit slope is within `close` of zero, by the secant method."""
+    value, slope = function(at), 1.0
+    for _ in range(TURNS):
+        if abs(value) < close:
+            break
+        step = float(np.clip(-value / slope, -2, 2))
+        new = function(at + step)
+        slope = float(np.clip((new - value) / step, 0.3, 3.0))
+        at, value = at + step, new
+    return at
+
+
+def _components(block: Block, pairs: list[Pair], positions: np.ndarray, rope: Rope) -> np.ndarray:
+    """Components `[tokens, components]` of a block of rotated keys and values of all layers."""
+    keys = [rope.unrotate(float32(pairs[layer][0]), positions) for layer in block.layers]
+    x = columns(keys, [float32(pairs[layer][1]) for layer in block.layers])
+    return to_numpy(namespace(x).matmul(x - constant(block.mean, x), constant(block.analysis, x)))

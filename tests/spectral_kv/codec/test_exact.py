@@ -1,0 +1,21 @@
+import pytest
+import torch
+
+from spectral_kv.codec import exact
+
+pytest.importorskip("constriction")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_numbers_come_back_bit_for_bit(rng, dtype):
+    arrays = [torch.from_numpy(rng.normal(size=(2, n, 8)) * 3).to(getattr(torch, dtype)) for n in (40, 7, 0)]
+    arrays[0][0, 0, :4] = torch.tensor([0.0, -0.0, 1e-4, -300.0])
+    tensors = exact.encode(arrays)
+    found = exact.decode(tensors, [tuple(x.shape) for x in arrays])
+    for x, y in zip(arrays, found, strict=True):
+        assert torch.equal(torch.from_numpy(y).to(x.dtype).ravel().view(torch.uint8), x.ravel().view(torch.uint8))
+
+
+def test_exponents_take_less_than_their_bits(rng):
+    x = torch.from_numpy(rng.normal(size=(4, 500, 16))).to(torch.bfloat16)
+    assert sum(t.nbytes for t in exact.encode([x]).values()) < 0.8 * x.nbytes

@@ -1,0 +1,189 @@
+import numpy as np
+import pytest
+import torch
+
+from spectral_kv.backends.torch_bases import measure
+from spectral_kv.codec.at_rest import AtRest
+from spectral_kv.storage.dense import Dense, DenseTokens
+from spectral_kv.storage.spectral_at_rest import SpectralAtRest, root
+
+pytest.importorskip("constriction")
+
+SHAPE = (2, 2, 16)  # layers, kv_heads, dim
+
+
+@pytest.fixture(scope="module")
+def path(backend, tmp_path_factory):
+    """Bases of the random model, its two layers in one block."""
+    rng = np.random.default_rng(1)
+    windows = [rng.integers(2, 8000, size=440) for _ in range(3)]
+    file = tmp_path_factory.mktemp("bases") / "bases.safetensors"
+    measure(backend, windows, prompt=400, group=2, following=40).save(file)
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def prefill(backend):
+    return backend.prefill(np.random.default_rng(0).integers(2, 8000, size=1500), 1)
+
+
+def written(backend, prefill, storage) -> AtRest:
+    return storage.encode(prefill.keys, prefill.values, np.arange(1500), backend.rope)
+
+
+def read(backend, prefill, storage, content, *span):
+    return storage.decode(content, SHAPE, backend.rope, prefill.keys[0], *span)
+
+
+def error(prefill, pairs) -> float:
+    found = [
+        (x - y, y)
+        for pair, *own in zip(pairs, prefill.keys, prefill.values, strict=True)
+        for x, y in zip(pair, own, strict=True)
+    ]
+    return float(np.mean([(d**2).mean() / (y**2).mean() for d, y in found]))
+
+
+@pytest.mark.parametrize("ratio", [5, 9])
+def test_a_ratio_is_met_by_all_that_is_written(backend, prefill, path, ratio):
+    content = written(backend, prefill, SpectralAtRest(path, ratio, recent=20)).to_bytes()
+    in_16_bits = 1500 * 2 * 2 * 2 * 16 * 2
+    assert abs(in_16_bits / len(content) / ratio - 1) < 0.02
+
+
+def test_errors_grow_with_the_ratio_and_ends_stay_as_they_are(backend, prefill, path):
+    errors = []
+    for ratio in (4, 8):
+        storage = SpectralAtRest(path, ratio, recent=20)
+        pairs = read(backend, prefill, storage, written(backend, prefill, storage))
+        for pair, *own in zip(pairs, prefill.keys, prefill.values, strict=True):
+            for x, y in zip(pair, own, strict=True):
+                assert x.shape == y.shape and x.dtype == y.dtype
+                assert torch.equal(x[:, :4], y[:, :4]) and torch.equal(x[:, -20:], y[:, -20:])
+        errors.append(error(prefill, pairs))
+    assert 0 < errors[0] < 0.1 and 2 * errors[0] < errors[1] < 0.5
+
+
+def test_a_distortion_is_met_and_a_step_is_taken(backend, prefill, path):
+    losses = []
+    for distortion in (0.05, 0.2):
+        storage = SpectralAtRest(path, None, distortion=distortion, recent=20)
+        content = written(backend, prefill, storage)
+        weights = storage.read(SHAPE).blocks[0].weights
+        lost = 0.0
+        for index, pair in enumerate(read(backend, prefill, storage, content)):
+            for kind, (x, y) in enumerate(zip(pair, (prefill.keys[index], prefill.values[index]), strict=True)):
+                at = (2 * kind + index) * 32
+                own = weights[at : at + 32].reshape(
+                    2, 1, 16
+                )  # alike in both channels of a pair: rotations keep the sum
+                lost += float((((x - y).numpy() * own) ** 2).sum())
+        losses.append(lost / 40)  # predictions that the bases were measured by
+    np.testing.assert_allclose(losses, [0.05, 0.2], rtol=0.1)
+    step = content.header["step"]
+    again = written(backend, prefill, SpectralAtRest(path, None, step, recent=20))
+    assert again.to_bytes() == content.to_bytes()
+
+
+def test_some_tokens_are_read_alone(backend, prefill, path):
+    storage = SpectralAtRest(path, 8, recent=20, chunk=100)
+    content = written(backend, prefill, storage)
+    whole = read(backend, prefill, storage, content)
+    for span in ((0, 3), (2, 5), (350, 420), (1400, 1490), (1485, 1500)):
+        for pair, some in zip(whole, read(backend, prefill, storage, content, *span), strict=True):
+            for x, y in zip(pair, some, strict=True):
+                torch.testing.assert_close(x[:, slice(*span)], y, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="are not among the 1500"):
+        read(backend, prefill, storage, content, 1400, 1600)
+
+
+def test_positions_of_chosen_tokens_are_kept(backend, prefill, path):
+    positions = np.r_[0:10, 400:1500]
+    keys, values = ([x[:, positions] for x in part] for part in (prefill.keys, prefill.values))
+    storage = SpectralAtRest(path, None, 1e-4, recent=20)
+    content = storage.encode(keys, values, positions, backend.rope)
+    for (x, _), y in zip(storage.decode(content, SHAPE, backend.rope, keys[0]), keys, strict=True):
+        assert ((x - y) ** 2).mean() < 0.01 * (y**2).mean()
+
+
+def test_bytes_give_the_same_cache(backend, prefill, path):
+    storage = SpectralAtRest(path, 8)
+    content = written(backend, prefill, storage).to_bytes()
+    assert content == written(backend, prefill, storage).to_bytes()
+    once, again = (read(backend, prefill, storage, AtRest.from_bytes(content)) for _ in range(2))
+    assert all(torch.equal(x, y) for a, b in zip(once, again, strict=True) for x, y in zip(a, b, strict=True))
+
+
+def test_a_cache_that_was_at_rest_goes_on(backend, prefill, path):
+    fed = np.arange(10, 20)
+    full = backend.extend(backend.compress(prefill, None, Dense()), fed).logits
+    logits = []
+    for step in (1e-4, 1e-2):
+        cache = backend.compress(prefill, None, SpectralAtRest(path, None, step))
+        assert isinstance(cache.layers[0].stored, DenseTokens) and cache.position == 1500
+        assert cache.nbytes == SpectralAtRest(path).nbytes_together(1500, *SHAPE, 4)
+        logits.append(backend.extend(cache, fed).logits)
+    near, far = ((x - full).norm() for x in logits)
+    assert near < 0.2 * far
+
+
+def test_smaller_groups_follow_from_larger_ones(backend, prefill, path):
+    """In one basis for both layers is all that is known of either."""
+    pair, single = SpectralAtRest(path, 6).read(SHAPE), SpectralAtRest(path, 6, layers=1).read(SHAPE)
+    assert [block.layers for block in single.blocks] == [(0,), (1,)]
+    for block in single.blocks:
+        covariance = lambda b: (b.basis.astype(float) * b.variances) @ b.basis.T.astype(float)  # noqa: E731
+        at = np.r_[0:32, 64:96] + 32 * block.layers[0]
+        expected = covariance(pair.blocks[0])[np.ix_(at, at)]
+        np.testing.assert_allclose(covariance(block), expected, atol=2e-3 * np.abs(expected).max())
+        np.testing.assert_array_equal(block.mean, pair.blocks[0].mean[at])
+    with pytest.raises(ValueError, match="groups of 1, 1 layers, which can't be cut"):
+        single.regrouped(2)
+    errors = [
+        error(prefill, read(backend, prefill, s, written(backend, prefill, s)))
+        for s in (SpectralAtRest(path, 8), SpectralAtRest(path, 8, layers=1))
+    ]
+    assert errors[0] != errors[1] and max(errors) < 0.6
+
+
+def test_short_prompts_stay_as_they_are(backend, path):
+    prefill = backend.prefill(np.arange(5, 55), 1)
+    storage = SpectralAtRest(path, None, distortion=0.01)
+    content = storage.encode(prefill.keys, prefill.values, np.arange(50), backend.rope)
+    for pair, *own in zip(read(backend, prefill, storage, content), prefill.keys, prefill.values, strict=True):
+        assert torch.equal(pair[0], own[0]) and torch.equal(pair[1], own[1])
+
+
+def test_other_bases_are_refused(backend, prefill, path, tmp_path):
+    content = written(backend, prefill, SpectralAtRest(path, 8))
+    SpectralAtRest(path).read(SHAPE).truncated(0.9).save(tmp_path / "other")
+    with pytest.raises(ValueError, match="other bases"):
+        read(backend, prefill, SpectralAtRest(str(tmp_path / "other")), content)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"step": 1}, "give one of them"),
+        ({"ratio": None}, "give one of them"),
+        ({"ratio": 0.5}, "above 1"),
+        ({"ratio": None, "step": 0}, "step=0 must be above 0"),
+        ({"chunk": 0}, "chunk=0"),
+        ({"layers": 0}, "layers=0"),
+        ({"recent": -1}, "negative"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        SpectralAtRest("bases.safetensors", **settings)
+
+
+def test_targets_that_can_not_be_met_are_refused(backend, prefill, path):
+    with pytest.raises(ValueError, match="ratio=40 can't be met"):
+        written(backend, prefill, SpectralAtRest(path, 40))
+    with pytest.raises(ValueError, match="losing all coded tokens"):
+        written(backend, prefill, SpectralAtRest(path, None, distortion=1e9))
+
+
+def test_a_root_is_found():
+    assert root(lambda x: 0.7 * x + 0.1 * np.tanh(x) - 2, 9.0, 1e-6) == pytest.approx(2.7156, abs=1e-3)
