@@ -29,7 +29,7 @@ class Sizes:
     Parameters
     ----------
     levels : np.ndarray of uint8, [components]
-        Logarithms of their root mean square, in steps.
+        Logarithms of their root mean square, in steps; 0 for those that are zero in all tokens.
     gains : np.ndarray of int8, [tokens, blocks]
         Logarithms of a token's, relative to that of the components.
     block : np.ndarray of int, [components]
@@ -40,14 +40,19 @@ class Sizes:
     gains: np.ndarray
     block: np.ndarray
 
-    def contexts(self, tokens: slice = slice(None)) -> np.ndarray:
-        """Of the components of tokens, uint8 `[tokens, components]`."""
-        sums = self.levels.astype(np.int8) + self.gains[tokens][:, self.block]
+    @cached_property
+    def there(self) -> np.ndarray:
+        """Components that are not zero in all tokens, `[there]`."""
+        return np.flatnonzero(self.levels)
+
+    def contexts(self) -> np.ndarray:
+        """Of the components that are there, uint8 `[tokens, there]`."""
+        sums = self.levels.astype(np.int8)[self.there] + self.gains[:, self.block[self.there]]
         return np.clip(sums, 0, CONTEXTS - 1).astype(np.uint8)
 
 
 class Rounding:
-    """The least size, in steps, that is rounded to 1, and how far below a larger number it begins, by context."""
+    """The least size, in steps, that is rounded to 1, and how far below a larger number it begins, by level."""
 
     def __init__(self):
         self.least = np.full(CONTEXTS, 0.6, dtype=np.float32)
@@ -61,12 +66,13 @@ class Rounding:
         self.least = (0.5 + 0.5 * SLOPE * np.clip(bits[:, 1] - bits[:, 0], 0, 9)).astype(np.float32)
         self.below = (0.5 - 0.5 * SLOPE * np.clip(bits[:, 2] - bits[:, 1], 0, 3)).astype(np.float32)
 
-    def __call__(self, components: np.ndarray, step: float, contexts: np.ndarray) -> np.ndarray:
-        """Whole numbers, int32."""
-        size = np.abs(components) * np.float32(1 / step)
-        number = np.floor(size + self.below[contexts])
-        number *= size >= self.least[contexts]
-        return np.copysign(number, components).astype(np.int32)
+    def __call__(self, components: np.ndarray, step: float, levels: np.ndarray) -> np.ndarray:
+        """Whole numbers, int32 `[tokens, components]`."""
+        size = np.abs(components)
+        size *= np.float32(1 / step)
+        number = np.floor(size + self.below[levels])
+        number *= size >= self.least[levels]
+        return np.copysign(number, components, out=number).astype(np.int32)
 
 
 class Components:
@@ -81,11 +87,17 @@ class Components:
     def __init__(self, blocks: list[np.ndarray]):
         self.values = np.concatenate(blocks, axis=1)
         self.block = np.repeat(np.arange(len(blocks)), [y.shape[1] for y in blocks])
+        self._last: tuple[float, Rounded] | None = None
 
     @cached_property
     def _logarithms(self) -> np.ndarray:
         """Of the root mean square of every component."""
         return OCTAVE * 0.5 * np.log2(np.maximum((self.values**2).mean(axis=0), 1e-30))
+
+    @cached_property
+    def _largest(self) -> np.ndarray:
+        """Of every component."""
+        return np.maximum(self.values.max(axis=0), -self.values.min(axis=0))
 
     @cached_property
     def _gains(self) -> np.ndarray:
@@ -96,33 +108,75 @@ class Components:
 
     def every(self, stride: int) -> "Components":
         """Every so many tokens alone, with the sizes that all have."""
-        part = Components.__new__(Components)
-        part.values, part.block = self.values[::stride], self.block
+        part = Components([self.values[::stride]])
+        part.block, part._largest = self.block, self._largest
         part._logarithms, part._gains = self._logarithms, self._gains[::stride]
         return part
 
-    def sizes(self, step: float) -> Sizes:
-        levels = np.rint(self._logarithms - OCTAVE * np.log2(step)) + ZERO
-        return Sizes(np.clip(levels, 0, CONTEXTS - 1).astype(np.uint8), self._gains, self.block)
+    def levels(self, step: float) -> np.ndarray:
+        """Logarithms of the sizes of components, uint8 `[components]`; 0 for those that are nothing in such steps."""
+        levels = np.clip(np.rint(self._logarithms - OCTAVE * np.log2(step)) + ZERO, 1, CONTEXTS - 1)
+        return np.where(self._largest < 0.5 * step, 0, levels).astype(np.uint8)
 
     def rounded(self, step: float) -> "Rounded":
         """As whole numbers of steps."""
-        sizes, rounding = self.sizes(step), Rounding()
-        contexts = sizes.contexts()
-        few = slice(None, None, max(1, len(contexts) // 256))  # enough to learn from
+        if self._last is None or self._last[0] != step:
+            self._last = step, self._rounded(step)
+        return self._last[1]
+
+    def _rounded(self, step: float) -> "Rounded":
+        sizes, rounding = Sizes(self.levels(step), self._gains, self.block), Rounding()
+        components, levels = self.values[:, sizes.there], sizes.levels[sizes.there]
+        few = slice(None, None, max(1, len(components) // 256))  # enough to learn from
+        each = np.broadcast_to(levels, components[few].shape)
         for _ in range(2):
-            numbers = rounding(self.values[few], step, contexts[few])
-            rounding.learn(histogram(numbers, contexts[few], CONTEXTS))
-        return Rounded(sizes, contexts, rounding(self.values, step, contexts))
+            numbers = rounding(components[few], step, levels)
+            rounding.learn(histogram(numbers, each, CONTEXTS))
+        numbers = rounding(components, step, levels)
+        return Rounded(sizes, numbers, means(components[few], numbers[few], levels, step))
+
+
+def means(components: np.ndarray, numbers: np.ndarray, levels: np.ndarray, step: float) -> np.ndarray:
+    """How much the mean of what is rounded to 1, and to larger numbers, lies above them, in steps.
+
+    In 8 bits by level, uint8 `[2, contexts]`.
+    """
+    found = np.zeros((2, CONTEXTS))
+    number = np.abs(numbers)
+    beyond = np.abs(components) * np.float32(1 / step) - number
+    for row, there in enumerate((number == 1, number > 1)):
+        sums, counts = ((x * there).sum(axis=0) for x in (beyond, there))
+        found[row] = np.bincount(levels, sums, CONTEXTS) / np.maximum(np.bincount(levels, counts, CONTEXTS), 1)
+    return np.clip(np.rint((found + 0.5) * MEANS), 0, 255).astype(np.uint8)
+
+
+def values(numbers: np.ndarray, levels: np.ndarray, means: np.ndarray, step: float) -> np.ndarray:
+    """Components, float32 `[tokens, components]`, that numbers stand for."""
+    of_one, of_more = means.astype(np.float32)[:, levels] / MEANS - 0.5
+    beyond = np.where(np.abs(numbers) == 1, of_one, of_more)
+    return (numbers + np.sign(numbers) * beyond) * np.float32(step)
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """Whole numbers, int32 `[tokens, components]`, in their contexts."""
+    """Whole numbers of steps.
+
+    Parameters
+    ----------
+    sizes : Sizes
+    numbers : np.ndarray of int32, [tokens, there]
+        Of the components whose level is not 0.
+    means : np.ndarray of uint8, [2, contexts]
+        See `means`.
+    """
 
     sizes: Sizes
-    contexts: np.ndarray
     numbers: np.ndarray
+    means: np.ndarray
+
+    @cached_property
+    def contexts(self) -> np.ndarray:
+        return self.sizes.contexts()
 
     @cached_property
     def frequencies(self) -> np.ndarray:
@@ -145,25 +199,10 @@ class Rounded:
         return entropy(histogram(self.numbers, columns, self.numbers.shape[1]))
 
     def distortion(self, components: np.ndarray, step: float) -> float:
-        """Mean squared error of a token's components."""
-        stand_for = values(self.numbers, self.contexts, self.means(components, step), step)
-        return float(((components - stand_for) ** 2).sum(axis=1).mean())
-
-    def means(self, components: np.ndarray, step: float) -> np.ndarray:
-        """What is rounded to 1, and to larger numbers relative to them, in 8 bits by context, uint8 `[2, contexts]`."""
-        found = np.zeros((2, CONTEXTS))
-        size, number = np.abs(components) * np.float32(1 / step), np.abs(self.numbers)
-        for row, there in enumerate((number == 1, number > 1)):
-            context = self.contexts[there]
-            beyond = np.bincount(context, weights=(size[there] - number[there]), minlength=CONTEXTS)
-            found[row] = beyond / np.maximum(np.bincount(context, minlength=CONTEXTS), 1)
-        return np.clip(np.rint((found + 0.5) * MEANS), 0, 255).astype(np.uint8)
-
-
-def values(numbers: np.ndarray, contexts: np.ndarray, means: np.ndarray, step: float) -> np.ndarray:
-    """Components, float32, that numbers stand for; `means` as of `Rounded.means`."""
-    beyond = (means.astype(np.float32) / MEANS - 0.5)[np.minimum(np.abs(numbers), 2) - 1, contexts]
-    return np.where(numbers == 0, np.float32(0), (numbers + np.sign(numbers) * beyond) * np.float32(step))
+        """Mean squared error of a token's components `[tokens, components]`."""
+        found = np.zeros_like(components)
+        found[:, self.sizes.there] = values(self.numbers, self.sizes.levels[self.sizes.there], self.means, step)
+        return float(((components - found) ** 2).sum(axis=1).mean())
 
 
 @dataclass(frozen=True)
@@ -203,9 +242,8 @@ class VariableRate:
             words.append(gain_tables.encode(gains[part].ravel(), np.zeros(gains[part].size, dtype=np.uint8)))
             words.append(tables.encode(rounded.numbers[part].ravel(), rounded.contexts[part].ravel()))
         ends = np.cumsum([len(w) for w in words]).astype(np.uint32).reshape(-1, 2)
-        means = rounded.means(components.values, step)
         levels = rounded.sizes.levels
-        return cls(step, chunk, levels, means, tables, gain_tables, np.concatenate(words), ends)
+        return cls(step, chunk, levels, rounded.means, tables, gain_tables, np.concatenate(words), ends)
 
     def decode(self, tokens: int, block: np.ndarray, start: int, stop: int) -> np.ndarray:
         """Components, float32 `[stop - start, components]`, of `tokens` in all; only their chunks are read.
@@ -220,8 +258,10 @@ class VariableRate:
             middle, end = self.ends[index]
             none = np.zeros(count * (block.max() + 1), dtype=np.uint8)
             gains = self.gain_tables.decode(self.words[begin:middle], none).reshape(count, -1)
-            contexts = Sizes(self.levels, gains.astype(np.int8), block).contexts()
+            sizes = Sizes(self.levels, gains.astype(np.int8), block)
+            contexts = sizes.contexts()
             numbers = self.tables.decode(self.words[middle:end], contexts.ravel()).reshape(contexts.shape)
-            part = values(numbers, contexts, self.means, self.step)
+            part = np.zeros((count, len(self.levels)), dtype=np.float32)
+            part[:, sizes.there] = values(numbers, self.levels[sizes.there], self.means, self.step)
             parts.append(part[max(start - first, 0) : stop - first])
         return np.concatenate(parts)

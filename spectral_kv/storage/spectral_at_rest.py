@@ -20,7 +20,7 @@ from spectral_kv.storage.windowed import part
 from spectral_kv.xp import Array, constant, float32, like, namespace, to_numpy
 
 SEARCHED = 512  # tokens of which bits are counted while a step is looked for
-CLOSE = 0.003  # of the logarithm to base 2 of what is met, where the search ends
+CLOSE = 0.01  # of the logarithm to base 2 of what is met, where the search ends
 TURNS = 12  # at most
 BESIDE = 1500  # bytes of names and sizes, about
 LEAST = 0.6  # share of their bytes that exact numbers take at least
@@ -165,7 +165,7 @@ class SpectralAtRest:
                 raise ValueError(f"distortion={self.distortion:g} is what losing all coded tokens costs: lower it")
 
         def beyond(some: Components, logarithm: float) -> float:
-            rounded = some.rounded(2.0**logarithm)
+            rounded = some.rounded(float(np.float32(2.0**logarithm)))
             if self.ratio is None:
                 return 0.5 * np.log2(max(rounded.distortion(some.values, 2.0**logarithm), 1e-30) / allowed)
             tables = 8 * (Tables.of(rounded.frequencies).nbytes + 2 * CONTEXTS) * len(some.values)
@@ -173,7 +173,7 @@ class SpectralAtRest:
 
         few = components.every(max(1, tokens // SEARCHED))
         about = 0.5 * np.log2(float((few.values**2).mean()) + 1e-24)
-        about = root(lambda at: beyond(few, at), about, 0.01)
+        about = root(lambda at: beyond(few, at), about, CLOSE / 2)
         return float(np.float32(2.0 ** root(lambda at: beyond(components, at), about, CLOSE)))
 
     def decode(

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from spectral_kv.codec.variable_rate import Components, Rounding, VariableRate
+from spectral_kv.codec.variable_rate import Components, Rounded, Rounding, VariableRate, means
 
 pytest.importorskip("constriction")
 
@@ -56,10 +56,26 @@ def test_a_chunk_is_read_alone(blocks):
 
 def test_numbers_give_way_where_they_cost_more_than_they_are_worth(blocks):
     components = Components(blocks)
-    rounded, contexts = components.rounded(1.0), components.sizes(1.0).contexts()
-    plain = np.rint(components.values).astype(np.int32)
-    nearest = type(rounded)(rounded.sizes, contexts, plain)
+    rounded = components.rounded(1.0)
+    there = components.values[:, rounded.sizes.there]
+    plain = np.rint(there).astype(np.int32)
+    levels = rounded.sizes.levels[rounded.sizes.there]
+    nearest = Rounded(rounded.sizes, plain, means(there, plain, levels, 1.0))
     cost = [r.distortion(components.values, 1.0) + 0.1155 * r.bits / 3000 for r in (rounded, nearest)]
     assert cost[0] < 0.99 * cost[1]
     assert rounded.bits < nearest.bits
     assert (Rounding().least > 0.5).all()
+
+
+def test_numbers_stand_for_the_mean_of_what_was_rounded_to_them(blocks):
+    components = Components(blocks)
+    rounded = components.rounded(1.0)
+    bare = Rounded(rounded.sizes, rounded.numbers, np.full((2, 64), 120, dtype=np.uint8))  # as they are
+    assert rounded.distortion(components.values, 1.0) < 0.999 * bare.distortion(components.values, 1.0)
+
+
+def test_components_that_are_nothing_take_nothing(blocks):
+    with_nothing = [np.concatenate([y, 1e-3 * y], axis=1) for y in blocks]
+    less, more = (VariableRate.of(Components(y), 2.0, 3000) for y in (blocks, with_nothing))
+    assert (more.levels == 0).sum() >= 160
+    assert more.words.nbytes < 1.02 * less.words.nbytes
