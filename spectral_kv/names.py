@@ -27,9 +27,11 @@ METHODS: dict[str, tuple[str, dict[str, Any]] | None] = {
 STORAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("dense.Dense", {}),
     "hqq_4bit": ("quantized_cache.QuantizedCacheStorage", {"library": "hqq", "bits": 4}),
+    "pair_bits": ("spectral.SpectralStorage", {"ratio": 8.0, "transform": False}),
     "quanto_2bit": ("quantized_cache.QuantizedCacheStorage", {"library": "quanto", "bits": 2}),
     "quanto_4bit": ("quantized_cache.QuantizedCacheStorage", {"library": "quanto", "bits": 4}),
     "spectral": ("spectral.SpectralStorage", {"ratio": 8.0}),
+    "spectral_10x": ("spectral.SpectralStorage", {"ratio": 10.0}),
     "spectral_14x": ("spectral.SpectralStorage", {"ratio": 14.0}),
     "turboquant_2bit": ("turboquant.TurboQuantStorage", {"key_bits": 2, "value_bits": 2}),
     "turboquant_3bit": ("turboquant.TurboQuantStorage", {"key_bits": 3, "value_bits": 3}),

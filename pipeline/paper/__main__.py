@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from pipeline.paper.readme import refresh
-from pipeline.paper.sections import plan, titles
+from pipeline.paper.sections import plan, titles, usual
 from pipeline.settings.cli import reporting
 from pipeline.settings.compose import composed
 
@@ -79,12 +79,14 @@ def main() -> None:
         prog="python -m pipeline.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("overrides", nargs="*", metavar="SETTING", help="settings as for python -m pipeline")
-    parser.add_argument("--sections", metavar="NAME,...", help=f"some of {', '.join(titles())}; all are the default")
+    parser.add_argument(
+        "--sections", metavar="NAME,...", help=f"some of {', '.join(titles())}; by default {', '.join(usual(False))}"
+    )
     parser.add_argument("--readme", metavar="FILE", type=Path, help="a Markdown file that gets a copy of the results")
     parser.add_argument("--full", action="store_true", help="whole experiments, where sections take a part of them")
     parser.add_argument("--refresh", action="store_true", help="measure again what is there already")
     arguments = parser.parse_intermixed_args()
-    experiments = list(titles()) if arguments.sections is None else arguments.sections.split(",")
+    experiments = usual(arguments.full) if arguments.sections is None else arguments.sections.split(",")
     overrides = [*arguments.overrides, *(["force=true"] if arguments.refresh else [])]
     with reporting(sys.argv[1:]):
         regenerate(experiments, overrides, arguments.readme, arguments.full)

@@ -13,6 +13,7 @@ from pipeline.paper import recency
 from pipeline.paper.finished import FinishedRun
 from pipeline.paper.hover import say, say_cells
 from pipeline.paper.measured import MeasuredSection
+from pipeline.paper.tables import coded, smaller
 from pipeline.show.summary import spread
 from pipeline.statistics import Estimate, differences, estimate, kendall
 
@@ -99,6 +100,33 @@ def frontier(sections: dict[str, MeasuredSection]) -> Figure | None:
         _over_storages(grid[0, 1], [run for run in others if run.method != "full"])
     named = {label: h for axes in grid.ravel() for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(named.values(), named.keys(), loc="outside right center")
+    return figure
+
+
+def rate_distortion(sections: dict[str, MeasuredSection]) -> Figure | None:
+    """Prediction against bytes of the transform coder and its rivals."""
+    if "codec" not in sections:
+        return None
+    curves: dict[str, list[FinishedRun]] = {}
+    for run in sections["codec"].runs:
+        name = coded(run) if run.method == "full" else f"{run.title} in {coded(run)}"
+        curves.setdefault(name.partition(",")[0] if run.method == "full" else name, []).append(run)
+    figure, axes = plt.subplots(figsize=(7.4, 4.0))
+    for index, (name, runs) in enumerate(curves.items()):
+        runs = sorted(runs, key=smaller)
+        values, ratios = [run.estimate("ppl/kl") for run in runs], [smaller(run) for run in runs]
+        own = runs[0].choice["storage"].startswith("spectral")
+        style = {"color": f"C{index}", "marker": "os"[index % 2] if own else "^v<>xD+*"[index % 8]}
+        (line,) = axes.plot(ratios, [v.mean for v in values], lw=2 if own else 1, ms=5, label=name, **style)
+        say(
+            line, [f"{name}, {r:.1f} times smaller: {spread(v, '{:.4f}')}" for r, v in zip(ratios, values, strict=True)]
+        )
+        low, high = ([getattr(v, bound) for v in values] for bound in ("low", "high"))
+        axes.fill_between(ratios, low, high, color=style["color"], alpha=0.12, lw=0)
+    axes.set(xscale="log", yscale="log", xlabel="full cache / cache (log scale)", ylabel=QUALITY)
+    axes.set_xticks(ticks := [4, 6, 8, 10, 14, 20, 32], [str(t) for t in ticks])
+    axes.xaxis.minorticks_off()
+    _outside(figure, axes)
     return figure
 
 
@@ -391,5 +419,10 @@ FIGURES: dict[str, tuple[Callable[[dict[str, MeasuredSection]], Figure | None], 
     ),
     "drift": (drift, "multiturn", "Attention output perturbation over turns of the true continuation."),
     "recall_by_depth": (recall_by_depth, "retrieval", "Needles found by their place in the prompt."),
+    "rate_distortion": (
+        rate_distortion, "codec",
+        "KL of predictions against how much smaller than in 16 bits a cache is, live or at rest; bands are 95 % over "
+        "windows.",
+    ),
 }  # fmt: skip
 """Name of every figure: the function that draws it, the section that it stands in, and its caption."""

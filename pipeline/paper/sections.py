@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -26,6 +27,11 @@ def _written() -> dict[str, dict]:
 def titles() -> dict[str, str]:
     """Titles of the sections there are, by their experiment, in the order of the document."""
     return {experiment: about["title"] for experiment, about in _written().items()}
+
+
+def usual(full: bool) -> list[str]:
+    """Sections that are written where none are named: those apart belong to the whole document alone."""
+    return [experiment for experiment, about in _written().items() if full or not about.get("apart")]
 
 
 def brief(experiment: str, overrides: list[str]) -> list[str]:
@@ -92,15 +98,29 @@ def applicable(experiment: str, overrides: list[str]) -> list[str]:
     return [o for o in spelled if o in groups or ("." in o.partition("=")[0] and o.partition("=")[0] in known)]
 
 
+def _inside(job: list[str]) -> Iterator[tuple[list[str], list[str]]]:
+    """The jobs of a job's grid, each with the keys that the grid sets; or the job itself."""
+    grid = next((o.partition("=")[2] for o in job if o.startswith("grid=")), None)
+    if grid is None:
+        yield job, []
+        return
+    words = shlex.split(grid.strip("\"'"))
+    for inner in sweep(None, [*(o for o in job if not o.startswith("grid=")), *words]):
+        yield inner, [word.partition("=")[0] for word in words]
+
+
 def _composed(experiment: str, overrides: list[str], narrowed: list[str]) -> dict:
     """What JSON can hold of a section: the documents that its experiment asks for, the overrides that it takes, and
-    the overrides and the configuration of every job.
+    what the experiment varies and the configuration of every job.
     """
     taken = applicable(experiment, overrides)
-    jobs = [
-        {"overrides": job, "config": OmegaConf.to_container(composed(job), resolve=False)}
-        for job in sweep(experiment, [f"tracking.table={experiment}", *narrowed, *taken])
-    ]
+    varied = [key for key in _preset(experiment)["hydra"]["sweeper"]["params"] if key != "grid"]
+    jobs = []
+    for outer in sweep(experiment, [f"tracking.table={experiment}", *narrowed, *taken]):
+        for job, inner in _inside(outer):
+            choice = {key: value for key, value in (o.split("=", 1) for o in job) if key in (*varied, *inner)}
+            config = OmegaConf.to_container(composed(job), resolve=False)
+            jobs.append({"choice": choice, "config": config})
     counted = [o for o in narrowed if o.startswith("document.count=")]
     asked = int(composed([f"experiment={experiment}", *counted]).document.count)
     return {"asked": asked, "taken": taken, "narrowed": narrowed, "jobs": jobs}
@@ -153,9 +173,7 @@ def plan(experiments: list[str], overrides: list[str], memory: Path, full: bool 
     memory.write_text(json.dumps(remembered))
     sections = []
     for name, section in found.items():
-        varied = _preset(name)["hydra"]["sweeper"]["params"]
-        settings = [dict(o.split("=", 1) for o in job["overrides"]) for job in section["jobs"]]
-        choices = [{key: own[key] for key in varied} for own in settings]
+        choices = [job["choice"] for job in section["jobs"]]
         jobs = [prepare(OmegaConf.create(job["config"])) for job in section["jobs"]]
         sections.append(Section(name, section["asked"], section["narrowed"], choices, jobs))
     return sections

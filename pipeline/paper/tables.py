@@ -295,6 +295,63 @@ def retrieval(section: MeasuredSection) -> list[Table]:
     return [grid("retrieval", title, section.runs, "budget.tokens", "retrieval/recall", "{:.2f}", note)]
 
 
+CODES = {
+    "spectral": "transform coder",
+    "spectral_at_rest": "transform coder at rest",
+    "pair_bits": "bits by RoPE pair",
+    "turboquant_4bit": "TurboQuant, 4 bit",
+    "turboquant_3bit": "TurboQuant, 3 bit",
+    "turboquant_2bit": "TurboQuant, 2 bit",
+    "dense": "16 bits",
+}
+NEAR = 1.1  # ratios within a tenth of one another are called equal bytes
+
+
+def smaller(run: FinishedRun) -> float:
+    """How many times smaller than the full cache in 16 bits what is kept of it is, live or at rest."""
+    return run.metrics.get("memory/at_rest_ratio", run.metrics["memory/ratio"])
+
+
+def coded(run: FinishedRun) -> str:
+    """What a cache is held in."""
+    return CODES.get(run.choice["storage"], run.choice["storage"])
+
+
+def rival(run: FinishedRun, runs: list[FinishedRun]) -> FinishedRun | None:
+    """What predicts best among all that is no transform coder and has the bytes of a run."""
+    if not run.choice["storage"].startswith("spectral"):
+        return None
+    near = [
+        other
+        for other in runs
+        if not other.choice["storage"].startswith("spectral") and 1 / NEAR < smaller(other) / smaller(run) < NEAR
+    ]
+    return min(near, key=lambda other: other.metrics["ppl/kl"], default=None)
+
+
+def codec(section: MeasuredSection) -> list[Table]:
+    runs = sorted(section.runs, key=smaller)
+    heads = {**METHOD, "held in": coded, "full / cache": lambda run: number(smaller(run), "{:.2f}")}
+    columns = [
+        Column("ppl/kl", "KL, nats", "{:.4f}"),
+        Column("ppl/kl", "KL - best rival's", "{:+.4f}", difference=True),
+        Column("ppl/nd", "ND-PPL", "{:+.3f}"),
+        Column("aop/mean", "AOP"),
+        Column("memory/bases_mb", "bases, MB", "{:.1f}"),
+    ]
+    note = (
+        "Full / cache: bytes of the full cache in 16 bits over those of what is kept, exact tokens included; "
+        "at rest over those of the file, which is read before it is used. Differences, paired, are to the best of all "
+        "that is no transform coder and has these bytes within a tenth. Bases are constants of the model."
+    )
+    columns = [column for column in columns if any(column.metric in run.metrics for run in section.runs)]
+    return [
+        listing(
+            "codec", "Every token in codes, beside its rivals", runs, heads, columns, note, lambda run: rival(run, runs)
+        )
+    ]
+
+
 BACKGROUNDS = (
     "tone",
     "chirp",
@@ -326,5 +383,6 @@ def synthetic(section: MeasuredSection) -> list[Table]:
 TABLES: dict[str, Callable[[MeasuredSection], list[Table]]] = {
     "paper": paper, "speed": speed, "baselines": baselines, "seeds": seeds, "budgets": budgets,
     "equal_bytes": equal_bytes, "ablation": ablation, "recent": recent, "multiturn": multiturn,
-    "correlation": correlation, "retrieval": retrieval, "synthetic": synthetic,
+    "correlation": correlation, "retrieval": retrieval, "codec": codec,
+    "synthetic": synthetic,
 }  # fmt: skip

@@ -192,6 +192,24 @@ class Bases:
         kept = [max(8, -(-int((block.variances >= least).sum()) // 8) * 8) for block in self.blocks]
         return Bases(tuple(b.truncated(k) for b, k in zip(self.blocks, kept, strict=True)), self.dim, self.metadata)
 
+    def channels(self) -> "Bases":
+        """Without a transform, every layer on its own: components are channels, those of a RoPE pair of a variance.
+
+        Bits then go to pairs as in Block-GTQ (arXiv 2606.24033), whose weights are the energies of queries and keys;
+        here they are what an error costs.
+        """
+        found = []
+        for block in self.regrouped(1).blocks:
+            variances = (block.basis.astype(np.float64) ** 2) @ block.variances
+            keys, values = variances.reshape(2, -1, self.dim)
+            pairs = keys.reshape(-1, 2, self.dim // 2).mean(axis=1, keepdims=True)
+            pairs = np.broadcast_to(pairs, (len(pairs), 2, self.dim // 2)).reshape(keys.shape)
+            means = np.concatenate([pairs, values]).ravel()
+            order = np.argsort(-means, kind="stable")
+            basis = np.eye(len(means), dtype=np.float16)[:, order]
+            found.append(Block(block.layers, block.mean, block.weights, basis, means[order].astype(np.float32)))
+        return Bases(tuple(found), self.dim, self.metadata)
+
     def regrouped(self, layers: int) -> "Bases":
         """In smaller groups, of at most `layers` layers, whose bases follow from the covariances within these.
 

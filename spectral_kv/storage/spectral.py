@@ -17,16 +17,21 @@ from spectral_kv.xp import Array, namespace
 
 
 @lru_cache(maxsize=4)
-def _read(path: str, shape: tuple[int, int, int], model: str | None, layers: int | None, changed: int) -> Bases:
+def _read(
+    path: str, shape: tuple[int, int, int], model: str | None, layers: int | None, transform: bool, changed: int
+) -> Bases:
     found = Bases.load(path, shape, model)
-    return found if layers is None else found.regrouped(layers)
+    found = found if layers is None else found.regrouped(layers)
+    return found if transform else found.channels()
 
 
-def read(path: str | None, shape: tuple[int, int, int], model: str | None, layers: int | None) -> Bases:
+def read(
+    path: str | None, shape: tuple[int, int, int], model: str | None, layers: int | None, transform: bool = True
+) -> Bases:
     """Bases from a file, in groups of at most `layers` layers; see `SpectralStorage.read`."""
     if path is None:
         raise ValueError("bases=None: this storage needs bases that were measured on the model")
-    return _read(path, shape, model, layers, Path(path).stat().st_mtime_ns if Path(path).is_file() else 0)
+    return _read(path, shape, model, layers, transform, Path(path).stat().st_mtime_ns if Path(path).is_file() else 0)
 
 
 def _joined(*parts: Array) -> Array:
@@ -251,6 +256,8 @@ class SpectralStorage:
         How many times smaller than in 16 bits the tokens that are stored first become, the exact ones included.
     bits : float, optional
         Instead of `ratio`: bits a number of coded tokens, with everything that goes with them.
+    transform : bool
+        False leaves channels as they are, every layer on its own: bits by RoPE pair.
     layers : int, optional
         At most so many are coded together, where the bases have larger groups; None for the groups of the bases.
     sinks, recent : int
@@ -262,6 +269,7 @@ class SpectralStorage:
     bases: str | None = None
     ratio: float | None = 8.0
     bits: float | None = None
+    transform: bool = True
     layers: int | None = None
     sinks: int = 4
     recent: int = 64
@@ -291,7 +299,7 @@ class SpectralStorage:
         ValueError
             If there is no file, or it is damaged, or belongs to another model.
         """
-        return read(self.bases, shape, model, self.layers)
+        return read(self.bases, shape, model, self.layers, self.transform)
 
     def token_bytes(self, tokens: int, numbers: int, itemsize: int) -> int:
         """Bytes a coded token may take in all layers, where that many are stored and a token has so many numbers."""

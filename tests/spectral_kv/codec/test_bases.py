@@ -86,3 +86,24 @@ def test_truncation_keeps_the_largest_variances(bases):
     assert half.blocks[0].basis.shape == (64, 32)
     np.testing.assert_array_equal(half.blocks[0].variances, bases.blocks[0].variances[:32])
     assert half.nbytes < bases.nbytes
+
+
+def test_channels_keep_their_columns_and_pairs_share_their_variance(bases):
+    found = bases.channels()
+    assert [block.layers for block in found.blocks] == [(0,), (1,)]
+    whole = bases.blocks[0]
+    energies = (whole.basis.astype(float) ** 2) @ whole.variances
+    for block, at in zip(found.blocks, (np.r_[0:16, 32:48], np.r_[16:32, 48:64]), strict=True):
+        assert ((block.basis == 0) | (block.basis == 1)).all() and (block.basis.sum(axis=0) == 1).all()
+        by_channel = block.basis.astype(float) @ block.variances
+        np.testing.assert_allclose(by_channel[0], (energies[at][0] + energies[at][4]) / 2, rtol=0.02)
+        assert by_channel[0] == by_channel[4]
+        np.testing.assert_allclose(by_channel[16:], energies[at][16:], rtol=0.02, atol=1e-3 * energies.max())
+        assert (np.diff(block.variances) <= 0).all()
+
+
+def test_groups_are_cut_where_the_bases_allow_it(bases):
+    assert bases.regrouped(2).blocks[0] is bases.blocks[0]
+    assert [block.layers for block in bases.regrouped(1).blocks] == [(0,), (1,)]
+    with pytest.raises(ValueError, match="layers=2: these bases have groups of 1, 1 layers"):
+        bases.regrouped(1).regrouped(2)

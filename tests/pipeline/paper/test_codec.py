@@ -1,0 +1,51 @@
+"""The section on the transform coder: what its grid is, and which rival a run is compared with."""
+
+from pipeline.paper.finished import FinishedRun
+from pipeline.paper.sections import _inside, titles, usual
+from pipeline.paper.tables import coded, rival, smaller
+
+
+def run(method: str, storage: str, ratio: float, kl: float, **more) -> FinishedRun:
+    metrics = {"memory/ratio": ratio, "ppl/kl": kl} | more
+    return FinishedRun(
+        f"{method}{storage}{ratio}", {"storage": storage}, 1, metrics, {"method": method, "title": method}, str
+    )
+
+
+def test_the_section_belongs_to_the_whole_document():
+    assert "codec" in titles() and "codec" in usual(True) and "codec" not in usual(False)
+    assert "paper" in usual(False)
+
+
+def test_a_grid_is_taken_apart():
+    job = ["experiment=codec", 'grid="method=full,random storage=dense budget.tokens=100,200"', "seed=3"]
+    found = list(_inside(job))
+    assert len(found) == 4 and all(keys == ["method", "storage", "budget.tokens"] for _, keys in found)
+    assert {tuple(sorted(o for o in inner if "=" in o)) for inner, _ in found} == {
+        tuple(sorted(["experiment=codec", "seed=3", "storage=dense", f"method={m}", f"budget.tokens={b}"]))
+        for m in ("full", "random")
+        for b in (100, 200)
+    }
+    assert list(_inside(["method=tri"])) == [(["method=tri"], [])]
+
+
+def test_a_run_is_compared_with_the_best_of_its_bytes():
+    live = run("full", "spectral", 8.0, 0.002)
+    rest = run("full", "spectral_at_rest", 1.0, 0.003, **{"memory/at_rest_ratio": 16.0})
+    others = [
+        run("full", "turboquant_4bit", 3.6, 0.001),
+        run("streaming", "turboquant_3bit", 8.1, 0.05),
+        run("wavelet_tri", "turboquant_3bit", 7.9, 0.04),
+        run("streaming", "dense", 8.0, 0.3),
+    ]
+    runs = [live, rest, *others]
+    assert rival(live, runs) is others[2]
+    assert rival(rest, runs) is None and rival(others[1], runs) is None
+    assert [smaller(r) for r in (live, rest)] == [8.0, 16.0]
+    assert coded(rest) == "transform coder at rest"
+
+
+def test_the_figure_is_drawn_only_where_there_is_a_section():
+    from pipeline.paper.figures import rate_distortion
+
+    assert rate_distortion({}) is None
