@@ -1,8 +1,12 @@
 """Jobs on several processes and machines: presets compose, and workers find what one process finds."""
 
 import os
+import shutil
+import socket
 import subprocess
 import sys
+import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -153,6 +157,111 @@ def test_slurm_runs_tasks_with_a_grid_inside(small, checkpoint, tmp_path):
     script = next(outputs.rglob("*submission.sh")).read_text()
     for line in ("--array=0-1%2", "--partition=gpu", "--gpus-per-node=1", "--time=240"):
         assert line in script
+
+
+SLURM = """
+ClusterName=here
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+AuthType=auth/none
+CredType=cred/none
+AuthInfo=cred_expire=5
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SlurmdParameters=config_overrides
+SchedulerParameters=sched_interval=1,bf_interval=1
+KillWait=3
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=4000 State=UNKNOWN
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def ports(count: int) -> list[int]:
+    """Ports that nobody uses."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """A cluster of one node, this machine, by the daemons of Debian's packages: runs a command of its clients."""
+    if not (shutil.which("slurmctld") and shutil.which("slurmd")):
+        pytest.skip("there is no Slurm: apt-get install slurm-wlm")
+    if os.geteuid() != 0:
+        pytest.skip("slurmd runs jobs as root alone")
+    folder = tmp_path / "slurm"
+    for part in ("state", "spool"):
+        (folder / part).mkdir(parents=True)
+    configuration = folder / "slurm.conf"
+    configuration.write_text(SLURM.format(host=socket.gethostname(), folder=folder, ports=ports(2)))
+    environment = os.environ | {"SLURM_CONF": str(configuration)}
+
+    def client(*command: str) -> str:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        return done.stdout + done.stderr
+
+    daemons = [
+        subprocess.Popen([name, "-D"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for name in ("slurmctld", "slurmd")
+    ]
+    try:
+        deadline = time.monotonic() + 60
+        while "idle" not in client("sinfo", "--noheader", "--format=%T"):
+            if time.monotonic() > deadline or any(daemon.poll() is not None for daemon in daemons):
+                logs = [path.read_text()[-500:] for path in sorted(folder.glob("*.log"))]
+                pytest.skip(f"Slurm does not start here: {logs}")
+            time.sleep(0.5)
+        client.configuration = str(configuration)
+        yield client
+    finally:
+        client("scancel", "--user=root")
+        for daemon in daemons:
+            daemon.terminate()
+        for daemon in daemons:
+            daemon.wait(30)
+
+
+@pytest.mark.faults
+def test_a_real_slurm_runs_eight_tasks_and_one_that_is_killed_again(slurm, small, tmp_path):
+    """An array of eight tasks. One is put back while it runs, which kills it; it finishes at its second start."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    outputs, slow = tmp_path / "o", ["document.count=12", "prefill_memory_gb=0", "prefill_cache_gb=0"]
+    settings = [o for o in small if not o.startswith(("outputs=", "budget.tokens=", "document.count="))]
+    command = [
+        sys.executable, "-m", "pipeline", *settings, *slow, f"outputs={outputs}", "method=random,snapkv",
+        "budget=60,70,80,90", "hydra/launcher=slurm", "hydra.launcher.gpus_per_node=null",
+        "hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=1", "-m",
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "SLURM_CONF": slurm.configuration}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while not (running := slurm("squeue", "--noheader", "--states=RUNNING", "--format=%i").split()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.2)
+    time.sleep(2)  # it imports, or measures
+    slurm("scontrol", "requeue", running[-1])
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    runs = chosen([f"outputs={outputs}"])
+    assert len(runs) == 8 and len({run.data.tags["process.pid"] for run in runs}) == 8
+    assert {run.data.params["budget.resolved"] for run in runs} == {"60", "70", "80", "90"}
+    assert "Restarts=1" in slurm("scontrol", "show", "job", running[-1])
 
 
 @pytest.mark.faults
