@@ -5,10 +5,13 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
-from contextlib import ExitStack
+import venv
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline.settings.compose import composed
@@ -262,6 +265,55 @@ def test_a_real_slurm_runs_eight_tasks_and_one_that_is_killed_again(slurm, small
     assert len(runs) == 8 and len({run.data.tags["process.pid"] for run in runs}) == 8
     assert {run.data.params["budget.resolved"] for run in runs} == {"60", "70", "80", "90"}
     assert "Restarts=1" in slurm("scontrol", "show", "job", running[-1])
+
+
+@pytest.fixture(scope="module")
+def ray(tmp_path_factory) -> Path:
+    """Python of an environment that has what this one has, and Ray: its plugin holds cloudpickle back."""
+    folder = tmp_path_factory.mktemp("ray") / "environment"
+    venv.create(folder, with_pip=False)
+    packages = next(folder.glob("lib/python*/site-packages"))
+    (packages / "others.pth").write_text(f"import site; site.addsitedir({str(sysconfig.get_path('purelib'))!r})\n")
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "hydra-ray-launcher>=1.2"]
+    done = subprocess.run(pip, capture_output=True, text=True, timeout=600)
+    if done.returncode != 0:
+        pytest.skip(f"Ray can't be installed: {done.stderr.strip().splitlines()[-1]}")
+    return python
+
+
+def ray_task(marker: str) -> psutil.Process | None:
+    """A process that computes a job for the Ray whose environment has the marker."""
+    for process in psutil.process_iter(["cmdline"]):
+        with suppress(psutil.Error):
+            if "ray::_run_job" in " ".join(process.info["cmdline"] or []) and process.environ().get("MARKER") == marker:
+                return process
+    return None
+
+
+@pytest.mark.faults
+def test_ray_runs_eight_jobs_and_one_whose_process_is_killed_again(ray, small, tmp_path):
+    outputs, slow = tmp_path / "o", ["document.count=12", "prefill_memory_gb=0", "prefill_cache_gb=0"]
+    settings = [o for o in small if not o.startswith(("outputs=", "budget.tokens=", "document.count="))]
+    command = [
+        ray, "-m", "pipeline", *settings, *slow, f"outputs={outputs}", "method=random,snapkv", "budget=60,70,80,90",
+        "hydra/launcher=ray_cluster", "hydra.launcher.ray.init.num_cpus=2", "-m",
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MARKER": str(outputs)}
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+        deadline = time.monotonic() + 300
+        while (task := ray_task(str(outputs))) is None:
+            assert time.monotonic() < deadline and process.poll() is None, (tmp_path / "said").read_text()
+            time.sleep(0.2)
+        time.sleep(2)  # it imports, or measures
+        task.kill()
+        assert process.wait(600) == 0, (tmp_path / "said").read_text()
+    runs = chosen([f"outputs={outputs}"])
+    assert {(r.data.params["method.name"], r.data.params["budget.resolved"]) for r in runs} == {
+        (method, budget) for method in ("random", "snapkv") for budget in ("60", "70", "80", "90")
+    }
+    assert len(runs) == 8 and str(task.pid) not in {run.data.tags["process.pid"] for run in runs}
 
 
 @pytest.mark.faults
