@@ -146,6 +146,29 @@ def test_smaller_groups_follow_from_larger_ones(backend, prefill, path):
     assert errors[0] != errors[1] and max(errors) < 0.6
 
 
+def test_mlx_writes_and_reads_the_same(backend, prefill, path):
+    """Numbers differ only where a product that was rounded in another order falls to the other side."""
+    mx = pytest.importorskip("mlx.core")
+    keys, values = ([mx.array(x.numpy()) for x in part] for part in (prefill.keys, prefill.values))
+    storage = SpectralAtRest(path, 8)
+    ours = written(backend, prefill, storage)
+    theirs = storage.encode(keys, values, np.arange(1500), backend.rope)
+    assert abs(len(ours.to_bytes()) - len(theirs.to_bytes())) < 0.01 * len(ours.to_bytes())
+    for a, b in zip(
+        read(backend, prefill, storage, ours), storage.decode(ours, SHAPE, backend.rope, keys[0]), strict=True
+    ):
+        for x, y in zip(a, b, strict=True):
+            np.testing.assert_allclose(x.numpy(), np.array(y), atol=1e-4)
+    errors = [
+        error(prefill, [[torch.from_numpy(np.array(x)) for x in pair] for pair in pairs])
+        for pairs in (
+            read(backend, prefill, storage, ours),
+            storage.decode(theirs, SHAPE, backend.rope, keys[0]),
+        )
+    ]
+    assert errors[1] == pytest.approx(errors[0], rel=0.01)
+
+
 def test_short_prompts_stay_as_they_are(backend, path):
     prefill = backend.prefill(np.arange(5, 55), 1)
     storage = SpectralAtRest(path, None, distortion=0.01)

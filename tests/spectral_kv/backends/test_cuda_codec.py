@@ -1,0 +1,58 @@
+"""The transform coder on a GPU beside the CPU; skipped where there is none."""
+
+import numpy as np
+import pytest
+import torch
+
+from spectral_kv.backends.torch_bases import measure
+from spectral_kv.codec.at_rest import AtRest
+from spectral_kv.storage.spectral import SpectralStorage
+from spectral_kv.storage.spectral_at_rest import SpectralAtRest
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+SHAPE = (2, 2, 16)
+
+
+@pytest.fixture(scope="module")
+def path(backend, tmp_path_factory):
+    rng = np.random.default_rng(1)
+    windows = [rng.integers(2, 8000, size=440) for _ in range(3)]
+    file = tmp_path_factory.mktemp("bases") / "bases.safetensors"
+    measure(backend, windows, prompt=400, group=2, following=40).save(file)
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def prefills(backend):
+    """Keys and values, the same on the CPU and on the GPU."""
+    prefill = backend.prefill(np.random.default_rng(0).integers(2, 8000, size=900), 1)
+    return [([x.to(d) for x in prefill.keys], [x.to(d) for x in prefill.values]) for d in ("cpu", "cuda")]
+
+
+def test_codes_that_live_are_alike(backend, path, prefills):
+    storage, positions = SpectralStorage(path, None, 3, recent=20), np.arange(900)
+    stored = [
+        storage.store_together([x[None] for x in k], [x[None] for x in v], positions, 900, backend.rope)
+        for k, v in prefills
+    ]
+    ours, theirs = (s[0].group.codes for s in stored)
+    assert (ours.packed == theirs.packed.cpu()).float().mean() > 0.999
+    for a, b in zip(*stored, strict=True):
+        for x, y in zip(a.load(), b.load(), strict=True):
+            assert ((x - y.cpu()) ** 2).mean() < 1e-4 * (x**2).mean()
+
+
+def test_bytes_at_rest_are_read_alike_on_both(backend, path, prefills):
+    """Whole numbers are, bit for bit; the products that follow are rounded in another order."""
+    storage, positions = SpectralAtRest(path, 8), np.arange(900)
+    sizes = []
+    for keys, values in prefills:
+        content = storage.encode(keys, values, positions, backend.rope).to_bytes()
+        sizes.append(len(content))
+        read = [
+            storage.decode(AtRest.from_bytes(content), SHAPE, backend.rope, x) for x in (prefills[0][0][0], keys[0])
+        ]
+        for a, b in zip(*read, strict=True):
+            for x, y in zip(a, b, strict=True):
+                torch.testing.assert_close(x, y.cpu(), atol=1e-4, rtol=1e-4)
+    assert abs(sizes[0] - sizes[1]) < 0.01 * sizes[0]
