@@ -1,24 +1,29 @@
 """Needle recall of every method on several models and lengths, as a table that says where the task measures nothing.
 
     python benchmarks/needles.py
-    python benchmarks/needles.py --models reference,smollm2 --tokens 2048,4096 backend.device=cuda
+    python benchmarks/needles.py --models reference,smollm2 --tokens 2048,4096 --tasks single,multikey,chain
+    python benchmarks/needles.py --models smollm2 --tokens 2048 --forms chat method=fourier,full
 
 Further arguments are settings of `python -m pipeline experiment=retrieval`. Every row is a run: 16 documents of four
-planted facts, the question hidden at compression, 512 tokens kept. Runs that MLflow holds are not measured again. A
-model whose full cache finds fewer than 60 % of the facts is left out of the Markdown table, and a line says so; the CSV
-has everything. Writes <out>/needles.csv and <out>/needles.md.
+planted facts, the question hidden at compression, 512 tokens kept. Runs that MLflow holds are not measured again, so
+that several processes may each measure a part before one of them writes the whole. Where the full cache finds fewer
+than 60 % of what is asked for, the task is left out of the Markdown table, and a line says so; the CSV has everything.
+Writes <out>/needles.csv, <out>/needles.md and, of every layer and KV head, <out>/needles_heads.csv: how much of the
+planted sentences it keeps, and how much of its attention they get.
 """
 
 import argparse
+import json
+from itertools import product
 from pathlib import Path
 
+import mlflow
 import pandas as pd
 
 from pipeline.job import prepare
 from pipeline.phases.retrieval import LEAST_FULL_RECALL
 from pipeline.run import execute
 from pipeline.settings.compose import composed, sweep
-from pipeline.statistics import Estimate
 
 DOCUMENTS = 16
 FORMS = {"plain": "continued text", "chat": "a turn of a conversation"}
@@ -28,23 +33,33 @@ def table(rows: pd.DataFrame) -> str:
     """Recall by method, one column a model, length and form; and what was left out for want of recall."""
     kept, lines = rows[rows.full_recall >= LEAST_FULL_RECALL], []
     out = rows[rows.full_recall < LEAST_FULL_RECALL]
-    wide = kept.pivot_table(
-        index="method", columns=["model", "tokens", "form"], values="cell", aggfunc="first", sort=False
-    )
-    wide.columns = [f"{model}, {tokens}, {form}" for model, tokens, form in wide.columns]
-    if len(kept):
-        lines += [wide.fillna("-").to_markdown(), ""]
-    for (model, tokens, form), of in out.groupby(["model", "tokens", "form"], sort=False):
+    for task, of in kept.groupby("task", sort=False):
+        wide = of.pivot_table(
+            index="method", columns=["model", "tokens", "form"], values="cell", aggfunc="first", sort=False
+        )
+        wide.columns = [f"{model}, {tokens}, {form}" for model, tokens, form in wide.columns]
+        lines += [f"Task {task}:", "", wide.fillna("-").to_markdown(), ""]
+    for (task, model, tokens, form), of in out.groupby(["task", "model", "tokens", "form"], sort=False):
         lines.append(
-            f"{model}, {tokens} tokens, asked in {FORMS[form]}: not in the table, as the full cache itself finds "
-            f"{of.full_recall.iloc[0]:.2f}, fewer than {LEAST_FULL_RECALL}."
+            f"- {task}, {model}, {tokens} tokens, asked in {FORMS[form]}: not in the table, as the full cache itself "
+            f"finds {of.full_recall.iloc[0]:.2f}, fewer than {LEAST_FULL_RECALL}."
         )
     return "\n".join(lines)
 
 
-def cell(recall: Estimate, kept: float) -> str:
-    """Recall with its interval, and the share of the planted sentences that is kept."""
-    return f"{recall.mean:.2f} [{recall.low:.2f}, {recall.high:.2f}] ({kept:.2f})"
+def cell(metrics: dict[str, float]) -> str:
+    """Recall with its interval, the share of the planted sentences that is kept, and of the attention they get."""
+    low, high = (metrics.get(f"retrieval/recall_{end}", float("nan")) for end in ("low", "high"))
+    shares = f"{metrics['retrieval/kept']:.2f}, {metrics['retrieval/mass_kept']:.2f}"
+    return f"{metrics['retrieval/recall']:.2f} [{low:.2f}, {high:.2f}] ({shares})"
+
+
+def heads(run_id: str) -> pd.DataFrame:
+    """Means over documents by layer and KV head: `kept` and `mass` of the planted sentences."""
+    rows = json.loads(mlflow.artifacts.load_text(f"runs:/{run_id}/rows.json"))
+    frame = pd.DataFrame(rows["data"], columns=rows["columns"]).dropna(subset=["layer", "head"])
+    wide = frame.pivot_table(index=["layer", "head"], columns="metric", values="value", aggfunc="mean")
+    return wide.rename(columns=lambda name: name.removeprefix("retrieval/")).reset_index()
 
 
 def main() -> None:
@@ -52,42 +67,52 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="SETTING", help="settings as for python -m pipeline")
     parser.add_argument("--models", default="reference,smollm2", help="options of conf/model")
     parser.add_argument("--tokens", default="2048,4096", help="lengths of the prompts")
+    parser.add_argument(
+        "--tasks", default="single", help="single, multikey, chain; of all but single the full cache alone"
+    )
     parser.add_argument("--forms", default="plain,chat", help="how a model with a chat template is asked")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the two files")
+    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the files")
     arguments = parser.parse_intermixed_args()
-    rows = []
-    for model in arguments.models.split(","):
+    rows, by_head = [], []
+    for model, task in product(arguments.models.split(","), arguments.tasks.split(",")):
         for form in arguments.forms.split(",") if model != "reference" else ["plain"]:
             given = [f"model={model}", f"document.tokens={arguments.tokens}", f"document.form={form}"]
-            for overrides in sweep("retrieval", [*given, f"document.count={DOCUMENTS}", *arguments.overrides]):
+            given += [f"document.task={task}", f"document.count={DOCUMENTS}"]
+            if task != "single":
+                given.append("method=full")  # whether the model can do it at all
+            for overrides in sweep("retrieval", [*given, *arguments.overrides]):
                 job = prepare(composed(overrides))
                 result = execute(job)
-                recall, full = result.estimate("retrieval/recall"), result.metrics["retrieval/full_recall"]
+                metrics = result.metrics
+                about = {
+                    "model": result.model, "task": task, "tokens": job.settings.documents.tokens, "form": form,
+                    "method": result.title,
+                }  # fmt: skip
                 rows.append(
-                    {
-                        "model": result.model,
-                        "tokens": job.settings.documents.tokens,
-                        "form": form,
-                        "method": result.title,
+                    about
+                    | {
                         "kept_tokens": result.budget or job.settings.documents.tokens,
-                        "recall": recall.mean,
-                        "recall_low": recall.low,
-                        "recall_high": recall.high,
-                        "full_recall": full,
-                        "planted_kept": result.metrics["retrieval/kept"],
-                        "cell": cell(recall, result.metrics["retrieval/kept"]),
+                        "recall": metrics["retrieval/recall"],
+                        "recall_low": metrics.get("retrieval/recall_low"),
+                        "recall_high": metrics.get("retrieval/recall_high"),
+                        "full_recall": metrics["retrieval/full_recall"],
+                        "planted_kept": metrics["retrieval/kept"],
+                        "planted_mass": metrics["retrieval/mass"],
+                        "planted_mass_kept": metrics["retrieval/mass_kept"],
+                        "cell": cell(metrics),
                         "questions": sum(map(len, job.lookups)),
                         "hash_model": job.checkpoint.hash,
                         "hash_document": job.document_hash,
                         "code": job.code_hash,
+                        "run": result.run_id,
                     }
                 )
-                print(
-                    {k: rows[-1][k] for k in ("model", "tokens", "form", "method", "cell", "full_recall")}, flush=True
-                )
+                by_head.append(heads(result.run_id).assign(**about))
+                print(about | {k: rows[-1][k] for k in ("cell", "full_recall")}, flush=True)
     found = pd.DataFrame(rows)
     arguments.out.mkdir(parents=True, exist_ok=True)
     found.drop(columns="cell").to_csv(arguments.out / "needles.csv", index=False, float_format="%.6g")
+    pd.concat(by_head).to_csv(arguments.out / "needles_heads.csv", index=False, float_format="%.4g")
     (arguments.out / "needles.md").write_text(table(found) + "\n")
     print(table(found))
 

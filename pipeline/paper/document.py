@@ -15,6 +15,7 @@ from pipeline.paper import published, recency
 from pipeline.paper.claims import CONTRADICTED, SUPPORTED, UNDECIDED, Verdict, claims, judge
 from pipeline.paper.latex import latex, latex_text
 from pipeline.paper.measured import MeasuredSection
+from pipeline.paper.models import OverModels, runs_table
 from pipeline.paper.provenance import TRACED, Origin, by_choice, hashes, setup, timed, traced
 from pipeline.paper.report import page
 from pipeline.paper.tables import TABLES, Table
@@ -112,6 +113,7 @@ class Document:
     verdicts: list[Verdict]
     beside_recency: Table | None
     main_result: list[str]
+    over: OverModels | None = None
 
     @cached_property
     def environment(self) -> Environment:
@@ -123,12 +125,13 @@ class Document:
     @property
     def tables(self) -> list[Table]:
         beside = [self.beside_recency] if self.beside_recency else []
+        beside += self.over.tables if self.over else []
         return beside + [table for section in self.shown for table in section.tables]
 
     def render(self, template: str, **more: object) -> str:
         """One of the templates of this package, as Markdown."""
         claimed = verdict_table(self.verdicts).to_markdown(index=False) if self.verdicts else ""
-        more = {"tally": tally(self.verdicts), "main_result": self.main_result} | more
+        more = {"tally": tally(self.verdicts), "main_result": self.main_result, "over": self.over} | more
         bounds = {(str(b["date"]), b["value"], b["reason"]): b["after"] for v in self.verdicts for b in v.bounds}
         return self.environment.get_template(template).render(
             verdicts=self.verdicts, verdict_table=claimed,
@@ -139,7 +142,7 @@ class Document:
         """What every form of the whole document is made of."""
         metrics = [run.metrics for section in self.sections for run in section.runs]
         return {
-            "title": TITLE, "tally": tally(self.verdicts), "main_result": self.main_result,
+            "title": TITLE, "over": self.over, "tally": tally(self.verdicts), "main_result": self.main_result,
             "card": published.card()["source"], "sections": self.shown,
             "hashes": hashes(self.sections), "setup": setup(self.sections), "timed": timed(self.sections),
             "beside_recency": self.beside_recency,
@@ -175,6 +178,21 @@ class Document:
         tables = [table for table in everything if table.name.startswith("published_")]
         return self._copied("published_tables.md.j2", tables)
 
+    def models(self) -> str:
+        """The section over models as a document of its own, with settings, machine and hashes of every run."""
+        of = {m.title: [run for section in m.sections for run in section.runs] for m in self.over.models}
+        hashes = [
+            (f"{tag}, {title}", ", ".join(dict.fromkeys(run.tags.get(tag, "-") for run in runs)))
+            for tag in ("git.revision", "hash.model", "hash.document")
+            for title, runs in of.items()
+        ]
+        sections = [section for model in self.over.models for section in model.sections]
+        counts = {title: len({run.run_id for run in runs}) for title, runs in of.items()}
+        return self.render(
+            "models_alone.md.j2", setup=setup(sections), timed=timed(sections), runs=counts, hashes=hashes,
+            card=published.card()["source"], **asdict(self.origin),
+        )  # fmt: skip
+
     def _copied(self, template: str, tables: list[Table]) -> str:
         runs = len({run.run_id for section in self.sections for run in section.runs})
         captions = {figure.name: figure.caption for section in self.shown for figure in section.figures}
@@ -188,9 +206,18 @@ def _tabular(table: Table) -> str:
     return f"\\textbf{{{latex_text(table.title)}}}\n\n{body}\n\n{{\\small {latex(table.note)}}}\n"
 
 
+def write_models(document: Document, stem: Path) -> None:
+    """Write the section over models to `<stem>.md`, and every run of every model to `<stem>.csv`."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    stem.with_suffix(".md").write_text(document.models(), encoding="utf-8")
+    runs_table(document.over.models).to_csv(stem.with_suffix(".csv"), index=False, float_format="%.6g")
+
+
 def _results(document: Document) -> dict:
+    over = {m.title: [v.as_dict() for v in m.verdicts] for m in document.over.models} if document.over else None
     return {
         **asdict(document.origin),
+        **({"models": over} if over else {}),
         "published": published.card(),
         "main_result": document.main_result,
         "claims": [verdict.as_dict() for verdict in document.verdicts],
@@ -211,13 +238,17 @@ def _results(document: Document) -> dict:
     }
 
 
-def write(sections: list[MeasuredSection], origin: Origin, folder: Path) -> Document:
+def write(
+    sections: list[MeasuredSection], origin: Origin, folder: Path, over: OverModels | None = None
+) -> Document:  # fmt: skip
     """Write `paper.md`, `paper.tex`, `index.html`, `results.json`, `tables/` and `figures/`.
 
     Parameters
     ----------
     folder : Path
         Its `tables` and `figures` are made anew.
+    over : OverModels, optional
+        A section over several models, of which `sections` are the first one's.
     """
     for sub in ("tables", "figures"):
         (folder / sub).mkdir(parents=True, exist_ok=True)
@@ -236,7 +267,7 @@ def write(sections: list[MeasuredSection], origin: Origin, folder: Path) -> Docu
     found = recency.comparisons(runs)
     document = Document(
         origin, sections, shown, judged(sections), recency.table(found) if found else None,
-        [recency.summary(found), *recency.sentences(found, runs)] if found else [],
+        [recency.summary(found), *recency.sentences(found, runs)] if found else [], over,
     )  # fmt: skip
     for table in document.tables:
         table.numbers.to_csv(folder / "tables" / f"{table.name}.csv", index=False)

@@ -1,12 +1,17 @@
 """From jobs to finished runs: what the store holds is read in one call, what it lacks is measured."""
 
-from collections.abc import Callable
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.job import Job
 from pipeline.paper.finished import FinishedRun
 from pipeline.paper.placement import Placements
 from pipeline.paper.sections import Section
+from pipeline.phases.retrieval import LEAST_FULL_RECALL
 
 
 @dataclass(frozen=True)
@@ -38,10 +43,21 @@ class MeasuredSection:
     def withheld(self) -> str | None:
         """Why the section has no tables: a sentence, or None."""
         if self.counts >= self.asked:
-            return None
+            return self._beyond_the_model
         return (
             f"Withheld: measured on {self.counts} documents, and the section {self.experiment} asks for {self.asked}. "
             f"Leave document.count alone, or set it to at least {self.asked}."
+        )
+
+    @property
+    def _beyond_the_model(self) -> str | None:
+        """That the model itself can't do what is asked of its caches."""
+        found = [run.metrics["retrieval/full_recall"] for run in self.runs if "retrieval/full_recall" in run.metrics]
+        if not found or min(found) >= LEAST_FULL_RECALL:
+            return None
+        return (
+            f"Withheld: the full cache itself finds {min(found):.2f} of what is asked for; below {LEAST_FULL_RECALL} "
+            "the task tells more about the model than about a cache."
         )
 
 
@@ -67,15 +83,46 @@ def _rows_of(run) -> Callable[[], str]:
     return lambda: mlflow.artifacts.load_text(f"{run.info.artifact_uri}/rows.json")
 
 
+def _one_of(processes: int) -> None:
+    """Leave the other processes their cores: threads that wait for one another spin."""
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+
+
+def _executed(jobs: list[Job], processes: int) -> Iterator[tuple[Job, Any]]:
+    """Execute jobs, in order in this process or by several, and give each with its result when it is done.
+
+    What is timed is executed last, here, when the other processes have ended.
+    """
+    from pipeline.run import execute
+
+    shared = [job for job in jobs if processes > 1 and "throughput" not in job.settings.phases]
+    if shared:
+        context = multiprocessing.get_context("spawn")  # a forked process can't use a GPU
+        with ProcessPoolExecutor(min(processes, len(shared)), context, _one_of, (processes,)) as pool:
+            waiting = {pool.submit(execute, job): job for job in shared}
+            for done in as_completed(waiting):
+                yield waiting[done], done.result()
+    for job in jobs:
+        if not any(job is other for other in shared):
+            yield job, execute(job)
+
+
 def measure(
-    sections: list[Section], placements: Placements, say: Callable[[str], None]
+    sections: list[Section], placements: Placements, say: Callable[[str], None], processes: int = 1
 ) -> tuple[list[MeasuredSection], int]:
     """Measure what is missing; the sections with their runs, and how many runs are new.
 
     Jobs that several sections share are measured once. Jobs on the same documents follow one another, those first
     that look at most queries of the prompt: their prefills serve the others.
+
+    Parameters
+    ----------
+    processes : int
+        How many share the work, each with the model loaded. Speeds are timed by one alone.
     """
-    from pipeline.run import execute, identity
+    from pipeline.run import identity
 
     def identified() -> dict[str, tuple[str, Job]]:
         found: dict[str, tuple[str, Job]] = {}
@@ -100,11 +147,13 @@ def measure(
             seen = observed(job.settings.method.scorer, job.settings.documents.tokens)
             return order.index((job.checkpoint.hash, job.document_hash)), -seen
 
-        for number, (_, (experiment, job)) in enumerate(sorted(missing.items(), key=turn), 1):
-            result = execute(job)
+        planned = [one for _, one in sorted(missing.items(), key=turn)]
+        section_of = {id(job): experiment for experiment, job in planned}
+        for number, (job, result) in enumerate(_executed([job for _, job in planned], processes), 1):
             budget = f" {result.budget}" if result.budget else ""
             took = f"{result.metrics['time/total_s']:.1f} s"
-            say(f"{number}/{len(missing)} {experiment}: {result.title}{budget}, {result.storage}: {took}")
+            what = f"{section_of[id(job)]}: {result.title}{budget}, {result.storage}, {result.model}"
+            say(f"{number}/{len(missing)} {what}: {took}")
         there = finished(sections[0].jobs)
     measured = []
     for section in sections:

@@ -52,6 +52,11 @@ class Table:
     def markdown(self) -> str:
         return self.cells.to_markdown(index=False, disable_numparse=True)
 
+    def plain(self, width: int) -> str:
+        """For a terminal: no column wider than `width`."""
+        cells = self.cells.astype(str).map(lambda text: text.replace("**", ""))
+        return cells.to_markdown(index=False, tablefmt="simple", disable_numparse=True, maxcolwidths=width)
+
     def _escaped(self) -> pd.DataFrame:
         return self.cells.astype(str).map(latex_text).rename(columns=latex_text)
 

@@ -6,20 +6,22 @@ Skipped where its weights are not: `python -m pipeline.fetch smollm2` brings the
 from importlib.util import find_spec
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
 from pipeline.job import prepare
-from pipeline.run import execute
+from pipeline.run import measure
 from pipeline.settings.compose import composed
 from pipeline.settings.config import model_settings
+from pipeline.statistics import aggregate
 
 pytestmark = pytest.mark.slow
 
 SHORT = [
     "model=smollm2", "document=book", "document.tokens=1024", "document.continuation=128", "document.count=2",
     "budget.tokens=256", "phase=[perturbation,perplexity,kept]", "phase.perplexity.tokens=128", "backend.dtype=float32",
-    "phase.perturbation.positions=64", "prefill_cache_gb=0",
+    "phase.perturbation.positions=64", "phase.kept.width=1", "phase.kept.documents=2", "prefill_cache_gb=0",
 ]  # fmt: skip
 METRICS = {"aop/mean": 5e-5, "ppl/nd": 1e-3, "ppl/kl": 1e-3, "kept/depth": 1e-3}
 
@@ -31,17 +33,27 @@ def weights():
         pytest.skip(f"{file} is not there: python -m pipeline.fetch smollm2")
 
 
-def measured(folder: Path, *overrides: str) -> dict[str, float]:
-    return execute(prepare(composed([*SHORT, f"outputs={folder}", *overrides]))).metrics
+def measured(folder: Path, *overrides: str) -> tuple[dict[str, float], pd.Series]:
+    """Metrics, and in how many of a layer's KV heads, as a share, a token is kept."""
+    rows = measure(prepare(composed([*SHORT, f"outputs={folder}", *overrides]))).rows
+    kept = rows[rows["metric"] == "kept/share"].set_index(["document", "layer", "position"])["value"].astype(float)
+    return {name: value.mean for name, value in aggregate(rows).items()}, kept
+
+
+def disagree(one: pd.Series, other: pd.Series) -> float:
+    """Share of kept tokens that lie elsewhere."""
+    assert len(one) == 2 * 30 * 1024 and one.sum() == pytest.approx(2 * 30 * 256)
+    return float((one - other).abs().sum() / 2 / one.sum())
 
 
 @pytest.mark.parametrize("method", ["snapkv", "wavelet_tri"])
 def test_cuda_and_cpu_agree_in_four_digits_of_the_perturbation(method, tmp_path):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
-    cuda = measured(tmp_path, f"method={method}", "backend.device=cuda")
-    cpu = measured(tmp_path, f"method={method}", "backend.device=cpu")
-    print({name: (cuda[name], cpu[name]) for name in METRICS})
+    cuda, here = measured(tmp_path, f"method={method}", "backend.device=cuda")
+    cpu, there = measured(tmp_path, f"method={method}", "backend.device=cpu")
+    print({name: (cuda[name], cpu[name]) for name in METRICS} | {"kept elsewhere": disagree(here, there)})
+    assert disagree(here, there) < 2e-3
     assert cpu["aop/mean"] > 0.01
     for name, tolerance in METRICS.items():
         assert cuda[name] == pytest.approx(cpu[name], abs=tolerance), name
@@ -51,8 +63,11 @@ def test_cuda_and_cpu_agree_in_four_digits_of_the_perturbation(method, tmp_path)
 def test_mlx_and_torch_agree_within_a_thousandth(method, tmp_path):
     if find_spec("mlx_lm") is None:
         pytest.skip("needs spectral-kv[mlx]")
-    torch_cpu = measured(tmp_path, f"method={method}", "backend.device=cpu")
-    mlx = measured(tmp_path, f"method={method}", "backend=mlx", "backend.device=cpu", "backend.fast_blas=true")
-    print({name: (mlx[name], torch_cpu[name]) for name in METRICS})
+    torch_cpu, here = measured(tmp_path, f"method={method}", "backend.device=cpu")
+    mlx, there = measured(
+        tmp_path, f"method={method}", "backend=mlx", "backend.device=cpu", "backend.fast_blas=true"
+    )  # fmt: skip
+    print({name: (mlx[name], torch_cpu[name]) for name in METRICS} | {"kept elsewhere": disagree(here, there)})
+    assert disagree(here, there) < 2e-3
     for name in METRICS:
         assert mlx[name] == pytest.approx(torch_cpu[name], abs=1e-3), name

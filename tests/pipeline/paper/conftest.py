@@ -71,28 +71,37 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def store(small_in, as_json, folder) -> list[str]:
-    """Overrides of a store in which every run of the section `paper` is finished."""
+def record(as_json, folder):
+    """Makes finished runs of the section `paper` of methods with a given AOP."""
     from pipeline.paper.sections import plan
     from pipeline.run import identity
     from pipeline.store import tracking
 
+    def make(overrides: list[str], aop: dict[str, float]) -> None:
+        (section,) = plan(["paper"], overrides, folder / "compositions.json")
+        settings = section.jobs[0].settings
+        mlflow = tracking.connect(settings.tracking, settings.outputs)
+        for job in section.jobs:
+            method = job.settings.method
+            rows = rows_of(aop[method.name])
+            tags = {
+                tracking.CONFIGURATION: identity(job), "method": method.name, "title": method.title,
+                "hash.document": job.document_hash, "git.revision": "abc",
+                "platform": "a machine", "version.python": "3.11",
+            }  # fmt: skip
+            with mlflow.start_run(tags=tags):
+                mlflow.log_metrics(metrics_of(rows))
+                mlflow.log_text(as_json(rows), "rows.json")
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def store(small_in, record, folder) -> list[str]:
+    """Overrides of a store in which every run of the section `paper` is finished."""
     overrides = [o for o in small_in(folder) if not o.startswith("document.count")]
     overrides += ["phase.drift.tokens=8", "phase.drift.positions=4"]
-    (section,) = plan(["paper"], overrides, folder / "compositions.json")
-    settings = section.jobs[0].settings
-    mlflow = tracking.connect(settings.tracking, settings.outputs)
-    for job in section.jobs:
-        method = job.settings.method
-        rows = rows_of(AOP[method.name])
-        tags = {
-            tracking.CONFIGURATION: identity(job), "method": method.name, "title": method.title,
-            "hash.document": job.document_hash, "git.revision": "abc",
-            "platform": "a machine", "version.python": "3.11",
-        }  # fmt: skip
-        with mlflow.start_run(tags=tags):
-            mlflow.log_metrics(metrics_of(rows))
-            mlflow.log_text(as_json(rows), "rows.json")
+    record(overrides, AOP)
     return overrides
 
 

@@ -1,10 +1,12 @@
 """The document from a small store whose runs are made up, so that every number can be computed by hand."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import kendalltau
 
 from pipeline.paper.sections import plan
 from tests.pipeline.paper.made_up import AOP
@@ -113,6 +115,55 @@ def test_with_fewer_documents_than_asked_for_there_is_no_table(store, tmp_path, 
     assert "Withheld: measured on 19 documents, and the section paper asks for 20" in text
     assert document.verdicts == [] and "###" not in text
     assert list((tmp_path / "short" / "tables").iterdir()) == list((tmp_path / "short" / "figures").iterdir()) == []
+
+
+def test_two_models_side_by_side(store, record, folder, tmp_path, monkeypatch, capsys):
+    """The second model is the first with another seed, and orders the methods as they were published."""
+    from pipeline.paper.__main__ import main
+
+    published = ("full", "wavelet", "wavelet_tri", "wavelet_fourier", "fourier", "tri", "turboquant")
+    other = {method: 0.1 * rank for rank, method in enumerate((*published, "streaming", "random"))}
+    record([*store, "seed=1"], other)
+    general = [o for o in store if not o.startswith("model")]
+
+    def stand_in(experiments: list[str], overrides: list[str], memory: Path, full: bool = False):
+        name = overrides[0].removeprefix("model=")
+        assert overrides[1:] == general
+        return plan(experiments, [*store, f"model.name={name}", f"seed={int(name == 'second')}"], memory, full)
+
+    monkeypatch.setattr("pipeline.paper.__main__.plan", stand_in)
+    monkeypatch.setattr("pipeline.paper.document.draw", lambda sections, folder: {})  # takes seconds
+    command = ["pipeline.paper", "--sections", "paper", "--models", "first,second", "--results", str(tmp_path / "both")]
+    monkeypatch.setattr("sys.argv", [*command, *general])
+    main()
+    printed, paper = capsys.readouterr().out, folder / "outputs" / "paper"
+    assert "0 configurations measured, 18 were there already" in printed
+    (order,) = [x.split() for x in printed.splitlines() if x.startswith('Table "Attention output')]
+    assert order[-3:] == ["undecided", "supported", "no"]
+    assert "Verdicts of first and second: " in printed.replace("**", "")
+    first, second = ((paper / path).read_text() for path in ("paper.md", "second/paper.md"))
+    assert "## Over models" in first and "Model first, unless" in first
+    assert "<h2>Over models</h2>" in (paper / "index.html").read_text()
+    assert "\\section{Over models}" in (paper / "paper.tex").read_text()
+    assert "## Over models" not in second and "Model second;" in second
+    tau = kendalltau([AOP[m] for m in other if m != "full"], [other[m] for m in other if m != "full"]).statistic
+    ranks = pd.read_csv(paper / "tables" / "models_ranks.csv").set_index("metric")
+    assert ranks.loc["aop/mean", "tau"] == pytest.approx(tau)
+    assert ranks.loc["aop/mean", "methods"] == 8
+    assert {len(json.loads((paper / "results.json").read_text())["models"][m]) for m in ("first", "second")} == {11}
+    alone, runs = (tmp_path / "both.md").read_text(), pd.read_csv(tmp_path / "both.csv")
+    assert "- platform: a machine" in alone and "| git.revision, second | abc |" in alone
+    assert runs.groupby("model").size().to_dict() == {"first": 9, "second": 9}
+
+
+def test_what_several_models_need(store, tmp_path):
+    from pipeline.paper.__main__ import regenerate
+    from pipeline.settings.errors import InputError
+
+    with pytest.raises(InputError, match="--models chooses the models, and so does model="):
+        regenerate(["paper"], store, models=["first", "second"])
+    with pytest.raises(InputError, match="--results writes the section over models: name at least two"):
+        regenerate(["paper"], store, results=tmp_path / "x")
 
 
 def test_the_readme_gets_a_copy_between_its_markers(tmp_path):

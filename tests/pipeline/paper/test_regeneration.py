@@ -53,6 +53,25 @@ def test_measures_what_is_missing_and_nothing_twice(settings, tmp_path, monkeypa
     assert "4 configurations measured, 0 were there already" in printed("--refresh")
 
 
+@pytest.mark.slow
+def test_processes_that_share_the_work_find_the_same(small_in, tmp_path, capsys):
+    """And speeds, which share nothing, are timed in the end."""
+    found = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        own = [o for o in small_in(folder) if not o.startswith(("document.count", "budget.tokens"))]
+        timed = ["phase.throughput.tokens=2", "phase.throughput.repeats=1"]
+        regenerate(["budgets", "speed"], [*own, *SWEPT, *timed], processes=processes)
+        printed = capsys.readouterr().out
+        assert "6 configurations measured, 0 were there already" in printed
+        lines = [line for line in printed.splitlines() if "/6 " in line]
+        assert [" speed: " in line for line in lines[-2:]] == [True, True] or processes == 1
+        found.append(tables(folder / "outputs"))
+    for name in ("budgets_aop_mean", "budgets_ppl_kl"):
+        pd.testing.assert_frame_equal(found[0][name], found[1][name], rtol=1e-4)
+
+
 def test_sections_share_runs(settings, tmp_path, capsys):
     """WaveletKV at 60 tokens of which the last 16 are kept anyway is in `budgets` and in `recent`."""
     regenerate(["budgets"], [*settings, "method=wavelet", "budget.tokens=60"])

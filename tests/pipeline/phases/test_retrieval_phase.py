@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from pipeline.compare import documents
 from pipeline.documents.base import Asked
@@ -149,3 +150,32 @@ def test_a_run_is_recorded_by_document_and_by_depth(small, tmp_path):
     assert metrics["retrieval/recall"] == metrics["retrieval/full_recall"] > 0 and metrics["retrieval/answerable"] == 1
     table = documents(result)  # as MLflow holds them, without the rows by depth
     assert table["retrieval/recall"].mean() == metrics["retrieval/recall"] and len(table) == 2
+
+
+def test_what_an_answer_reads_is_the_model_s_own_attention(backend, checkpoint, rng):
+    """Weights of transformers' eager attention over prompt, question and answer, as shares of the prompt's."""
+    from transformers import AutoModelForCausalLM
+
+    tokens, question, answer, places = rng.integers(2, 8000, size=60), *np.split(np.arange(12) + 100, [8]), [20, 21, 25]
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager", dtype="float32")
+    ids = torch.as_tensor(np.concatenate([tokens, question, answer[:-1]]))[None]
+    attentions = model(ids, output_attentions=True).attentions
+    expected = []
+    for layer in attentions:  # [1, query_heads, tokens, tokens]; two query heads a KV head
+        weights = layer[0, :, -len(answer) :, :60].double()
+        weights = weights / weights.sum(-1, keepdim=True)
+        expected.append(weights.mean(1).reshape(2, 2, 60).mean(1)[:, places].detach().numpy())
+    expected = np.stack(expected)
+
+    full = FullRun(backend, np.concatenate([tokens, tokens]), 60, observe=1)
+    kept = [np.tile(np.arange(60), (2, 1))[:, :22], np.stack([np.arange(38, 60), np.arange(4, 26)])]
+    cache = backend.compress(full.prefill, [torch.as_tensor(x) for x in kept], Dense())
+    asked = Asked(question, answer, 0.5, np.array(places))
+    rows = Retrieval().measure(Context(backend, full, Compressed(cache, kept, 0.0), None, 0, [asked]))
+    found = whole([row for row in rows if "layer" not in row])
+    chosen = np.array([[[1, 1, 0], [1, 1, 0]], [[0, 0, 0], [1, 1, 1]]])
+    assert found["retrieval/mass"] == pytest.approx(expected.sum(-1).mean(), rel=1e-4)
+    assert found["retrieval/kept"] == pytest.approx(chosen.mean())
+    assert found["retrieval/mass_kept"] == pytest.approx((expected * chosen).sum() / expected.sum(), rel=1e-4)
+    by_head = {(r["layer"], r["head"]): r["value"] for r in rows if r["metric"] == "retrieval/mass" and "head" in r}
+    assert by_head[1, 0] == pytest.approx(expected[1, 0].sum(), rel=1e-4) and len(by_head) == 4
