@@ -20,7 +20,7 @@ from spectral_kv.storage.windowed import part
 from spectral_kv.xp import Array, constant, float32, like, namespace, to_numpy
 
 SEARCHED = 512  # tokens of which bits are counted while a step is looked for
-CLOSE = 0.01  # of the logarithm to base 2 of what is met, where the search ends
+CLOSE = 0.015  # of the logarithm to base 2 of what is met, where the search ends
 TURNS = 12  # at most
 BESIDE = 1500  # bytes of names and sizes, about
 LEAST = 0.6  # share of their bytes that exact numbers take at least
