@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from pipeline.documents.mixed import shared_with_evaluation
-from pipeline.job import prepare
+from pipeline.job import prepare, provenance
 from pipeline.settings.cli import reporting
 from pipeline.settings.compose import composed
 from pipeline.settings.errors import InputError
@@ -40,7 +40,7 @@ def bases(overrides: list[str], out: Path | None, layers: int, share: float) -> 
     windows = progress(job.windows, f"measuring bases of {settings.model.name}")
     found = measure(
         backend, windows, prompt, layers,
-        model=job.checkpoint.hash, text=settings.documents.source, document=job.document_hash,
+        model=job.checkpoint.hash, document=job.document_hash, **provenance(job),
         overlap=str(len(shared_with_evaluation(texts))),
     )  # fmt: skip
     path = out or settings.outputs / "bases" / f"{settings.model.name}.safetensors"

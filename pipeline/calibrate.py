@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from pipeline.job import prepare
+from pipeline.job import prepare, provenance
 from pipeline.settings.cli import reporting
 from pipeline.settings.compose import composed
 from pipeline.settings.errors import InputError
@@ -33,9 +33,7 @@ def calibrate(overrides: list[str], out: Path | None) -> Path:
     )
     path = out or job.settings.outputs / "calibration" / f"{job.settings.model.name}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    statistics = sums.statistics(
-        model=job.checkpoint.hash, text=job.settings.documents.source, document=job.document_hash
-    )
+    statistics = sums.statistics(model=job.checkpoint.hash, document=job.document_hash, **provenance(job))
     statistics.save(path)
     print(
         f"{statistics.metadata['tokens']} tokens in {len(windows)} windows of {job.settings.documents.source}",

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline.documents.base import Asked, content_hash
+from pipeline.documents.base import Asked, Documents, content_hash
+from pipeline.documents.book import Calibration
+from pipeline.documents.mixed import Mixed
 from pipeline.settings.config import MLX, BackendConfig, Settings, check, prefixed
 from pipeline.settings.errors import InputError
 from pipeline.sources import code_fingerprint
@@ -37,6 +39,7 @@ NOT_IDENTITY = {
     "prefill_cache_least_s",
     "grid",
 }
+SEPARATOR = "; "  # between the names of the texts that a file was measured on
 WEIGHTLESS = "pipeline.synthetic.backend.SyntheticBackend"  # the backend of models without weights
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
@@ -111,6 +114,24 @@ def _agrees(settings: Settings, checkpoint: Checkpoint | Weightless) -> None:
             )
 
 
+def provenance(job: Job) -> dict[str, str]:
+    """What a file that is measured on a job's documents says of them."""
+    documents = job.settings.documents
+    return {"text": documents.source, "texts": SEPARATOR.join(sorted(documents.made_of()))}
+
+
+def _measured_on(metadata: dict[str, str], documents: Documents) -> str | None:
+    """A text that a file was measured on and that the documents are cut from, too; None if there is none.
+
+    Files of before `texts` was written name the kind of their documents alone.
+    """
+    kinds = {kind.source: kind() for kind in (Calibration, Mixed)}
+    text = metadata.get("text")
+    written = metadata["texts"].split(SEPARATOR) if "texts" in metadata else [text]
+    of_the_kind = kinds[text].made_of() if text in kinds else frozenset()
+    return min((of_the_kind | set(written)) & documents.made_of(), default=None)
+
+
 def _statistics(settings: Settings, checkpoint: Checkpoint | Weightless) -> QueryStatistics | None:
     scorer, model = settings.method.scorer, settings.model
     if scorer is None or "calibration" not in scorer.reads:
@@ -135,9 +156,9 @@ def _statistics(settings: Settings, checkpoint: Checkpoint | Weightless) -> Quer
             f"model.calibration={model.calibration} was measured on other weights (hash {measured_on['model']}) than "
             f"those of model={model.name} ({checkpoint.hash}): {remedy}"
         )
-    if measured_on.get("text") == settings.documents.source:
+    if text := _measured_on(measured_on, settings.documents):
         raise InputError(
-            f"model.calibration={model.calibration} was measured on {settings.documents.source}, "
+            f"model.calibration={model.calibration} was measured on {text}, "
             "which is also what the documents are cut from: choose another document, or calibrate on another text"
         )
     return statistics
@@ -168,9 +189,9 @@ def _bases(settings: Settings, checkpoint: Checkpoint | Weightless) -> Bases | N
         bases = storage.read((shape.layers, shape.kv_heads, shape.dim), checkpoint.hash)
     except ValueError as error:
         raise InputError(f"storage.bases: {error}; {remedy}") from None
-    if bases.metadata.get("text") == settings.documents.source:
+    if text := _measured_on(bases.metadata, settings.documents):
         raise InputError(
-            f"storage.bases={storage.bases} was measured on {settings.documents.source}, "
+            f"storage.bases={storage.bases} was measured on {text}, "
             "which is also what the documents are cut from: choose another document, or measure on another text"
         )
     return bases

@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import sys
+import sysconfig
 from collections.abc import Iterable
 from functools import cache
 from importlib.util import find_spec
@@ -27,20 +28,29 @@ def _file(module: str) -> Path | None:
     return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
 
 
+def _ours_if_any(name: str) -> bool:
+    return name.partition(".")[0] in OURS and _file(name) is not None
+
+
 @cache
+def _imported(file: Path) -> frozenset[str]:
+    """Modules that a source names in its imports, wherever in it; without those relative to its own package."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if _ours_if_any(name) else node.module for name in inner}
+    return frozenset(found)
+
+
 def _imports(module: str) -> frozenset[str]:
-    """Our modules that one of ours imports, wherever in it.
+    """Our modules that one of ours imports.
 
     The package of a module is not followed: its `__init__` offers everything, and what a module needs it names.
     """
-    found = set()
-    for node in ast.walk(ast.parse(_file(module).read_bytes())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            inner = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name if name.partition(".")[0] in OURS and _file(name) else node.module for name in inner}
-    return frozenset(name for name in found if name.partition(".")[0] in OURS and _file(name))
+    return frozenset(filter(_ours_if_any, _imported(_file(module))))
 
 
 def reached(modules: Iterable[str]) -> set[str]:
@@ -72,6 +82,31 @@ def _foreign(module: str) -> list[Path]:
     return [Path(spec.origin)] if spec.origin and spec.origin.endswith(".py") else []
 
 
+def _installed(file: Path) -> bool:
+    """Whether a source came with an installed package, which has a version; a user's own code has none."""
+    return any(file.is_relative_to(sysconfig.get_path(kind)) for kind in ("purelib", "platlib"))
+
+
+def _foreign_reached(modules: Iterable[str]) -> tuple[set[Path], set[str]]:
+    """Sources of somebody else that modules of theirs are made of, and our modules that those import.
+
+    What they import in turn is followed where it is not installed: the helper beside a method, another package of the
+    user's.
+    """
+    files: set[Path] = set()
+    ours: set[str] = set()
+    left = list(modules)
+    while left:
+        for file in set(_foreign(left.pop())) - files:
+            files.add(file)
+            for name in () if _installed(file) else _imported(file):
+                if _ours_if_any(name):
+                    ours.add(name)
+                elif name.partition(".")[0] not in OURS:
+                    left += [name] if not any(map(_installed, _foreign(name))) else []
+    return files, ours
+
+
 def modules_of(thing: object) -> set[str]:
     """The modules of an object's class and of all that it inherits from."""
     return {cls.__module__ for cls in type(thing).__mro__}
@@ -94,12 +129,13 @@ def code_fingerprint(backend: str, *objects: object) -> str:
         Full path of the class, which need not have been imported.
     *objects
         Method, storage, phases. One may come from a project of the user's own: of that, the whole package counts,
-        wherever in its inheritance the class comes from there.
+        wherever in its inheritance the class comes from there, and whatever else of theirs it imports.
     """
     names = {module for thing in objects if thing is not None for module in modules_of(thing)}
     names.add(backend.rpartition(".")[0])
     ours = frozenset(name for name in names if name.partition(".")[0] in OURS)
-    digest = hashlib.sha256(_ours(ours))
-    for path in sorted({path for name in names - ours for path in _foreign(name)}):
+    files, used = _foreign_reached(names - ours)
+    digest = hashlib.sha256(_ours(ours | used))
+    for path in sorted(files):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]

@@ -134,7 +134,7 @@ class Compressor:
         gathered : list
             `layers` of a finished `Gathering`; then no queries are needed.
         """
-        evictable = self.budget.evictable(cached.keys[0].shape[-2])
+        evictable = self.protected.evictable(cached.keys[0].shape[-2])
         views = [
             self.view(
                 layer, *content, evictable, seed=(document, layer),

@@ -65,6 +65,10 @@ class Documents(ABC):
         """The texts to cut; no window crosses from one to the next."""
         ...
 
+    def made_of(self) -> frozenset[str]:
+        """Names of the texts that the windows come from: what is measured on one of them is not evaluated on it."""
+        return frozenset({self.source})
+
     def check(self) -> None:
         """Refuse sizes that can't be, and whatever a source can tell without reading all of its text."""
         for name, least in (("tokens", 16), ("continuation", 2), ("count", 1)):

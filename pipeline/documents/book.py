@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from pipeline.documents.base import Documents
-from pipeline.documents.docstrings import docstrings_text
+from pipeline.documents.docstrings import Docstrings, docstrings_text
 from pipeline.settings.errors import InputError
 
 SHELF = Path(__file__).parent / "books"
@@ -41,6 +41,9 @@ class Book(Documents):
     def texts(self) -> list[str]:
         return [book_text(self.title)]
 
+    def made_of(self) -> frozenset[str]:
+        return frozenset({self.title})
+
 
 @dataclass(frozen=True)
 class Calibration(Documents):
@@ -50,3 +53,6 @@ class Calibration(Documents):
 
     def texts(self) -> list[str]:
         return [docstrings_text(), *map(book_text, CALIBRATION)]
+
+    def made_of(self) -> frozenset[str]:
+        return frozenset({Docstrings.source, *CALIBRATION})

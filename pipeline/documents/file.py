@@ -1,6 +1,7 @@
 """Text files on this machine."""
 
 import glob
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -47,3 +48,6 @@ class File(Documents):
             except (UnicodeDecodeError, OSError) as error:
                 raise InputError(f"document.path: {file} can't be read as UTF-8 text ({error})") from None
         return texts
+
+    def made_of(self) -> frozenset[str]:
+        return frozenset(f"sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}" for file in self.files())

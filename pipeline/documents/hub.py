@@ -46,3 +46,6 @@ class Hub(Documents):
                 f"choose one of {', '.join(rows.column_names)}"
             )
         return ["\n\n".join(row for row in rows[self.column] if row.strip())]
+
+    def made_of(self) -> frozenset[str]:
+        return frozenset({f"{self.id} {self.subset} {self.split}"})

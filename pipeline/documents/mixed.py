@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from pipeline.documents.base import Documents
 from pipeline.documents.book import CALIBRATION, EVALUATION, book_text
-from pipeline.documents.docstrings import LEFT_OUT, docstrings_text
+from pipeline.documents.docstrings import LEFT_OUT, Docstrings, docstrings_text
 from pipeline.documents.overlap import shingles
 from pipeline.documents.pydoc import topics_text
 
@@ -83,3 +83,6 @@ class Mixed(Documents):
             docstrings_text()[:LIMIT], _limited(_sources()), _limited(_descriptions()), _limited(_licences()),
             *(book_text(title)[:LIMIT] for title in CALIBRATION),
         ]  # fmt: skip
+
+    def made_of(self) -> frozenset[str]:
+        return frozenset({self.source, Docstrings.source, *CALIBRATION})

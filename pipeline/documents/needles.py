@@ -11,7 +11,7 @@ from pipeline.documents.base import Asked, Documents
 from pipeline.documents.book import TITLES, book_text
 from pipeline.documents.chat import Chat
 from pipeline.documents.lookups import ATTRIBUTES, Lookup, chains, facts, needles, spliced
-from pipeline.documents.pydoc import topics_text
+from pipeline.documents.pydoc import Pydoc, topics_text
 from pipeline.settings.errors import InputError
 
 TASKS = ("single", "multikey", "chain")
@@ -106,6 +106,9 @@ class Needles(Documents):
 
     def texts(self) -> list[str]:
         return [topics_text() if self.text == "pydoc" else book_text(self.text)]
+
+    def made_of(self) -> frozenset[str]:
+        return frozenset({Pydoc.source if self.text == "pydoc" else self.text})
 
     def windows(self, tokenizer: Tokenizer, bos: int | None, chat: Chat | None = None) -> list[np.ndarray]:
         return [window for window, _ in planted(self, tokenizer, bos, self._asked_in(chat))]

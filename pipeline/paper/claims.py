@@ -184,19 +184,18 @@ def none_best(runs: Runs, among: list[str], lower: list[str], higher: list[str])
 
 
 def same_order(runs: Runs, metric: str, table: str, column: str) -> list[Evidence]:
-    """Our order agrees with the published one better than chance: a permutation test of Kendall's tau.
+    """Our order agrees with the published one better than chance: a permutation test of Kendall's tau, both sides.
 
     Its interval over documents must lie on the same side of 0.
     """
     found = published.agreement(runs, metric, table, column)
-    value = found.tau
-    if value.low > 0 and found.same <= LEVEL:
+    value, p = found.tau, min(1.0, 2 * min(found.same, found.reverse))
+    if value.low > 0 and p <= LEVEL:
         verdict = SUPPORTED
-    elif value.high < 0 and found.reverse <= LEVEL:
+    elif value.high < 0 and p <= LEVEL:
         verdict = CONTRADICTED
     else:
         verdict = UNDECIDED
-    p = found.same if value.mean >= 0 else found.reverse
     return [Evidence(f"Kendall's tau of {metric} with the published order", value, verdict, p)]
 
 
@@ -256,14 +255,15 @@ def _doubt(evidence: Evidence) -> float:
 
 
 def judge(written: list[dict], sections: dict[str, Runs]) -> list[Verdict]:
-    """The verdict on every claim whose runs are there, after Holm over the claims."""
+    """The verdict on every claim whose runs are there, after Holm over all that are written, measured or not."""
     verdicts = [
         decide(claim, sections)
         for claim in written
         if all(section in sections and names <= set(sections[section]) for section, names in needs(claim).items())
     ]
     found = []
-    for verdict, p in zip(verdicts, holm(v.p for v in verdicts), strict=True):
+    unmeasured = [1.0] * (len(written) - len(verdicts))
+    for verdict, p in zip(verdicts, holm([*(v.p for v in verdicts), *unmeasured]), strict=False):
         if verdict.verdict != UNDECIDED and p > LEVEL:
             text = f"{verdict.deciding}; {p:.1g} after Holm over the claims"
             found.append(replace(verdict, verdict=UNDECIDED, p=1.0, deciding=text))

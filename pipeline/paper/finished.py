@@ -72,7 +72,8 @@ class FinishedRun:
             found["match/percent"] = 100 * found["match/tokens"]
         if "drift/aop_slope" in found:
             # change along the least-squares line from the first turn to the last, in the unit of last - first
-            found["drift/aop_line"] = found["drift/aop_slope"] * (self.rows["turn"].max() - 1)
+            turns = self.rows.loc[self.rows["metric"] == "drift/aop", "turn"].max()
+            found["drift/aop_line"] = found["drift/aop_slope"] * (turns - 1)
         return found
 
     def estimate(self, metric: str) -> Estimate | None:

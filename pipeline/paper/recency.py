@@ -25,8 +25,8 @@ class Comparison:
 
     Parameters
     ----------
-    p : float
-        After Holm over all comparisons.
+    p, equal_p : float
+        Of a difference, and of the equivalence test; each after Holm over all comparisons.
     """
 
     method: str
@@ -38,12 +38,13 @@ class Comparison:
     better_on: int  # windows
     windows: int
     run_ids: str  # of the method and of StreamingLLM
+    equal_p: float = 1.0
 
     @property
     def verdict(self) -> str:
         if self.p <= LEVEL and (self.value.high < 0 or self.value.low > 0):
             return BETTER if self.value.high < 0 else WORSE
-        return EQUAL if self.equivalence.holds else OPEN
+        return EQUAL if self.equal_p <= LEVEL else OPEN
 
 
 @cache
@@ -87,7 +88,8 @@ def comparisons(runs: dict[str, FinishedRun]) -> list[Comparison]:
                     len(values), f"{run.run_id} {runs[RECENCY].run_id}",
                 )
             )  # fmt: skip
-    return [replace(one, p=float(p)) for one, p in zip(found, holm(one.p for one in found), strict=True)]
+    corrected = zip(found, holm(one.p for one in found), holm(one.equivalence.p for one in found), strict=True)
+    return [replace(one, p=float(p), equal_p=float(equal_p)) for one, p, equal_p in corrected]
 
 
 def _listed(found: list[Comparison]) -> str:
@@ -142,12 +144,12 @@ def table(found: list[Comparison]) -> Table:
         numbers.append(
             {
                 "method": one.title, "metric": one.metric, **flat("difference", one.value), "p_holm": one.p,
-                "margin": tested.margin, "equivalence_p": tested.p, "low_90": tested.low, "high_90": tested.high,
-                "better_on": one.better_on, "windows": one.windows, "verdict": one.verdict,
+                "margin": tested.margin, "equivalence_p_holm": one.equal_p, "low_90": tested.low,
+                "high_90": tested.high, "better_on": one.better_on, "windows": one.windows, "verdict": one.verdict,
                 "run_id": one.run_ids,
             }
         )  # fmt: skip
-        within = MISSING if pd.isna(tested.p) else f"[{tested.low:+.3f}, {tested.high:+.3f}], p {tested.p:.1g}"
+        within = MISSING if pd.isna(tested.p) else f"[{tested.low:+.3f}, {tested.high:+.3f}], p {one.equal_p:.1g}"
         cells.append(
             {
                 "metric": margins()[one.metric]["label"], "method": one.title,
@@ -157,8 +159,8 @@ def table(found: list[Comparison]) -> Table:
             }
         )  # fmt: skip
     note = (
-        "Mean paired differences, below 0 where the method is better; p of the difference after Holm over the table. "
-        "Equal: the 90 % interval lies within the margin (two one-sided tests), and the difference is not established. "
+        "Mean paired differences, below 0 where the method is better; both p are after Holm over the table. "
+        "Equal: two one-sided tests place the difference within the margin, and the difference is not established. "
         "Margins were chosen when results had been seen: "
         + "; ".join(f"{about['label']} {about['margin']:g}, {about['reason']}" for about in margins().values())
         + "."

@@ -12,6 +12,8 @@ from spectral_kv.xp import Array, namespace
 class H2O:
     """Attention weight summed over the queries of the prompt, each seeing what came before it.
 
+    When a cache that has grown is brought back to its budget, over the queries since the last time.
+
     Parameters
     ----------
     window : int, optional

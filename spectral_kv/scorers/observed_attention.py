@@ -17,7 +17,8 @@ from spectral_kv.xp import Array, like, namespace
 class ObservedAttention:
     """Attention weight summed over the queries of the prompt, over how many of them come after the token.
 
-    The first token is seen by all, the last by one: a plain sum prefers what came early.
+    The first token is seen by all, the last by one: a plain sum prefers what came early. When a cache that has grown is
+    brought back to its budget, the queries are those since the last time.
 
     Parameters
     ----------

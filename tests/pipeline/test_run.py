@@ -271,6 +271,34 @@ def test_refuses_statistics_of_other_weights_and_of_the_text_that_is_measured(sm
     prepare(composed(["method=tri", "model=reference"]))  # the statistics that come with the model are of the model
 
 
+def test_a_text_counts_by_what_it_is_made_of_not_by_the_kind_of_the_documents(tmp_path):
+    from pipeline.documents.book import Book, Calibration
+    from pipeline.documents.file import File
+    from pipeline.documents.mixed import Mixed
+    from pipeline.documents.needles import Needles
+    from pipeline.documents.pydoc import Pydoc
+    from pipeline.job import _measured_on
+
+    def shared(measured, documents):
+        return _measured_on({"text": measured.source, "texts": "; ".join(sorted(measured.made_of()))}, documents)
+
+    one, other = tmp_path / "one.txt", tmp_path / "other.txt"
+    one.write_text("one")
+    other.write_text("other")
+    assert shared(Pydoc(), Needles()) == "Python's language reference"
+    assert shared(Calibration(), Book(title="northanger_abbey")) == "northanger_abbey"
+    assert shared(Book(title="persuasion"), Needles(text="persuasion")) == "persuasion"
+    assert shared(Book(title="northanger_abbey"), Book(title="persuasion")) is None
+    assert shared(Calibration(), Book(title="persuasion")) is shared(Mixed(), Pydoc()) is None
+    assert shared(File(path=str(one)), File(path=str(other))) is None
+    other.write_text("one")
+    assert shared(File(path=str(one)), File(path=str(other))).startswith("sha256")
+    # files that say the kind alone, as those that come along
+    assert _measured_on({"text": "the calibration text"}, Book(title="northanger_abbey")) == "northanger_abbey"
+    assert _measured_on({"text": "mixed text"}, Calibration()) is not None
+    assert _measured_on({}, Pydoc()) is None
+
+
 @pytest.mark.parametrize("method", ["h2o", "observed_attention", "expected_attention", "snapkv", "streaming"])
 def test_a_prompt_in_chunks_gives_the_numbers_of_a_prompt_at_once(run, method):
     whole = run(f"method={method}", "backend.cache_dtype=float32")

@@ -45,6 +45,31 @@ def test_any_change_of_a_users_package_counts(project, changed):
     assert fingerprint(TORCH, Mine()) != before
 
 
+@pytest.mark.parametrize("changed", ["helpers.py", "others/deep.py"])
+def test_what_a_users_file_imports_counts(project, tmp_path, changed):
+    """A method in a file of its own, the helper beside it, and a package that the helper imports."""
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "__init__.py").write_text("")
+    (tmp_path / "others" / "deep.py").write_text("WEIGHT = 1\n")
+    (tmp_path / "helpers.py").write_text("import numpy\nfrom others.deep import WEIGHT\n")
+    (tmp_path / "mymethod.py").write_text("from helpers import WEIGHT\nclass Mine:\n    weight = WEIGHT\n")
+    before = fingerprint("mymethod.Mine")
+    (tmp_path / changed).write_text("WEIGHT = -1\n")
+    assert fingerprint("mymethod.Mine") != before
+
+
+def test_modules_of_ours_that_a_users_file_imports_count(project, monkeypatch, tmp_path):
+    (project / "mine.py").write_text("from spectral_kv.transforms import fourier\n")
+    before = fingerprint("users_methods.mine.Mine")
+    original = sources._file
+    other = tmp_path / "other.py"
+    other.write_bytes(original("spectral_kv.transforms.fourier").read_bytes() + b"# changed\n")
+    monkeypatch.setattr(
+        sources, "_file", lambda name: other if name == "spectral_kv.transforms.fourier" else original(name)
+    )
+    assert fingerprint("users_methods.mine.Mine") != before
+
+
 def test_a_class_of_ours_that_inherits_from_a_users_counts_too(project):
     from users_methods.base import Base
 

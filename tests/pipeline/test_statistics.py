@@ -3,7 +3,7 @@ from itertools import permutations
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import kendalltau, ttest_rel
+from scipy.stats import kendalltau, norm, t, ttest_rel
 
 from pipeline.statistics import (
     aggregate,
@@ -45,6 +45,17 @@ def test_the_interval_is_about_two_standard_errors_wide(rng):
     value = estimate(values)
     assert value.high - value.low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
     assert value.low < values.mean() < value.high
+
+
+def test_the_interval_of_few_documents_is_wider_than_plain_percentiles():
+    """By Hesterberg's level: of five documents the tail is .0009 instead of .025, so next to the outermost resample."""
+    values = np.array([0.0, 1.0, 2.0, 3.0, 10.0])
+    drawn = np.random.default_rng(1).choice(values, size=(20_000, 5)).mean(1)
+    found = estimate(values)
+    tail = norm.cdf(np.sqrt(5 / 4) * t.ppf(0.025, 4))
+    assert tail == pytest.approx(0.00096, abs=1e-4)
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(drawn, [tail, 1 - tail])), abs=0.3)
+    assert found.low < np.quantile(drawn, 0.025) - 0.3
 
 
 def test_no_interval_where_there_can_be_none():

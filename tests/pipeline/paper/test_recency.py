@@ -45,6 +45,26 @@ def test_better_worse_equal_and_undecided(runs):
     assert [one.p for one in found.values()] == pytest.approx(list(adjusted))
 
 
+def test_a_difference_and_an_equality_have_to_survive_holm_over_the_table(made, rng):
+    """Alone each would be established; among ten of its kind it is chance."""
+    base = 1 + 0.1 * rng.normal(size=WINDOWS)
+    root = np.sqrt(WINDOWS)
+    drawn = {
+        "tri": -0.1 + 0.1 * root / 2.5 * standard(rng),
+        "fourier": 0.01 * (1 - 2 / 4) + 0.01 * root / 4 * standard(rng),
+    }
+    others = {name: 0.5 * standard(rng) for name in ("knorm", "keydiff", "tova", "snapkv", "h2o", "wavelet", "random")}
+
+    def judged(differences: dict) -> dict:
+        values = {"streaming": base, **{m: base + d for m, d in differences.items()}}
+        found = comparisons({m: made(m, {"aop/mean": list(v)}) for m, v in values.items()})
+        return {one.method: one.verdict for one in found}
+
+    assert [judged({m: drawn[m]})[m] for m in drawn] == [BETTER, EQUAL]
+    among = judged({**drawn, **others})
+    assert (among["tri"], among["fourier"]) == (OPEN, OPEN)
+
+
 def test_the_top_says_who_beats_the_latest_tokens_and_by_how_much(runs):
     found = comparisons(runs)
     assert summary(found) == (
@@ -73,6 +93,6 @@ def test_without_the_latest_tokens_nothing_is_said(runs):
 def test_the_table_has_both_tests(runs):
     made = table(comparisons(runs))
     line = made.numbers.set_index("method").loc["WaveletTriAttn"]
-    assert line["margin"] == margins()["aop/mean"]["margin"] and line["equivalence_p"] < 0.05
+    assert line["margin"] == margins()["aop/mean"]["margin"] and line["equivalence_p_holm"] < 0.05
     assert -0.01 < line["low_90"] < line["high_90"] < 0.01
     assert made.cells["better on"].iloc[0] == "20 of 20"
