@@ -43,13 +43,18 @@ def attention_weights(queries: Array, keys: Array, scaling: float, causal: bool 
     return softmax(attention_logits(queries, keys, scaling, causal))
 
 
-def attention_output(queries: Array, keys: Array, values: Array, scaling: float) -> Array:
+def attention_output(queries: Array, keys: Array, values: Array, scaling: float, bias: Array | None = None) -> Array:
     """Output of every query head over a prefix that it sees whole, before W_O: `[query_heads, positions, dim]`.
 
-    `values` is `[kv_heads, tokens, dim]`; the rest as in `attention_weights`.
+    `values` is `[kv_heads, tokens, dim]`, `bias` `[kv_heads, tokens]` is added to the logits; the rest as in
+    `attention_weights`.
     """
     xp = namespace(queries)
-    weights = attention_weights(queries, keys, scaling)
+    logits = attention_logits(queries, keys, scaling)
+    if bias is not None:
+        shape = logits.shape
+        logits = xp.reshape(xp.reshape(logits, (len(keys), -1, shape[-1])) + bias[:, None], shape)
+    weights = softmax(logits)
     kv_heads, tokens, dim = values.shape
     heads, positions, _ = weights.shape
     grouped = xp.reshape(weights, (kv_heads, heads // kv_heads * positions, tokens))

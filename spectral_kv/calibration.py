@@ -44,6 +44,10 @@ class QueryStatistics:
         """`(mu, modulus)` of one layer, `[query_heads, dim / 2]` each."""
         return self.mu[index], self.modulus[index]
 
+    def of_heads(self, heads: slice) -> "QueryStatistics":
+        """Those of some query heads."""
+        return QueryStatistics(self.mu[:, heads], self.modulus[:, heads], self.metadata)
+
     def save(self, path: str | Path) -> None:
         from safetensors.numpy import save_file
 

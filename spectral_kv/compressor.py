@@ -12,10 +12,12 @@ import numpy as np
 from spectral_kv.backends.base import Backend, Cache, Contents, Prefill
 from spectral_kv.calibration import QueryStatistics
 from spectral_kv.engine.together import scores as scores_of_layers
-from spectral_kv.scorers.base import LayerView, Scorer
+from spectral_kv.heads import Heads, held, runs
+from spectral_kv.refit import Refit, Refitted
+from spectral_kv.scorers.base import LayerView, Repetition, Scorer
 from spectral_kv.selection import Budget, select_layers
 from spectral_kv.storage.base import Storage
-from spectral_kv.xp import Array, like
+from spectral_kv.xp import Array, float32, like, namespace
 
 T = TypeVar("T")
 
@@ -30,6 +32,11 @@ def observed(scorer: Scorer | None, tokens: int) -> int:
 def foresees(scorer: Scorer | None) -> bool:
     """Whether a scorer is an oracle."""
     return scorer is not None and "future" in scorer.reads
+
+
+def repeats(scorer: Scorer | None) -> bool:
+    """Whether a scorer wants a finished prompt to be repeated."""
+    return scorer is not None and "repetition" in scorer.reads
 
 
 def gathers(scorer: Scorer | None) -> bool:
@@ -71,6 +78,11 @@ class Gathering:
         return self.layers[layer]
 
 
+def _rows(keys: Heads) -> int:
+    """Rows of a layer over its KV heads."""
+    return sum(map(len, keys)) if isinstance(keys, list) else keys.shape[0] * keys.shape[1]
+
+
 @dataclass(frozen=True)
 class Compressor:
     """Without a scorer every token is kept.
@@ -84,6 +96,10 @@ class Compressor:
     storage : Storage
     statistics : QueryStatistics, optional
         Of the model, for scorers that read calibration.
+    encode : function of a text, optional
+        Its token ids, for scorers that have the prompt repeated.
+    refit : Refit, optional
+        What kept tokens are given; by default nothing.
     """
 
     backend: Backend
@@ -91,6 +107,8 @@ class Compressor:
     budget: Budget | None
     storage: Storage
     statistics: QueryStatistics | None = None
+    encode: Callable[[str], np.ndarray] | None = None
+    refit: Refit | None = None
 
     @property
     def protected(self) -> Budget | None:
@@ -108,12 +126,48 @@ class Compressor:
         """What the scorer sees of a layer; `more` is what only some scorers read."""
         return LayerView(
             keys, values, self.backend.rope, positions, evictable,
-            scaling=self.backend.scaling, index=index, statistics=self.statistics, **more,
+            scaling=self.backend.scaling, index=index, statistics=self.statistics, projection=self.projection(index),
+            **more,
         )  # fmt: skip
+
+    def projection(self, layer: int) -> Array | None:
+        """W_O of a layer for a scorer that reads it, `[query_heads, dim, hidden]`."""
+        if self.scorer is None or "projection" not in self.scorer.reads:
+            return None
+        found = self.backend.output_weights(layer)
+        if found is None:
+            raise ValueError(
+                f"{type(self.scorer).__name__} reads W_O, which this model names otherwise: choose another method"
+            )
+        return found
+
+    def repeated(self, prefill: Prefill) -> list[Array]:
+        """What the scorer sees in every layer while the model repeats its prompt, `[kv_heads, tokens]` each."""
+        if self.encode is None:
+            raise ValueError(
+                f"{type(self.scorer).__name__} has the prompt repeated, and no tokenizer turns its instruction into "
+                "tokens: pass `encode`"
+            )
+        parts: list[list[Array]] = [[] for _ in range(self.backend.shape.layers)]
+        tokens = len(prefill.tokens)
+        for span, fed in self.scorer.repetitions(prefill.tokens, self.encode):
+
+            def watch(layer: int, queries: Array, keys: Array, values: Array, inputs: Array, span=span) -> None:
+                seen = Repetition(
+                    keys[:, :tokens], values[:, :tokens], span, queries, keys[:, tokens:], inputs,
+                    self.backend.scaling, self.projection(layer),
+                )  # fmt: skip
+                parts[layer].append(self.scorer.repeated(seen))
+
+            self.backend.reread(prefill, fed, watch)
+        xp = namespace(prefill.keys[0])
+        return [xp.concat(found, axis=-1) for found in parts]
 
     def keeps_all(self, cached: Prefill | Contents) -> bool:
         """Whether there is nothing to choose, and perhaps nothing that may be evicted."""
-        return self.scorer is None or self.budget.tokens >= cached.keys[0].shape[-2]
+        if self.scorer is None:
+            return True
+        return len(cached.keys) * self.backend.shape.kv_heads * self.budget.tokens >= sum(map(_rows, cached.keys))
 
     def scores(
         self,
@@ -132,19 +186,48 @@ class Compressor:
         queries, future : list of array, [query_heads, positions, dim], one a layer
             Of the last tokens, and of those to come.
         gathered : list
-            `layers` of a finished `Gathering`; then no queries are needed.
+            `layers` of a finished `Gathering`, then no queries are needed; or what `repeated` returned.
         """
-        evictable = self.protected.evictable(cached.keys[0].shape[-2])
-        views = [
-            self.view(
-                layer, *content, evictable, seed=(document, layer),
-                queries=queries[layer] if queries else None,
-                future=future[layer] if future else None,
-                gathered=gathered[layer] if gathered else None,
-            )
-            for layer, content in enumerate(zip(cached.keys, cached.values, cached.positions, strict=True))
-        ]  # fmt: skip
+        views = []
+        for layer, content in enumerate(zip(cached.keys, cached.values, cached.positions, strict=True)):
+            more = {
+                name: given[layer] for name, given in (("queries", queries), ("future", future)) if given is not None
+            }
+            if isinstance(content[0], list):
+                return self._scores_by_head(cached, document, queries, future)
+            views.append(
+                self.view(
+                    layer, *content, self.protected.evictable(content[0].shape[-2]), seed=(document, layer), **more,
+                    gathered=gathered[layer] if gathered else None,
+                )
+            )  # fmt: skip
         return scores_of_layers(self.scorer, views)
+
+    def _scores_by_head(
+        self, cached: Contents, document: int, queries: list[Array] | None, future: list[Array] | None
+    ) -> list[list[Array]]:
+        """`scores` where heads hold different numbers of rows: each on its own, `[rows]`."""
+        kv_heads, found = self.backend.shape.kv_heads, []
+        group = self.backend.shape.query_heads // kv_heads
+        for layer, content in enumerate(zip(cached.keys, cached.values, cached.positions, strict=True)):
+            projection, own = self.projection(layer), []
+            for heads, (keys, values, positions) in runs(*content):
+                mine = slice(heads.start * group, heads.stop * group)
+                evictable = self.protected.evictable(keys.shape[1])
+                if evictable.start == evictable.stop:  # nothing to choose
+                    own.append(namespace(keys).zeros_like(float32(keys[0, :, 0])))
+                    continue
+                view = LayerView(
+                    keys, values, self.backend.rope, positions, evictable, scaling=self.backend.scaling, index=layer,
+                    seed=(document, layer, heads.start), first_head=heads.start,
+                    queries=None if queries is None else queries[layer][mine],
+                    future=None if future is None else future[layer][mine],
+                    statistics=self.statistics and self.statistics.of_heads(mine),
+                    projection=None if projection is None else projection[mine],
+                )  # fmt: skip
+                own.append(self.scorer.score(view)[0])
+            found.append(own)
+        return found
 
     def scored_by(self, document: int) -> Hashable:
         """All that scores of a document depend on but the document itself: a key for `SharedScores`."""
@@ -155,16 +238,25 @@ class Compressor:
     def select(self, scores: list[Array]) -> list[Array]:
         """The rows that scores `[kv_heads, rows]` say to keep in every layer, `[kv_heads, kept]` each."""
         kept = select_layers(scores, self.protected)
-        expected = (self.backend.shape.kv_heads, self.budget.tokens)
-        for layer, chosen in enumerate(kept):
-            if tuple(chosen.shape) != expected:
-                raise RuntimeError(f"layer {layer} kept {tuple(chosen.shape)} tokens, the budget says {expected}")
+        if self.budget.allocation == "uniform":
+            expected = (self.backend.shape.kv_heads, self.budget.tokens)
+            for layer, chosen in enumerate(kept):
+                if tuple(chosen.shape) != expected:
+                    raise RuntimeError(f"layer {layer} kept {tuple(chosen.shape)} tokens, the budget says {expected}")
+        total, budget = sum(map(held, kept)), len(kept) * self.backend.shape.kv_heads * self.budget.tokens
+        if total != budget:
+            raise RuntimeError(f"{total} tokens were kept over layers and KV heads, the budget says {budget}")
         return kept
 
     def all_rows(self, cached: Prefill | Contents) -> list[Array]:
         """Every row of every layer, `[kv_heads, rows]` each."""
-        rows = np.arange(cached.keys[0].shape[-2])
-        return [like(np.tile(rows, (self.backend.shape.kv_heads, 1)), keys) for keys in cached.keys]
+
+        def of(keys: Heads) -> Heads:
+            if isinstance(keys, list):
+                return [like(np.arange(len(own)), own) for own in keys]
+            return like(np.tile(np.arange(keys.shape[-2]), (len(keys), 1)), keys)
+
+        return [of(keys) for keys in cached.keys]
 
     def choose(self, cached: Prefill | Contents, document: int = 0, *observed: Any) -> list[Array]:
         """The rows that the method keeps in every layer, `[kv_heads, kept]` each; arguments as of `scores`."""
@@ -172,9 +264,21 @@ class Compressor:
             return self.all_rows(cached)
         return self.select(self.scores(cached, document, *observed))
 
-    def store(self, prefill: Prefill, kept: list[Array] | None, batch: int = 1) -> Cache:
+    def refitted(self, prefill: Prefill, kept: list[Heads] | None) -> list[Refitted] | None:
+        """What the kept tokens of every layer are given; the prefill has to remember the queries for it."""
+        if self.refit is None or kept is None:
+            return None
+        count = min(self.refit.queries, prefill.queries[0].shape[1])
+        return [
+            self.refit.layer(keys, values, chosen, q[:, q.shape[1] - count :], self.backend.scaling)
+            for keys, values, chosen, q in zip(prefill.keys, prefill.values, kept, prefill.queries, strict=True)
+        ]
+
+    def store(
+        self, prefill: Prefill, kept: list[Heads] | None, batch: int = 1, refitted: list[Refitted] | None = None
+    ) -> Cache:
         """A cache of the kept tokens `[kv_heads, kept]` of every layer of a prefill, or of all."""
-        return self.backend.compress(prefill, kept, self.storage, batch)
+        return self.backend.compress(prefill, kept, self.storage, batch, refitted)
 
     def recompress(self, cache: Cache, document: int, queries: list[Array], future: list[Array] | None = None) -> Cache:
         """Bring a cache that has grown back to the budget.

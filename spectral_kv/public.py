@@ -10,7 +10,7 @@ import numpy as np
 from spectral_kv import names
 from spectral_kv.calibration import QueryStatistics, observe
 from spectral_kv.codec.bases import Bases
-from spectral_kv.compressor import Compressor, foresees
+from spectral_kv.compressor import Compressor, foresees, repeats
 from spectral_kv.measured_files import STATISTICS, bases_of, beside
 from spectral_kv.scorers.base import Scorer
 from spectral_kv.selection import Budget
@@ -75,6 +75,11 @@ def cache(
         raise ValueError(f"method={method} is an oracle, which reads what is not generated yet: choose another method")
     if getattr(storage, "keeps_all", False) and scorer is not None:
         raise ValueError(f"{type(storage).__name__} keeps every token, and {method} evicts: choose method=full")
+    if repeats(scorer):
+        raise ValueError(
+            f"method={method} has a finished prompt repeated, and a prompt is compressed layer by layer while it runs: "
+            "choose another method"
+        )
     if every is not None and every < 1:
         raise ValueError(f"every={every} must be at least 1, or unset to keep what is generated")
     if decode not in DECODING:
@@ -85,6 +90,11 @@ def cache(
         raise ValueError(
             f"selection={budget.selection} needs all layers at once, and a prompt is compressed layer by layer: "
             "set selection=per_layer_perhead"
+        )
+    if budget.allocation != "uniform":
+        raise ValueError(
+            f"allocation={budget.allocation} shares out what is chosen when the whole prompt has run, and a prompt is "
+            "compressed layer by layer: set allocation=uniform"
         )
     if decode == "append":
         every = every or 1

@@ -5,9 +5,11 @@ from functools import lru_cache
 
 import numpy as np
 
-from spectral_kv.xp import Array, constant, float32, largest, like, namespace
+from spectral_kv.heads import Heads
+from spectral_kv.xp import Array, constant, float32, largest, like, namespace, stable_order, to_numpy
 
 SELECTIONS = ("per_layer_perhead", "per_head")
+ALLOCATIONS = ("uniform", "layer", "head", "global")
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Budget:
     Parameters
     ----------
     tokens : int
-        Total kept tokens, sinks and recent window included.
+        Total kept tokens, sinks and recent window included; their mean where the allocation is not uniform.
     sinks : int
         First tokens that are always kept.
     recent : int
@@ -25,14 +27,32 @@ class Budget:
     selection : str
         `per_layer_perhead`: every layer and KV head chooses its own tokens. `per_head`: the KV heads of one index
         choose the same tokens in every layer, by the mean of their scores.
+    allocation : str
+        Who gets how much of the budget of all layers and KV heads. `uniform`: the same. `layer`: every layer its own
+        number, the same for its heads, by the curves of sorted scores (KVCompose, arXiv 2509.05165). `head`: the heads
+        of a layer share its budget by their scores (AdaKV, arXiv 2407.11550). `global`: so do all heads of all layers
+        (KVzip, arXiv 2505.23416). Sinks and recent window are kept everywhere.
+    safeguard : float
+        Share of what a uniform budget leaves to choose that every head has for certain; `head` alone reads it.
     """
 
     tokens: int
     sinks: int = 4
     recent: int = 64
     selection: str = "per_layer_perhead"
+    allocation: str = "uniform"
+    safeguard: float = 0.2
 
     def __post_init__(self):
+        if self.allocation not in ALLOCATIONS:
+            raise ValueError(f"allocation={self.allocation} is not known: choose one of {', '.join(ALLOCATIONS)}")
+        if not 0 <= self.safeguard <= 1:
+            raise ValueError(f"safeguard={self.safeguard} must lie in [0, 1]")
+        if self.allocation != "uniform" and self.selection != "per_layer_perhead":
+            raise ValueError(
+                f"selection={self.selection} has all layers keep the same tokens, and allocation={self.allocation} "
+                "different numbers of them: leave one of the two at its default"
+            )
         if self.selection not in SELECTIONS:
             raise ValueError(f"selection={self.selection} is not known: choose one of {', '.join(SELECTIONS)}")
         if self.sinks < 0 or self.recent < 0:
@@ -87,13 +107,85 @@ def select(scores: Array, budget: Budget) -> Array:
     return xp.concat([first, chosen, last], axis=-1)
 
 
+def largest_first(row: Array) -> Array:
+    """Indices that sort `[tokens]` descending; of equal ones the first comes first."""
+    return stable_order(-row)
+
+
 @lru_cache(maxsize=32)
 def _span(start: int, stop: int) -> np.ndarray:
     return np.arange(start, stop)
 
 
-def select_layers(scores: list[Array], budget: Budget) -> list[Array]:
-    """Kept token indices `[kv_heads, kept]` of every layer from their scores `[kv_heads, tokens]`."""
+def _counts(values: list[Array], quota: int) -> np.ndarray:
+    """How many of the `quota` largest numbers of all `[some]` lie in each; of equal ones the first count."""
+    xp = namespace(values[0])
+    chosen = to_numpy(largest(xp.concat(values)[None], quota))[0]
+    ends = np.cumsum([len(x) for x in values])
+    return np.bincount(np.searchsorted(ends, chosen, side="right"), minlength=len(values))
+
+
+def _safe(row: Array, count: int) -> Array:
+    """Scores `[tokens]` with the largest `count` of them raised above all others."""
+    if count == 0:
+        return row
+    xp = namespace(row)
+    safe = np.zeros(len(row), dtype=bool)
+    safe[to_numpy(largest(row[None], min(count, len(row))))[0]] = True
+    return xp.where(like(safe, row), np.inf, row)
+
+
+def quotas(candidates: list[list[Array]], budget: Budget) -> list[list[int]]:
+    """How many of its evictable tokens every layer and KV head keeps where the allocation is not uniform.
+
+    `candidates` are scores `[evictable]` of every layer and KV head. The sum over all is that of a uniform budget.
+    """
+    each, heads = budget.tokens - budget.sinks - budget.recent, len(candidates[0])
+    if budget.allocation == "layer":
+        curves = []
+        for layer in candidates:
+            xp = namespace(layer[0])
+            descending = [xp.take(row, largest_first(row), axis=0) for row in layer]
+            curves.append(sum(descending) / heads)
+        return [[int(count)] * heads for count in _counts(curves, each * len(candidates))]
+    if budget.allocation == "global":
+        found = _counts([row for layer in candidates for row in layer], each * heads * len(candidates))
+        return found.reshape(len(candidates), heads).tolist()
+    safe = int(budget.safeguard * each)
+    return [_counts([_safe(row, safe) for row in layer], each * heads).tolist() for layer in candidates]
+
+
+def _shared_out(scores: list[Heads], budget: Budget) -> list[Heads]:
+    """Kept token indices where the allocation is not uniform: of a list of heads lists, one a head."""
+    spans = [[budget.evictable(len(row)) for row in layer] for layer in scores]
+    candidates = [
+        [float32(row[span]) for row, span in zip(layer, own, strict=True)]
+        for layer, own in zip(scores, spans, strict=True)
+    ]
+    if any(bool(namespace(row).any(namespace(row).isnan(row))) for layer in candidates for row in layer):
+        raise ValueError("a scorer returned NaN; scores must be numbers for every evictable token")
+    found: list[Heads] = []
+    for layer, own, rows, counts in zip(scores, spans, candidates, quotas(candidates, budget), strict=True):
+        xp, kept = namespace(rows[0]), []
+        for head, (span, row, count) in enumerate(zip(own, rows, counts, strict=True)):
+            chosen = largest(row[None], count)[0] + span.start
+            first, last = (
+                xp.astype(like(np.arange(*ends), row), chosen.dtype)
+                for ends in ((0, span.start), (span.stop, len(layer[head])))
+            )
+            kept.append(xp.concat([first, chosen, last]))
+        found.append(xp.stack(kept) if budget.allocation == "layer" else kept)
+    return found
+
+
+def select_layers(scores: list[Heads], budget: Budget) -> list[Heads]:
+    """Kept token indices `[kv_heads, kept]` of every layer from their scores `[kv_heads, tokens]`.
+
+    Where KV heads of a layer keep different numbers of tokens, its indices are a list, one array `[kept]` a head; so
+    are the scores of a layer whose heads hold different numbers already.
+    """
+    if budget.allocation != "uniform":
+        return _shared_out(scores, budget)
     if budget.selection == "per_head":
         return [select(sum(float32(s) for s in scores) / len(scores), budget)] * len(scores)
     if len({tuple(s.shape) for s in scores}) > 1:

@@ -6,6 +6,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from spectral_kv.attention import attention_output
+from spectral_kv.heads import Heads, by_run
+from spectral_kv.refit import Refitted
 from spectral_kv.rope import Rope
 from spectral_kv.storage.base import Storage
 from spectral_kv.xp import Array
@@ -81,13 +84,26 @@ class Contents:
     Parameters
     ----------
     keys, values : list of array, [kv_heads, rows, dim], one a layer
+        A list of `[rows, dim]`, one a KV head, where those of a layer hold different numbers of rows.
     positions : list of np.ndarray, [kv_heads, rows], one a layer
-        Logical positions; after per-head eviction every head has its own.
+        Logical positions; after per-head eviction every head has its own. A list where keys are.
+    bias : list of array, [kv_heads, rows], one a layer, optional
+        What attention adds to the logits of the rows. A list where keys are.
     """
 
-    keys: list[Array]
-    values: list[Array]
-    positions: list[np.ndarray]
+    keys: list[Heads]
+    values: list[Heads]
+    positions: list[Heads]
+    bias: list[Heads] | None = None
+
+    def attended(self, layer: int, queries: Array, scaling: float) -> Array:
+        """What queries `[query_heads, positions, dim]` that see all rows of a layer read, of the same shape."""
+        held = [self.keys[layer], self.values[layer], *([] if self.bias is None else [self.bias[layer]])]
+
+        def output(own: Array, keys: Array, values: Array, bias: Array | None = None) -> Array:
+            return attention_output(own, keys, values, scaling, bias)
+
+        return by_run(output, queries, *held)
 
 
 @dataclass(frozen=True)
@@ -100,6 +116,10 @@ class Extension:
     logits: Array
     queries: list[Array]
 
+
+# Called in every layer with its index, the rotated queries [query_heads, fed, dim] of what is fed, keys and values
+# [kv_heads, tokens + fed, dim] of the prompt and of what is fed, and the norms [fed] of the layer's input.
+Reread = Callable[[int, Array, Array, Array, Array], None]
 
 # Called in every layer, a chunk of the prompt at a time, with the layer's index, the rotated queries
 # [query_heads, chunk, dim] of the chunk, and keys and values [kv_heads, seen, dim] of all tokens so far, in the cache's
@@ -123,8 +143,18 @@ class Backend(Protocol):
         """
         ...
 
-    def compress(self, prefill: Prefill, kept: list[Array] | None, storage: Storage, batch: int = 1) -> Cache:
+    def compress(
+        self,
+        prefill: Prefill,
+        kept: list[Heads] | None,
+        storage: Storage,
+        batch: int = 1,
+        refitted: list[Refitted] | None = None,
+    ) -> Cache:
         """A cache with the kept tokens `[kv_heads, kept]` of every layer (all tokens if None).
+
+        A list of `[kept]`, one a KV head, where those of a layer keep different numbers. `refitted` is what the kept
+        tokens of every layer are given.
 
         Nothing done to it changes the prefill, and it does not keep what was evicted alive. `batch` is a number of
         equal sequences, for timing.
@@ -135,12 +165,20 @@ class Backend(Protocol):
         """Keys, values and positions of everything that a cache holds."""
         ...
 
-    def recompress(self, cache: Cache, kept: list[Array]) -> Cache:
+    def recompress(self, cache: Cache, kept: list[Heads]) -> Cache:
         """A cache with the rows `[kv_heads, kept]` of every layer of another; what is packed stays packed."""
         ...
 
     def extend(self, cache: Cache, tokens: np.ndarray) -> Extension:
         """Feed tokens at the cache's logical position and append them to it."""
+        ...
+
+    def reread(self, prefill: Prefill, tokens: np.ndarray, watch: Reread) -> None:
+        """Feed tokens after a finished prompt, for `watch` to see; nobody keeps them, and the prefill stays."""
+        ...
+
+    def output_weights(self, layer: int) -> Array | None:
+        """W_O of a layer, `[query_heads, dim, hidden]`; None where the model names it otherwise."""
         ...
 
     def generate(self, cache: Cache, token: int, count: int) -> list[int]:

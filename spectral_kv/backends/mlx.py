@@ -12,11 +12,13 @@ from mlx_lm.models.cache import KVCache
 from mlx_lm.utils import load_model
 from transformers import AutoConfig
 
-from spectral_kv.backends.base import Contents, Extension, ModelShape, Prefill, Watch
+from spectral_kv.backends.base import Contents, Extension, ModelShape, Prefill, Reread, Watch
 from spectral_kv.backends.mlx_cache import CompressedCache, CompressedLayer
 from spectral_kv.backends.mlx_rope import flattened, make_exact, rotation
 from spectral_kv.backends.suitable import attends_to_all, can_be_unrotated
+from spectral_kv.refit import Refitted
 from spectral_kv.storage.base import Storage
+from spectral_kv.storage.dense import Dense
 from spectral_kv.xp import rows, to_numpy
 
 CHUNK = 512  # tokens fed at once: CPUs write out the attention scores of a whole chunk
@@ -189,8 +191,15 @@ class MLXBackend:
         return prefill
 
     def compress(
-        self, prefill: Prefill, kept: list[mx.array] | None, storage: Storage, batch: int = 1
+        self,
+        prefill: Prefill,
+        kept: list[mx.array] | None,
+        storage: Storage,
+        batch: int = 1,
+        refitted: list[Refitted] | None = None,
     ) -> CompressedCache:
+        if refitted is not None or any(isinstance(x, list) for x in kept or ()):
+            raise ValueError("heads of different lengths, and a bias, need the torch backend")
         layers = []
         for index, (keys, values) in enumerate(zip(prefill.keys, prefill.values, strict=True)):
             if kept is None:
@@ -225,6 +234,29 @@ class MLXBackend:
         extension = Extension(mx.concatenate(logits), queries)
         mx.eval(extension.logits, extension.queries)
         return extension
+
+    def reread(self, prefill: Prefill, tokens: np.ndarray, watch: Reread) -> None:
+        layers = self.compress(prefill, None, Dense()).layers
+        entered: list[mx.array] = []
+        block = type(self.model.layers[0])
+        call = block.__call__
+
+        def called(layer, x, *args, **kwargs):
+            entered.append(mx.linalg.norm(x[0].astype(mx.float32), axis=-1))
+            return call(layer, x, *args, **kwargs)
+
+        block.__call__ = called
+        try:  # at once: what is fed sees itself, and a chunk would hide its end from its beginning
+            with self._observing(layers, lambda layer, *seen: watch(layer, *seen, entered[-1])):
+                mx.eval(self.model(self._ids(tokens), cache=layers)[0, -1])
+        finally:
+            block.__call__ = call
+
+    def output_weights(self, layer: int) -> mx.array | None:
+        heads, dim = self.shape.query_heads, self.shape.dim
+        each = mx.eye(heads * dim).reshape(heads * dim, heads, dim).transpose(1, 0, 2)
+        outputs = self.project(layer, each)  # whatever holds the weights, and in how many bits
+        return None if outputs is None else (outputs - self.project(layer, 0 * each)).reshape(heads, dim, -1)
 
     def grow(self, cache: CompressedCache, tokens: int) -> None:
         zeros = mx.zeros((cache.batch, self.shape.kv_heads, tokens, self.shape.dim), self.dtype)

@@ -16,13 +16,17 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils.logging import disable_progress_bar
 
-from spectral_kv.backends.base import Contents, Extension, ModelShape, Prefill, Watch
+from spectral_kv.backends.base import Contents, Extension, ModelShape, Prefill, Reread, Watch
 from spectral_kv.backends.suitable import attends_to_all, can_be_unrotated, depends_on_length
 from spectral_kv.backends.torch_cache import CompressedCache, CompressedLayer
 from spectral_kv.backends.torch_generation import fed
+from spectral_kv.backends.torch_runs import RunsLayer, read, split
 from spectral_kv.engine.decoding import Engine
+from spectral_kv.heads import Heads, runs, taken, uneven
+from spectral_kv.refit import Refitted
 from spectral_kv.rope import Rope
 from spectral_kv.storage.base import Storage
+from spectral_kv.storage.dense import DenseTokens
 from spectral_kv.xp import rows, to_numpy
 
 ATTENTION = "spectral_kv"
@@ -70,6 +74,9 @@ def _observing_attention(module, query, key, value, attention_mask, **kwargs):
     observer = _observer.get()
     if observer is not None:
         observer.see(module.layer_idx, query[0], key[0], value[0])
+    if (apart := read.get()) is not None:
+        read.set(None)  # first, so that no error leaves it to the next forward pass
+        return apart.attend(query, kwargs.get("scaling")), None
     layer = fed.get()
     if layer is not None:
         fed.set(None)  # first, so that no error leaves it to the next forward pass
@@ -202,6 +209,18 @@ class TorchBackend:
             config._attn_implementation = before
             _observer.reset(token)
 
+    @contextmanager
+    def _attending(self, cache: Cache) -> Iterator[None]:
+        """While it lasts, the model computes attention by `ATTENTION` if the cache needs it."""
+        config = self.model.config
+        before = config._attn_implementation
+        if isinstance(cache.layers[0], RunsLayer):
+            config._attn_implementation = ATTENTION
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
+
     @torch.inference_mode()
     def _forward(self, ids: torch.Tensor, cache: Cache, last: int) -> torch.Tensor:
         """Logits `[batch, last, vocabulary]` (all of them if `last` is 0) of `ids` `[batch, tokens]` after a cache."""
@@ -224,10 +243,17 @@ class TorchBackend:
 
     @torch.inference_mode()
     def compress(
-        self, prefill: Prefill, kept: list[torch.Tensor] | None, storage: Storage, batch: int = 1
+        self,
+        prefill: Prefill,
+        kept: list[Heads] | None,
+        storage: Storage,
+        batch: int = 1,
+        refitted: list[Refitted] | None = None,
     ) -> CompressedCache:
         if hasattr(storage, "store_together"):
             return self._compress_together(prefill, kept, storage, batch)
+        if (kept is not None and uneven(kept)) or refitted is not None:
+            return self._compress_runs(prefill, kept, storage, batch, refitted)
         if kept is None:
             contents = [(k.clone(), v.clone()) for k, v in zip(prefill.keys, prefill.values, strict=True)]
             positions = [np.tile(p, (self.shape.kv_heads, 1)) for p in prefill.positions]
@@ -239,6 +265,21 @@ class TorchBackend:
             keys, values = (x.repeat(batch, 1, 1, 1) if batch > 1 else x[None] for x in pair)
             stored = storage.store(keys, values, index)
             layers.append(CompressedLayer(stored, self.cache_dtype, len(prefill.tokens), positions[index]))
+        return CompressedCache(layers, batch)
+
+    def _compress_runs(
+        self, prefill: Prefill, kept: list[Heads], storage: Storage, batch: int, refitted: list[Refitted] | None
+    ) -> CompressedCache:
+        """`compress` where layers or heads keep different numbers of tokens, or more than these: every run apart."""
+        layers = []
+        for index, (keys, values) in enumerate(zip(prefill.keys, prefill.values, strict=True)):
+            given = None if refitted is None else refitted[index]
+            of_kept = taken(values, kept[index]) if given is None or given.values is None else given.values
+            made = []
+            for _, (chosen, *pair) in runs(kept[index], taken(keys, kept[index]), of_kept):
+                stored = storage.store(*(x.expand(batch, *x.shape).contiguous() for x in pair), index)
+                made.append(CompressedLayer(stored, self.cache_dtype, len(prefill.tokens), to_numpy(chosen)))
+            layers.append(RunsLayer(made, given and [bias for _, (bias,) in runs(given.bias)]))
         return CompressedCache(layers, batch)
 
     def _taken(self, prefill: Prefill, kept: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -262,6 +303,8 @@ class TorchBackend:
         return CompressedCache([CompressedLayer(x, self.cache_dtype, tokens, positions) for x in stored], batch)
 
     def contents(self, cache: CompressedCache) -> Contents:
+        if isinstance(cache.layers[0], RunsLayer):
+            return self._contents_of_runs(cache)
         loaded = [[x[0] for x in layer.stored.load()] for layer in cache.layers]
         return Contents(
             [keys for keys, _ in loaded],
@@ -269,8 +312,24 @@ class TorchBackend:
             [layer.positions for layer in cache.layers],
         )
 
+    def _contents_of_runs(self, cache: CompressedCache) -> Contents:
+        """`contents` of layers in runs: a list of heads where there are several runs."""
+        parts: list[list[Heads]] = [[], [], [], []]
+        for layer in cache.layers:
+            for part, found in zip(parts, layer.contents(), strict=True):
+                part.append(found and (found[0] if len(layer.runs) == 1 else [x[0] for x in found]))
+        keys, values, positions, bias = parts
+        return Contents(keys, values, positions, None if bias[0] is None else bias)
+
     @torch.inference_mode()
-    def recompress(self, cache: CompressedCache, kept: list[torch.Tensor]) -> CompressedCache:
+    def recompress(self, cache: CompressedCache, kept: list[Heads]) -> CompressedCache:
+        if isinstance(cache.layers[0], RunsLayer):
+            chosen = [[own for _, (own,) in runs(of_layer)] for of_layer in kept]
+            pairs = zip(cache.layers, chosen, strict=True)
+            return CompressedCache([layer.take(own, cache.batch) for layer, own in pairs], cache.batch)
+        if uneven(kept):
+            pairs = zip(cache.layers, kept, strict=True)
+            return CompressedCache([split(layer, chosen, cache.batch) for layer, chosen in pairs], cache.batch)
         layers = []
         for layer, chosen in zip(cache.layers, kept, strict=True):
             positions = np.take_along_axis(layer.positions, to_numpy(chosen), axis=1)
@@ -284,11 +343,47 @@ class TorchBackend:
             logits = self._forward(ids, cache, last=0)[0]
         return Extension(logits, observer.queries())
 
+    @torch.inference_mode()
+    def reread(self, prefill: Prefill, tokens: np.ndarray, watch: Reread) -> None:
+        seen = len(prefill.tokens)
+        positions = np.tile(np.arange(seen), (self.shape.kv_heads, 1))
+        layers = [  # they make buffers of their own when they grow
+            CompressedLayer(DenseTokens(k[None], v[None]), self.cache_dtype, seen, positions)
+            for k, v in zip(prefill.keys, prefill.values, strict=True)
+        ]
+        lengths: dict[int, torch.Tensor] = {}
+
+        def entered(layer: int, hidden: torch.Tensor) -> None:
+            lengths[layer] = hidden[0].float().norm(dim=-1)
+
+        def attends(layer: int, *seen: torch.Tensor) -> tuple[()]:
+            watch(layer, *seen, lengths[layer])
+            layers[layer].hold(DenseTokens(*(x[:, :, :0].clone() for x in layers[layer].stored.load())), 0)  # let go
+            return ()
+
+        hooks = [
+            block.register_forward_pre_hook(
+                lambda _, args, kwargs, layer=index: entered(layer, args[0] if args else kwargs["hidden_states"]),
+                with_kwargs=True,
+            )
+            for index, block in enumerate(self.model.base_model.layers)
+        ]
+        try:
+            with self._observing(len(tokens), 0, attends):
+                self._forward(self._ids(tokens), CompressedCache(layers), last=1)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def output_weights(self, layer: int) -> torch.Tensor | None:
+        weight = getattr(getattr(self.model.base_model.layers[layer].self_attn, "o_proj", None), "weight", None)
+        return None if weight is None else weight.detach().T.unflatten(0, (self.shape.query_heads, -1)).float()
+
     def grow(self, cache: CompressedCache, tokens: int) -> None:
         shape = (cache.batch, self.shape.kv_heads, tokens, self.shape.dim)
         zeros = torch.zeros(shape, device=self.device, dtype=self.dtype)
         for layer in cache.layers:
-            layer.update(zeros, zeros)
+            (layer.append if isinstance(layer, RunsLayer) else layer.update)(zeros, zeros)
 
     @torch.inference_mode()
     def project(self, layer: int, outputs: torch.Tensor) -> torch.Tensor | None:
@@ -302,6 +397,10 @@ class TorchBackend:
         ids = torch.full((cache.batch, 1), token, device=self.device)
         if self.engine.reason(cache.layers) is None:
             return self.engine.generate(cache.layers, ids[:, 0], count)[:, 0].tolist()
+        with self._attending(cache):
+            return self._generated(cache, ids, count)
+
+    def _generated(self, cache: CompressedCache, ids: torch.Tensor, count: int) -> list[int]:
         generated = []
         for _ in range(count):  # tokens stay on the device, so that steps can be queued
             ids = self._forward(ids, cache, last=1).argmax(dim=-1)

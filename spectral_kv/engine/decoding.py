@@ -56,6 +56,8 @@ class Engine:
 
     def reason(self, layers: list[Any]) -> str | None:
         """Why the layers of a cache are decoded by the model's eager forward pass, or None if a step decodes them."""
+        if not hasattr(layers[0], "stored"):
+            return "its heads hold different numbers of tokens, or tokens with a bias"
         stored = layers[0].stored
         if self.kind == "eager":
             return "engine=eager"

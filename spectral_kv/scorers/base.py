@@ -38,7 +38,11 @@ class LayerView:
     statistics : QueryStatistics, optional
         Calibrated query statistics of the model.
     gathered : optional
-        What the scorer's own `gather` returned for earlier queries.
+        What the scorer's own `gather` returned for earlier queries, or its `repeated` for the whole prompt.
+    projection : array, [query_heads, dim, hidden], optional
+        W_O of the layer, by which attention outputs of every query head are multiplied.
+    first_head : int
+        KV head of the layer that is the view's first: heads that hold different tokens are seen one by one.
 
     Raises
     ------
@@ -59,6 +63,8 @@ class LayerView:
     future: Array | None = None
     statistics: QueryStatistics | None = None
     gathered: Any = None
+    projection: Array | None = None
+    first_head: int = 0
 
     def __post_init__(self):
         if not len(range(self.tokens)[self.evictable]):
@@ -94,6 +100,67 @@ class LayerView:
         return norms(self.keys)
 
 
+@dataclass(frozen=True)
+class Repetition:
+    """One layer while the model repeats a part of its prompt.
+
+    Parameters
+    ----------
+    keys, values : array, [kv_heads, tokens, dim]
+        Of the prompt, as cached.
+    span : slice
+        The part of the prompt that is repeated.
+    queries : array, [query_heads, fed, dim]
+        Rotated queries of what is fed after the prompt: an instruction, and the part again.
+    fed_keys : array, [kv_heads, fed, dim]
+        Its rotated keys.
+    inputs : array, [fed]
+        Norms of the layer's input at the fed tokens.
+    scaling : float
+        As in `LayerView`.
+    projection : array, [query_heads, dim, hidden], optional
+        As in `LayerView`.
+    """
+
+    keys: Array
+    values: Array
+    span: slice
+    queries: Array
+    fed_keys: Array
+    inputs: Array
+    scaling: float
+    projection: Array | None = None
+
+
+def projected_norms(values: Array, projection: Array, order: int) -> Array:
+    """Norms of order 1 or 2 of `W_O v` for every query head, float32 `[query_heads, tokens]`.
+
+    `values` is `[kv_heads, tokens, dim]`, `projection` `[query_heads, dim, hidden]`.
+    """
+    xp = namespace(values)
+    group = projection.shape[0] // values.shape[0]
+    projection = float32(projection)
+    if order == 2:  # by the Gram matrix of W_O: `dim` numbers a token instead of `hidden`
+        gram = xp.matmul(projection, xp.permute_dims(projection, (0, 2, 1)))
+
+        def squares(some: Array, head: int) -> Array:
+            some = float32(some)
+            return xp.sqrt(xp.clip(xp.sum(xp.matmul(some, gram[head]) * some, axis=-1), 0.0, None))
+
+        return xp.stack([squares(values[head // group], head) for head in range(len(projection))])
+    found = []
+    for head in range(len(projection)):
+        own = values[head // group][None]
+        found.append(
+            over_tokens(
+                lambda some, head=head: xp.sum(xp.abs(xp.matmul(float32(some), projection[head])), axis=-1),
+                own,
+                1 + 2 * projection.shape[-1] // own.shape[-1],
+            )
+        )
+    return xp.concat(found, axis=0)
+
+
 def norms(x: Array) -> Array:
     """Euclidean norms of `[heads, tokens, dim]`, float32 `[heads, tokens]`."""
     xp = namespace(x)
@@ -103,9 +170,13 @@ def norms(x: Array) -> Array:
 class Scorer(Protocol):
     """Gives every cached token of a layer a number; higher means keep. It never selects, pads or protects.
 
-    `reads` declares what it looks at: `keys`, `values`, `queries`, `calibration`, `future`. A scorer that reads queries
-    has a field `window`, how many of the last prompt tokens' queries it wants (None: all); one that reads the future,
-    a field `horizon`, how many tokens of it.
+    `reads` declares what it looks at: `keys`, `values`, `queries`, `calibration`, `future`, `projection`, `repetition`.
+    A scorer that reads queries has a field `window`, how many of the last prompt tokens' queries it wants (None: all);
+    one that reads the future, a field `horizon`, how many tokens of it.
+
+    A scorer that reads the repetition has `repetitions(tokens, encode)`, which says what to feed after a finished
+    prompt, and `repeated(seen)`, the scores `[kv_heads, span]` by one part of it as a `Repetition` shows it; `score`
+    finds those of the whole prompt in `layer.gathered`.
 
     A scorer that wants all queries may have `gather(layer)`: what it takes from `layer.queries` on top of
     `layer.gathered`, an array or a tuple of arrays. It is called while the prompt runs, whose queries then need not be

@@ -10,6 +10,15 @@ from spectral_kv.scorers.base import LayerView
 from spectral_kv.xp import Array, like, namespace
 
 
+def neighbours(x: Array, kernel: int) -> Array:
+    """Mean of `[heads, tokens]` over `kernel` neighbouring tokens, an odd number; zeros beyond the ends."""
+    xp = namespace(x)
+    heads, tokens = x.shape
+    edge = like(np.zeros((heads, kernel // 2), dtype=np.float32), x)
+    padded = xp.concat([edge, x, edge], axis=-1)
+    return sum(padded[:, i : i + tokens] for i in range(kernel)) / kernel
+
+
 @dataclass(frozen=True)
 class SnapKV:
     """Mean attention weight from the last `window` queries, averaged over neighbouring tokens.
@@ -37,13 +46,10 @@ class SnapKV:
 
     def score(self, layer: LayerView) -> Array:
         xp = namespace(layer.keys)
-        kv_heads, tokens, _ = layer.keys.shape
         queries = layer.last_queries(self.window)
-        before = tokens - queries.shape[1]
+        before = layer.tokens - queries.shape[1]
         if before == 0:
             return xp.ones_like(layer.key_norms)
-        edge = like(np.zeros((kv_heads, self.kernel // 2), dtype=np.float32), layer.keys)
         votes = attention_received(queries, layer.keys, layer.scaling)[:, :before] / queries.shape[1]
-        padded = xp.concat([edge, votes, edge], axis=-1)
-        pooled = sum(padded[:, i : i + before] for i in range(self.kernel)) / self.kernel
+        pooled = neighbours(votes, self.kernel)
         return xp.concat([pooled, xp.ones_like(layer.key_norms[:, before:])], axis=-1)

@@ -604,3 +604,35 @@ def test_layers_that_rotate_otherwise_are_refused(rotation, words, rope):
     layer.self_attn.rope = rotation
     with pytest.raises(ValueError, match=words):
         make_exact([layer], rope, "checkpoint")
+
+
+def test_what_is_fed_again_is_seen_as_on_torch(pair, rng):
+    tokens = rng.integers(2, 8000, size=300)
+    seen: list[dict] = [{}, {}]
+    for backend, found in zip(pair, seen, strict=True):
+        prefill = backend.prefill(tokens[:250], 0)
+        keys = to_numpy(prefill.keys[0]).copy()
+        backend.reread(
+            prefill, tokens[:50], lambda layer, *x, found=found: found.update({layer: [to_numpy(y) for y in x]})
+        )
+        np.testing.assert_array_equal(to_numpy(prefill.keys[0]), keys)
+    assert sorted(seen[0]) == sorted(seen[1]) == [0, 1]
+    for layer in (0, 1):
+        for ours, theirs in zip(seen[0][layer], seen[1][layer], strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=2e-3, rtol=1e-3)
+
+
+def test_output_weights_are_those_of_torch(pair):
+    ours, theirs = (to_numpy(backend.output_weights(1)) for backend in pair)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_layers_of_different_lengths_agree_with_torch(pair, rng):
+    tokens = rng.integers(2, 8000, size=300)
+    kept = [np.stack([np.sort(rng.permutation(250)[:n]) for _ in range(2)]) for n in (60, 120)]
+    logits = []
+    for backend, make in zip(pair, (mx.array, torch.from_numpy), strict=True):
+        cache = backend.compress(backend.prefill(tokens[:250], 0), [make(k) for k in kept], Dense())
+        logits.append([to_numpy(backend.extend(cache, tokens[a:b]).logits) for a, b in ((250, 270), (270, 271))])
+    for ours, theirs in zip(*logits, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-3, rtol=1e-3)

@@ -1,0 +1,93 @@
+"""KVzip: keep what the model looks at when it repeats its prompt (Kim et al., arXiv 2505.23416)."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from spectral_kv.attention import attention_logits
+from spectral_kv.scorers.base import LayerView, Repetition
+from spectral_kv.xp import Array, blocks, float32, like, namespace
+
+FIRST = "\n\nRepeat the previous context exactly.\n"
+LATER = "\n\nRepeat the part of the previous context exactly, starting with"
+
+
+@dataclass(frozen=True)
+class KVzip:
+    """Largest weight that a token gets, from any query head of the group, while the prompt is fed again.
+
+    After the prompt an instruction is fed and a part of the prompt again, part by part. The softmax is over sinks, the
+    part itself and what is fed of it; all fed tokens vote, the instruction's too, as in the authors' code.
+
+    Parameters
+    ----------
+    chunk : int
+        Tokens of a part.
+    sinks : int
+        First tokens of the prompt, which stay in the softmax of later parts; they score 1.
+    lead : int
+        Last tokens of the part before, which end the instruction of later parts.
+    """
+
+    chunk: int = 2048
+    sinks: int = 4
+    lead: int = 8
+
+    reads: ClassVar[tuple[str, ...]] = ("keys", "repetition")
+
+    def __post_init__(self):
+        if self.chunk < 1 or self.sinks < 0 or self.lead < 0:
+            raise ValueError(
+                f"chunk={self.chunk} must be at least 1, sinks={self.sinks} and lead={self.lead} not negative"
+            )
+
+    def repetitions(
+        self, tokens: np.ndarray, encode: Callable[[str], np.ndarray]
+    ) -> Iterator[tuple[slice, np.ndarray]]:
+        """Every part of a prompt `[tokens]`, and the tokens that are fed after the prompt to have it repeated."""
+        for start in range(0, len(tokens), self.chunk):
+            span = slice(start, min(start + self.chunk, len(tokens)))
+            asked = [encode(FIRST)]
+            if start:
+                asked = [encode(LATER), tokens[max(start - self.lead, 0) : start], encode("\n")]
+            yield span, np.concatenate([*asked, tokens[span]]).astype(np.int64)
+
+    def repeated(self, seen: Repetition) -> Array:
+        """Largest weights `[kv_heads, span]` of the tokens of a part, for `score`."""
+        xp = namespace(seen.keys)
+        kv_heads, (query_heads, fed, _) = len(seen.keys), seen.queries.shape
+        group, first = query_heads // kv_heads, min(self.sinks, seen.span.start)
+        keys = xp.concat([seen.keys[:, :first], seen.keys[:, seen.span], seen.fed_keys], axis=1)
+        before, length = keys.shape[1] - fed, seen.span.stop - seen.span.start
+        weigh, found = self._weights(seen), []
+        for head in range(kv_heads):
+            most = like(np.zeros((1, length), dtype=np.float32), float32(seen.keys[:1, :1, 0]))
+            for own in range(head * group, (head + 1) * group):
+                for some in blocks(fed, 12 * fed * keys.shape[1], seen.keys):
+                    visible = keys[head : head + 1, : before + some.stop]
+                    logits = attention_logits(seen.queries[own : own + 1, some], visible, seen.scaling, causal=True)
+                    shifted = xp.exp(logits - xp.max(logits, axis=-1, keepdims=True))
+                    scale = weigh(some) / xp.sum(shifted, axis=-1, keepdims=True)
+                    largest = xp.max(shifted[..., first : first + length] * scale, axis=1)
+                    most = xp.maximum(most, self._of_head(seen, own, largest))
+            found.append(most)
+        scores = xp.concat(found, axis=0)
+        if seen.span.start < self.sinks:  # they are kept whatever is looked at
+            inside = like(np.arange(seen.span.start, seen.span.stop), scores) < self.sinks
+            scores = xp.where(inside, xp.maximum(scores, xp.ones_like(scores)), scores)
+        return scores
+
+    def _weights(self, seen: Repetition) -> Callable[[slice], Array | float]:
+        """A factor of the votes of some fed tokens."""
+        return lambda some: 1.0
+
+    def _of_head(self, seen: Repetition, head: int, largest: Array) -> Array:
+        """A query head's verdict `[1, span]` from its largest weights."""
+        return largest
+
+    def score(self, layer: LayerView) -> Array:
+        if layer.gathered is None:
+            raise ValueError(f"{type(self).__name__} scores a prompt while it is repeated, and nothing was repeated")
+        return layer.gathered
