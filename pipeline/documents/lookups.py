@@ -59,6 +59,11 @@ def fact(rng: np.random.Generator, attribute: str | None = None) -> Lookup:
     """One fact: a five-digit number that belongs to a two-word name."""
     attribute = attribute or str(rng.choice(ATTRIBUTES))
     name = f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
+    return _about(rng, attribute, name)
+
+
+def _about(rng: np.random.Generator, attribute: str, name: str) -> Lookup:
+    """A fact about an attribute of a name."""
     value = _digits(rng)
     statement = str(rng.choice(STATEMENTS)).format(attribute=attribute, name=name, value=value)
     return Lookup((statement,), f"What is the {attribute} of the {name}?", f"The {attribute} of the {name} is", value)
@@ -77,6 +82,50 @@ def needles(rng: np.random.Generator, count: int) -> list[Lookup]:
         item = fact(rng, attribute)
         found.setdefault(item.question, item)
     return list(found.values())
+
+
+def distractors(rng: np.random.Generator, count: int, near: int = 3) -> list[Lookup]:
+    """`count` facts about one attribute, and `near` others for each that differ from it in one word of the name."""
+    found = needles(rng, count)
+    names = {item.question for item in found}
+    others: list[Lookup] = []
+    for item in found:
+        attribute, name = item.asked.removeprefix("What is the ").removesuffix("?").split(" of the ")
+        adjective, noun = name.split(" ")
+        wanted = len(others) + near
+        while len(others) < wanted:
+            alike = f"{adjective} {rng.choice(NOUNS)}" if rng.random() < 0.5 else f"{rng.choice(ADJECTIVES)} {noun}"
+            other = _about(rng, attribute, alike)
+            if other.question not in names:
+                names.add(other.question)
+                others.append(other)
+    return found + others
+
+
+def several_values(rng: np.random.Generator, count: int, values: int = 2) -> list[Lookup]:
+    """`count` names that have one attribute several times; the answer lists the values in the order of the text."""
+    found = []
+    for item in facts(rng, count):
+        asked = item.asked.replace("What is the", "What are the").replace(" of the", "s of the", 1)
+        lead = item.lead.replace(" of the", "s of the", 1).removesuffix(" is") + " are"
+        numbers: list[str] = []
+        while len(numbers) < values:
+            numbers.append(n) if (n := _digits(rng)) not in numbers else None
+        statements = tuple(f"{item.lead} {n}." for n in numbers)
+        found.append(Lookup(statements, asked, lead, " and ".join(numbers)))
+    return found
+
+
+def several_questions(rng: np.random.Generator, count: int, asked: int = 2) -> list[Lookup]:
+    """`count` groups of facts that are asked for at once; the answer gives their values in that order."""
+    found = []
+    for _ in range(count):
+        group = needles(rng, asked)
+        questions = " ".join(item.asked for item in group)
+        rest = "".join(f". {item.lead} {item.answer}" for item in group[1:])
+        statements = tuple(item.statements[0] for item in group)
+        found.append(Lookup(statements, questions, group[0].lead, group[0].answer + rest))
+    return found
 
 
 def chain(rng: np.random.Generator, hops: int) -> Lookup:

@@ -10,11 +10,24 @@ from tokenizers import Tokenizer
 from pipeline.documents.base import Asked, Documents
 from pipeline.documents.book import TITLES, book_text
 from pipeline.documents.chat import Chat
-from pipeline.documents.lookups import ATTRIBUTES, Lookup, chains, facts, needles, spliced
+from pipeline.documents.lookups import (
+    ATTRIBUTES,
+    Lookup,
+    chains,
+    distractors,
+    facts,
+    needles,
+    several_questions,
+    several_values,
+    spliced,
+)
 from pipeline.documents.pydoc import Pydoc, topics_text
 from pipeline.settings.errors import InputError
 
-TASKS = ("single", "multikey", "chain")
+TASKS = {  # how lookups are drawn
+    "single": facts, "multikey": needles, "chain": chains, "distractor": distractors, "multivalue": several_values,
+    "multiquery": several_questions,
+}  # fmt: skip
 FORMS = ("auto", "plain", "chat")
 
 
@@ -55,7 +68,9 @@ class Needles(Documents):
     ----------
     task : str
         `single`: facts about different attributes. `multikey`: facts about one attribute, each a distractor for the
-        others. `chain`: a value handed on over two hops; all variables that hold it are asked for.
+        others. `chain`: a value handed on over two hops; all variables that hold it are asked for. `distractor`: facts
+        about one attribute, and for each three more whose names differ in one word. `multivalue`: two values of one
+        name, both asked for. `multiquery`: two facts, asked for at once.
     planted : int
         Facts or chains in a prompt; those that are not asked for distract.
     questions : int
@@ -89,7 +104,7 @@ class Needles(Documents):
                 raise InputError(
                     f"document.{name}={getattr(self, name)} is not known: choose one of {', '.join(known)}"
                 )
-        if self.task == "single" and self.planted > len(ATTRIBUTES):
+        if self.task in ("single", "multivalue") and self.planted > len(ATTRIBUTES):
             raise InputError(
                 f"document.planted={self.planted} is more than the {len(ATTRIBUTES)} attributes that facts can be "
                 "about: plant fewer, or choose document.task=multikey"
@@ -152,9 +167,9 @@ class Needles(Documents):
         `depths` `[questions]` are those of the first sentences that belong to a question.
         """
 
-        drawn = {"single": facts, "multikey": needles, "chain": chains}[self.task](rng, self.planted)
+        drawn = TASKS[self.task](rng, self.planted)
         sentences, wanted, first = [], [], []
-        for item, depth in zip(drawn, [*depths, *rng.random(self.planted - self.questions)], strict=True):
+        for item, depth in zip(drawn, [*depths, *rng.random(len(drawn) - self.questions)], strict=True):
             first.append(len(sentences))
             sentences += [encoded(tokenizer, f"\n{s}\n") for s in item.statements]
             wanted += [depth, *np.sort(rng.uniform(depth, 1, len(item.statements) - 1))]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from pipeline.documents.lookups import ATTRIBUTES, chains, facts, spliced
+from pipeline.documents.lookups import ATTRIBUTES, chains, distractors, facts, spliced
 from pipeline.documents.needles import Needles, line_ends, stratified
 from pipeline.documents.pydoc import Pydoc, topics_text
 from pipeline.job import prepare
@@ -230,3 +230,42 @@ def test_refusals_name_the_key_and_the_remedy(overrides, words, tmp_path):
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_distractors_differ_from_a_fact_in_one_word_of_its_name(rng):
+    items = distractors(rng, 4)
+    assert len(items) == 16 and len({item.question for item in items}) == 16
+    words = [re.fullmatch(r"The ([a-z ]+) of the (\w+) (\w+) is", item.lead).groups() for item in items]
+    assert len({attribute for attribute, _, _ in words}) == 1
+    for index, (_, adjective, noun) in enumerate(words[4:]):
+        _, own_adjective, own_noun = words[index // 3]
+        assert (adjective == own_adjective) != (noun == own_noun)
+
+
+def test_several_values_are_asked_for_in_the_order_of_the_text(tokenizer):
+    window, asked = (x[0] for x in (made("multivalue").windows(tokenizer, 0), made("multivalue").lookups(tokenizer, 0)))
+    text = tokenizer.decode(window.tolist())
+    for one in asked:
+        values = re.fullmatch(r" (\d{5}) and (\d{5})\.", tokenizer.decode(one.answer.tolist())).groups()
+        name = re.search(r"s of the (\w+ \w+)\? The", tokenizer.decode(one.question.tolist()))[1]
+        assert [text.count(f"of the {name} is {value}.") for value in values] == [1, 1]
+        assert text.index(values[0]) < text.index(values[1])
+
+
+def test_several_questions_are_answered_in_their_order(tokenizer):
+    window, asked = (
+        x[0]
+        for x in (
+            made("multiquery", continuation=90).windows(tokenizer, 0),
+            made("multiquery", continuation=90).lookups(tokenizer, 0),
+        )
+    )
+    text = tokenizer.decode(window.tolist())
+    for one in asked:
+        question, answer = (tokenizer.decode(x.tolist()) for x in (one.question, one.answer))
+        names = re.findall(r"What is the [a-z ]+ of the (\w+ \w+)\?", question)
+        values = re.findall(r"\d{5}", answer)
+        assert len(names) == len(values) == 2 and question.endswith(f"of the {names[0]} is")
+        assert f"of the {names[1]} is {values[1]}." in answer
+        for name, value in zip(names, values, strict=True):
+            assert len(re.findall(rf"{value}[^\n]*{name}|{name}[^\n]*{value}", text)) == 1
