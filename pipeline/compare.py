@@ -6,7 +6,9 @@
 The first settings are swept as by `python -m pipeline ... -m`; each run is compared with the one configuration after
 `--against` (settings of the model, the documents, the phases, the outputs and the tracking are taken over from the
 first). What is missing is measured. Differences are means over documents of (run - reference), with a 95 % bootstrap
-interval over documents; they are added to each run in MLflow as `<metric>_vs_<reference>`. `--gap` also reports the
+interval over documents; they are added to each run in MLflow as `<metric>_vs_<reference>`. A star marks those that
+differ from 0 after Holm over the table, an equals sign those that two one-sided tests put within the margin that is
+printed (pipeline/paper/margins.yaml). `--gap` also reports the
 share of the gap between random tokens and the oracle (`method=oracle_value`) that a run closes, as `<metric>_gap`.
 
     python -m pipeline.compare --runs method=tri,snapkv budget=512
@@ -18,6 +20,7 @@ With `--runs` nothing is measured: finished runs of the store whose settings fit
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -25,12 +28,24 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.job import prepare
+from pipeline.paper.recency import margins
 from pipeline.run import Result, execute
 from pipeline.settings.cli import reporting
 from pipeline.settings.compose import composed, spelled_out, sweep
 from pipeline.settings.errors import InputError
 from pipeline.show.summary import LABELS, spread
-from pipeline.statistics import Estimate, gap_closed, paired, per_document
+from pipeline.statistics import (
+    LEVEL,
+    Equivalence,
+    Estimate,
+    differences,
+    equivalence,
+    gap_closed,
+    holm,
+    p_value,
+    paired,
+    per_document,
+)
 from pipeline.store import search
 
 SHARED = (
@@ -83,7 +98,50 @@ def log(result: Result, estimates: dict[str, Estimate], suffix: str) -> None:
     mlflow.log_metrics(values, run_id=result.run_id)
 
 
-def show(title: str, results: list[Result], estimates: list[dict[str, Estimate]]) -> None:
+@dataclass(frozen=True)
+class Tested:
+    """What the tests of a difference say: its p after Holm over the table, and whether it is within a margin."""
+
+    p: float
+    equivalence: Equivalence | None
+
+    @property
+    def mark(self) -> str:
+        if self.p <= LEVEL:
+            return " *"
+        return " =" if self.equivalence is not None and self.equivalence.holds else ""
+
+
+def assessed(tables: list[pd.DataFrame], reference: pd.DataFrame) -> list[dict[str, Tested]]:
+    """Tests of the differences of every run and metric: Holm over all of them, and equality where a margin is known."""
+    values = [{m: differences(table[m], reference[m]) for m in COMPARED if m in table} for table in tables]
+    places = [(line, metric) for line, own in enumerate(values) for metric in own]
+    adjusted = holm(p_value(values[line][metric]) for line, metric in places)
+    found: list[dict[str, Tested]] = [{} for _ in tables]
+    for (line, metric), p in zip(places, adjusted, strict=True):
+        margin = margins().get(metric)
+        equal = None if margin is None else equivalence(values[line][metric], margin["margin"])
+        found[line][metric] = Tested(float(p), equal)
+    return found
+
+
+def explained(tests: list[dict[str, Tested]]) -> str:
+    """What the marks of a table mean, with the margins that were applied."""
+    metrics = list(dict.fromkeys(m for own in tests for m, test in own.items() if test.equivalence is not None))
+    stated = ", ".join(f"{margins()[m]['label']} {margins()[m]['margin']:g}" for m in metrics)
+    count = sum(map(len, tests))
+    return (
+        f"* differs from 0 at 5 % after Holm over these {count} tests; = does not, and lies within the margin "
+        f"({stated}) by two one-sided tests at 5 %; no mark: undecided."
+    )
+
+
+def show(
+    title: str,
+    results: list[Result],
+    estimates: list[dict[str, Estimate]],
+    tests: list[dict[str, Tested]] | None = None,
+) -> None:
     """One row a run, one column a metric."""
     metrics = [m for m in LABELS if any(m in e for e in estimates)]
     metrics += sorted({m for e in estimates for m in e} - set(metrics))
@@ -91,8 +149,9 @@ def show(title: str, results: list[Result], estimates: list[dict[str, Estimate]]
     names = ["method", "tokens", "storage"] + ["backend"] * (len({r.backend for r in results}) > 1)
     for name in (*names, *metrics):
         table.add_column(name, justify="left" if name in ("method", "storage", "backend") else "right")
-    for result, row in zip(results, estimates, strict=True):
-        cells = [spread(row[m], "{:+.3f}") if m in row else "-" for m in metrics]
+    marks = [{m: test.mark for m, test in own.items()} for own in tests or [{}] * len(results)]
+    for result, row, mark in zip(results, estimates, marks, strict=True):
+        cells = [spread(row[m], "{:+.3f}") + mark.get(m, "") if m in row else "-" for m in metrics]
         about = [result.title, str(result.budget or "all"), result.storage, result.backend]
         table.add_row(*about[: len(names)], *cells)
     Console(highlight=False, width=200 if not sys.stdout.isatty() else None).print(table)
@@ -122,10 +181,12 @@ def compare(overrides: list[str], against: list[str], gap: bool) -> None:
     base = execute(reference)
     values = documents(base)
     name = f"{reference.settings.method.name}-{base.budget or 'all'}-{base.storage}"
-    differences = compared(tables, COMPARED, lambda table, m: paired(table[m], values[m]))
+    found = compared(tables, COMPARED, lambda table, m: paired(table[m], values[m]))
+    tests = assessed(tables, values)
     place = f" on {base.backend}" if any(result.backend != base.backend for result in results) else ""
-    show(f"difference to {name}{place}: mean over documents [95 % interval, paired]", results, differences)
-    for result, estimates in zip(results, differences, strict=True):
+    show(f"difference to {name}{place}: mean over documents [95 % interval, paired]", results, found, tests)
+    print(explained(tests))
+    for result, estimates in zip(results, found, strict=True):
         log(result, estimates, f"vs_{name}")
     if gap:
         oracle = ["method=oracle_value"]

@@ -9,8 +9,9 @@ import yaml
 
 from pipeline.paper import published
 from pipeline.paper.finished import FinishedRun
+from pipeline.paper.recency import margins
 from pipeline.show.summary import spread
-from pipeline.statistics import LEVEL, Estimate, differences, estimate, holm, p_value
+from pipeline.statistics import LEVEL, Equivalence, Estimate, differences, equivalence, estimate, holm, p_value
 
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
 COUNTED = "memory/"  # metrics that are counted: the same bytes in every document are no sample
@@ -36,11 +37,15 @@ class Evidence:
     value: Estimate
     verdict: str
     p: float
+    equivalence: Equivalence | None = None  # of a difference of a metric that has a margin
 
     @property
     def text(self) -> str:
         chance = "" if np.isnan(self.p) or self.p == 0 else f", p {self.p:.1g}"
-        return f"{self.what}: {spread(self.value, '{:.3f}')}{chance}"
+        equal = ""
+        if self.verdict == UNDECIDED and self.equivalence is not None and self.equivalence.holds:
+            equal = f", equal within {self.equivalence.margin:g} (two one-sided tests, p {self.equivalence.p:.1g})"
+        return f"{self.what}: {spread(self.value, '{:.3f}')}{chance}{equal}"
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,10 @@ def corrected(evidence: list[Evidence], verdict: str) -> list[Evidence]:
 def _paired(what: str, runs: Runs, metric: str, one: str, other: str, factor: float = 1.0) -> Evidence:
     """Whether one method's metric is below another's, times a factor."""
     values = differences(runs[one].documents[metric], factor * runs[other].documents[metric])
-    return compared(what, values, 0.0, True, metric.startswith(COUNTED))
+    found = compared(what, values, 0.0, True, metric.startswith(COUNTED))
+    if factor != 1.0 or metric not in margins():
+        return found
+    return replace(found, equivalence=equivalence(values, margins()[metric]["margin"]))
 
 
 def lowest(runs: Runs, metric: str, method: str, among: list[str]) -> list[Evidence]:

@@ -1,9 +1,10 @@
 import numpy as np
+import pandas as pd
 import pytest
 
-from pipeline.compare import compare, documents, main
+from pipeline.compare import assessed, compare, documents, explained, main
 from pipeline.settings.errors import InputError
-from pipeline.statistics import difference, gap_closed
+from pipeline.statistics import difference, differences, gap_closed, p_value
 from pipeline.store.search import chosen
 
 
@@ -30,6 +31,7 @@ def test_differences_are_printed_and_added_to_the_runs(small, run, capsys):
     compare([*settings, "method=streaming,knorm"], ["method=random", "budget.tokens=60", "budget.recent=16"], gap=True)
     printed = capsys.readouterr().out
     assert "difference to random-60-dense" in printed and "oracle" in printed
+    assert "after Holm over these 12 tests" in printed and "AOP 0.01, ND-PPL 0.01, KL 0.01" in printed
     knorm, chance = (run("document.count=5", f"method={m}") for m in ("knorm", "random"))
     assert knorm.reused and chance.reused  # what was there is not measured again
     ours, theirs = documents(knorm)["ppl/kl"], documents(chance)["ppl/kl"]
@@ -38,6 +40,21 @@ def test_differences_are_printed_and_added_to_the_runs(small, run, capsys):
     low, high = (knorm.metrics[f"ppl/kl_vs_random-60-dense_{bound}"] for bound in ("low", "high"))
     assert low < (ours - theirs).mean() < high
     assert np.isfinite(knorm.metrics["aop/mean_gap"])
+
+
+def test_a_difference_is_one_after_holm_and_equal_within_its_margin(rng):
+    noise = rng.normal(size=(4, 12))
+    reference = pd.DataFrame({"aop/mean": noise[0], "mass/mean": noise[0]})
+    runs = [
+        pd.DataFrame({"aop/mean": noise[0] + shift + 1e-3 * noise[1], "mass/mean": noise[0] + wide * noise[2]})
+        for shift, wide in ((0.1, 1), (0.0, 1e-6), (0.0, 1))
+    ]
+    found = assessed(runs, reference)
+    assert [own["aop/mean"].mark for own in found] == [" *", " =", " ="]
+    assert all(own["mass/mean"].equivalence is None for own in found)  # no margin is known
+    raw = p_value(differences(runs[0]["aop/mean"], reference["aop/mean"]))
+    assert found[0]["aop/mean"].p == pytest.approx(6 * raw)
+    assert "these 6 tests" in explained(found) and "(AOP 0.01)" in explained(found)
 
 
 def test_refuses_other_documents(small):
