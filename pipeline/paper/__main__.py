@@ -1,7 +1,7 @@
 """Run what is missing of every experiment, and write the document: tables, figures, and a verdict on every claim.
 
-    python -m pipeline.paper                                     every section, on the embedded model
-    python -m pipeline.paper --full                              and whole experiments where a section is a part of one
+    python -m pipeline.paper                                     every section but optional ones, on the embedded model
+    python -m pipeline.paper --full                              and those, and every experiment whole
     python -m pipeline.paper --sections paper,budgets            some sections
     python -m pipeline.paper model=qwen2_5_0_5b model.path=/checkpoint model.calibration=/statistics.safetensors
     python -m pipeline.paper --models reference,smollm2          two models, and a section that compares them

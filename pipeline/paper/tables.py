@@ -352,6 +352,63 @@ def codec(section: MeasuredSection) -> list[Table]:
     ]
 
 
+def rivals(section: MeasuredSection) -> list[Table]:
+    """Every method with every allocation, beside the latest tokens and beside its own uniform budget."""
+    recent = next((r for r in section.runs if _allocated(r) == (RECENCY, "uniform")), None)
+    uniform = {run.method: run for run in section.runs if run.choice["budget.allocation"] == "uniform"}
+    heads = {**METHOD, "allocation": lambda run: run.choice["budget.allocation"]}
+    columns = [
+        Column("aop/mean", "AOP"),
+        Column("ppl/nd", "ND-PPL", "{:+.3f}"),
+        Column("ppl/kl", "KL, nats"),
+        Column("ppl/kl", "KL - StreamingLLM's", "{:+.3f}", difference=True),
+        Column("kept/gone_everywhere", "gone", "{:.2f}"),
+        Column("time/compress_s", "s"),
+    ]
+    runs = sorted(section.runs, key=lambda run: run.metrics["ppl/kl"])
+    note = (
+        "The same bytes in all rows. Gone: share of the prompt's tokens that no layer and no head keeps. Seconds of "
+        "compression, KVzip's second pass over the prompt among them. Differences to StreamingLLM's uniform budget are "
+        "paired; no method has seen a question."
+    )
+    own = [
+        Column("aop/mean", "AOP - uniform", "{:+.3f}", difference=True),
+        Column("ppl/kl", "KL - uniform", "{:+.3f}", difference=True),
+    ]
+    shared = [run for run in runs if run.choice["budget.allocation"] != "uniform"]
+    tables = [listing("rivals", "Methods and allocations", runs, heads, columns, note, lambda run: recent)]
+    if shared:
+        paired = "Paired differences to the same method with a uniform budget: below 0, the allocation helps."
+        title = "What an allocation changes"
+        shared.sort(key=lambda run: (run.method, run.choice["budget.allocation"]))
+        tables.append(listing("allocations", title, shared, heads, own, paired, lambda run: uniform.get(run.method)))
+    return tables
+
+
+def _allocated(run: FinishedRun) -> tuple[str, str]:
+    return run.method, run.choice["budget.allocation"]
+
+
+def refit(section: MeasuredSection) -> list[Table]:
+    """Every selection with what its tokens are given, beside nothing."""
+    plain = {run.method: run for run in section.runs if run.choice["refit"] == "none"}
+    heads = {**METHOD, "refit": lambda run: run.choice["refit"]}
+    columns = [
+        Column("memory/mb", "MB", "{:.3f}"),
+        Column("aop/mean", "AOP"),
+        Column("aop/mean", "AOP - none", "{:+.3f}", difference=True),
+        Column("ppl/kl", "KL, nats"),
+        Column("ppl/kl", "KL - none", "{:+.3f}", difference=True),
+        Column("time/compress_s", "s"),
+    ]
+    note = (
+        "A bias takes four bytes a token, layer and KV head. It is fitted to the prompt's last queries; AOP is that of "
+        "queries to come, which it has not seen. Differences to the same selection without a refit, paired."
+    )
+    title = "Kept tokens refitted"
+    return [listing("refit", title, section.runs, heads, columns, note, lambda run: plain.get(run.method))]
+
+
 BACKGROUNDS = (
     "tone",
     "chirp",
@@ -381,8 +438,8 @@ def synthetic(section: MeasuredSection) -> list[Table]:
 
 
 TABLES: dict[str, Callable[[MeasuredSection], list[Table]]] = {
-    "paper": paper, "speed": speed, "baselines": baselines, "seeds": seeds, "budgets": budgets,
-    "equal_bytes": equal_bytes, "ablation": ablation, "recent": recent, "multiturn": multiturn,
+    "paper": paper, "speed": speed, "baselines": baselines, "seeds": seeds, "rivals": rivals, "refit": refit,
+    "budgets": budgets, "equal_bytes": equal_bytes, "ablation": ablation, "recent": recent, "multiturn": multiturn,
     "correlation": correlation, "retrieval": retrieval, "codec": codec,
     "synthetic": synthetic,
 }  # fmt: skip
