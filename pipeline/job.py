@@ -21,6 +21,8 @@ from pipeline.stages.checkpoint import Checkpoint, Weightless, locate
 from pipeline.store.tracking import writable
 from spectral_kv.calibration import QueryStatistics
 from spectral_kv.codec.bases import Bases
+from spectral_kv.compressor import repeats
+from spectral_kv.scorers.ridge_kvzap import KVzapWeights, RidgeKVzap
 from spectral_kv.selection import Budget
 from spectral_kv.storage.base import Storage
 from spectral_kv.storage.dense import Dense
@@ -101,7 +103,28 @@ def _agrees(settings: Settings, checkpoint: Checkpoint | Weightless) -> None:
             f"storage={settings.storage_name} holds torch tensors alone: choose storage=turboquant_4bit with "
             f"backend={backend.name}, or backend=torch"
         )
+    if backend._target_ == MLX and settings.budget is not None and settings.budget.allocation in ("head", "global"):
+        raise InputError(
+            f"budget.allocation={settings.budget.allocation} gives KV heads of a layer different numbers of tokens, "
+            f"which backend={backend.name} can't hold: choose layer or uniform, or backend=torch"
+        )
+    if backend._target_ == MLX and settings.refit is not None:
+        raise InputError(
+            f"refit={settings.refit.kind} adds a bias to attention, which backend={backend.name} does not: "
+            "choose refit=none, or backend=torch"
+        )
+    scorer, method = settings.method.scorer, settings.method.name
+    if weightless and scorer is not None and {"projection", "repetition"} & set(scorer.reads):
+        raise InputError(
+            f"method={method} needs a model that repeats its prompt or has a W_O, and model={model} has no weights: "
+            "choose another method, or another model and backend"
+        )
     for name, phase in settings.phases.items():
+        if repeats(scorer) and getattr(phase, "recompresses", False):
+            raise InputError(
+                f"phase.{name} brings a cache that has grown back to its budget, and method={method} scores a whole "
+                f"prompt while it is repeated: choose another method, leave the phase out, or let the cache grow"
+            )
         if weightless and getattr(phase, "predicts", False):
             raise InputError(
                 f"phase.{name} needs a model that predicts tokens, and model={model} has no weights: "
@@ -197,6 +220,30 @@ def _bases(settings: Settings, checkpoint: Checkpoint | Weightless) -> Bases | N
     return bases
 
 
+def _maps(settings: Settings, checkpoint: Checkpoint | Weightless) -> KVzapWeights | None:
+    """The maps that the method reads, checked against the model and the documents."""
+    scorer, model, name = settings.method.scorer, settings.model.name, settings.method.name
+    if not isinstance(scorer, RidgeKVzap):
+        return None
+    remedy = f"run `python -m pipeline.calibrate --kvzap model={model}` and set method.weights=<the file it writes>"
+    if scorer.weights is None:
+        raise InputError(f"method={name} reads maps that were fitted to the model and model={model} has none: {remedy}")
+    if not Path(scorer.weights).is_file():
+        raise InputError(f"method.weights={scorer.weights} is not a file: {remedy}")
+    try:
+        maps = scorer.fitted
+    except ValueError as error:
+        raise InputError(f"method.weights: {error}; {remedy}") from None
+    if isinstance(checkpoint, Weightless) or maps.metadata.get("model") != checkpoint.hash:
+        raise InputError(f"method.weights={scorer.weights} was fitted to other weights than model={model}: {remedy}")
+    if maps.metadata.get("text") == settings.documents.source:
+        raise InputError(
+            f"method.weights={scorer.weights} was fitted to {settings.documents.source}, which is also what the "
+            "documents are cut from: choose another document, or fit to another text"
+        )
+    return maps
+
+
 def _budget(settings: Settings, checkpoint: Checkpoint | Weightless) -> Budget | None:
     shape = checkpoint.shape
     itemsize = ITEMSIZE[settings.backend.cache_dtype]
@@ -240,6 +287,7 @@ def prepare(cfg: DictConfig) -> Job:
             )
     statistics = _statistics(settings, checkpoint)
     bases = _bases(settings, checkpoint)
+    maps = _maps(settings, checkpoint)
     budget = _budget(settings, checkpoint)
     resolved = OmegaConf.to_container(cfg, resolve=True)
     what = {k: v for k, v in resolved.items() if k not in NOT_IDENTITY}
@@ -250,11 +298,13 @@ def prepare(cfg: DictConfig) -> Job:
     what["prompt"] = settings.documents.tokens
     what["versions"] = versions = _versions(settings.backend, settings.storage)
     what["code"] = code_hash = code_fingerprint(
-        settings.backend._target_, settings.method.scorer, settings.storage, *settings.phases.values()
+        settings.backend._target_, settings.method.scorer, settings.storage, settings.refit, *settings.phases.values()
     )
     what["budget"] = asdict(budget) if budget else None
     if bases is not None:
         what["storage"] = what["storage"] | {"bases": bases.digest}  # wherever the file lies
+    if maps is not None:
+        what["method"] = what["method"] | {"weights": maps.digest}
     if statistics is not None:
         what["statistics"] = statistics.digest
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]

@@ -6,6 +6,7 @@ import inspect
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,11 +16,13 @@ import pandas as pd
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
+from pipeline.documents.base import tokenized
 from pipeline.job import NOT_IDENTITY, Job, not_installed, timing_note
 from pipeline.phases.base import Context
 from pipeline.settings.config import BackendConfig, Settings, prefixed
 from pipeline.settings.errors import InputError, exhausted
 from pipeline.show.progress import progress
+from pipeline.stages.audit import audited
 from pipeline.stages.checkpoint import Checkpoint, Weightless
 from pipeline.stages.compress import compress
 from pipeline.stages.fast_blas import fast_blas
@@ -29,7 +32,7 @@ from pipeline.statistics import Estimate, aggregate, per_turn
 from pipeline.store import sweeps, tracking
 from pipeline.store.record import ROWS, tracked
 from spectral_kv.backends.measuring import MeasuredBackend
-from spectral_kv.compressor import Compressor, foresees, gathers, observed
+from spectral_kv.compressor import Compressor, foresees, gathers, observed, repeats
 from spectral_kv.scorers.base import Scorer
 from spectral_kv.xp import to_numpy
 
@@ -188,6 +191,13 @@ def _disk(job: Job) -> PrefillCache | None:
     return PrefillCache(folder, limit, settings.prefill_cache_least_s, what)
 
 
+def encoding(checkpoint: Checkpoint | Weightless) -> Callable[[str], np.ndarray] | None:
+    """What turns a text into token ids, for methods that have a prompt repeated."""
+    if isinstance(checkpoint, Weightless) or checkpoint.tokenizer is None:
+        return None
+    return lambda text: tokenized(checkpoint.tokenizer, (text,))[0]
+
+
 @dataclass(frozen=True)
 class Measured:
     """What a job found.
@@ -198,13 +208,13 @@ class Measured:
         Tidy, with `ROW_COLUMNS`.
     timing : dict of str to float
         Metrics of the run itself.
-    kept : list of np.ndarray, [kv_heads, kept], one a layer
+    kept : list of list of np.ndarray, [kept], one a layer and KV head
         Tokens of the first document that were kept; empty if all were.
     """
 
     rows: pd.DataFrame
     timing: dict[str, float]
-    kept: list[np.ndarray]
+    kept: list[list[np.ndarray]]
 
 
 def measure(job: Job) -> Measured:
@@ -212,11 +222,17 @@ def measure(job: Job) -> Measured:
     settings = job.settings
     key, backend = loaded(settings, job.checkpoint)
     limit = int(settings.prefill_memory_gb * 1e9)
-    rows, origins, prefill_seconds, compress_seconds, kept = [], Counter(), [], [], []
+    rows, origins, kept = [], Counter(), []
+    prefill_seconds, compress_seconds, repetition_seconds = [], [], []
     label = f"{settings.method.title} {job.budget.tokens if job.budget else ''}".strip()
-    compressor = Compressor(backend, settings.method.scorer, job.budget, settings.storage, job.statistics)
+    compressor = Compressor(
+        backend, settings.method.scorer, job.budget, settings.storage, job.statistics, encoding(job.checkpoint),
+        settings.refit,
+    )  # fmt: skip
     chunk, disk = settings.backend.chunk, _disk(job)
     observe = 0 if chunk and gathers(compressor.scorer) else observed(compressor.scorer, settings.documents.tokens)
+    if settings.refit is not None and settings.method.scorer is not None:
+        observe = max(observe, min(settings.refit.queries, settings.documents.tokens))
     for index, window in enumerate(progress(job.windows, label)):
         full, shared, origin = _full_runs.get(
             key, backend, window, settings.documents.tokens, observe, limit, disk, chunk
@@ -225,8 +241,13 @@ def measure(job: Job) -> Measured:
         prefill_seconds.append(full.seconds)
         compressed = compress(compressor, full, shared, index)
         compress_seconds.append(compressed.seconds)
+        repetition_seconds.append(compressed.repetition)
         if index == 0 and compressed.kept is not None:
-            kept = [to_numpy(x) for x in compressed.kept]
+            kept = [[to_numpy(head) for head in layer] for layer in compressed.kept]
+        rows += [
+            {"document": index, "metric": metric, "value": value}
+            for metric, value in audited(compressor, full, compressed).items()
+        ]
         context = Context(backend, full, compressed, compressor, index, job.lookups[index])
         for phase in settings.phases.values():
             rows += [{"document": index} | row for row in phase.measure(context)]
@@ -234,6 +255,9 @@ def measure(job: Job) -> Measured:
         "time/prefill_s": float(np.median(prefill_seconds)),
         "time/compress_s": float(np.median(compress_seconds)),
     }
+    if repeats(compressor.scorer):
+        timing["time/repetition_s"] = float(np.median(repetition_seconds))
+        timing["time/repetition_prefills"] = float(np.median(np.divide(repetition_seconds, prefill_seconds)))
     return Measured(pd.DataFrame(rows).reindex(columns=ROW_COLUMNS), timing, kept)
 
 

@@ -12,6 +12,7 @@ from pipeline.stages.prefill import FullRun, answer
 from spectral_kv.backends.base import Cache, Contents, Extension, Prefill
 from spectral_kv.backends.measuring import MeasuredBackend
 from spectral_kv.compressor import Compressor, foresees
+from spectral_kv.heads import Heads, held
 from spectral_kv.scorers.base import Scorer
 from spectral_kv.storage.dense import Dense
 from spectral_kv.xp import Array
@@ -45,9 +46,14 @@ class Context:
         return self.full.continuation
 
     @property
-    def kept(self) -> list[Array] | None:
-        """Kept tokens `[kv_heads, kept]` of every layer; None if all are."""
+    def kept(self) -> list[Heads] | None:
+        """Kept tokens `[kv_heads, kept]` of every layer, or a list of `[kept]`, one a KV head; None if all are."""
         return self.compressed.kept
+
+    @property
+    def mean_kept(self) -> float:
+        """Kept tokens, the mean over layers and KV heads."""
+        return sum(map(held, self.kept)) / (self.backend.shape.layers * self.backend.shape.kv_heads)
 
     @property
     def evictable(self) -> slice:
@@ -113,7 +119,8 @@ class Phase(Protocol):
     """A group of metrics. `needs` is the number of tokens it wants after the prompt.
 
     One with `asks = True` wants documents that carry lookups, one with `predicts = True` a model that predicts tokens,
-    and one with `seeks = True` a model that plants tokens of its own.
+    and one with `seeks = True` a model that plants tokens of its own. One with `recompresses = True` brings caches that
+    have grown back to their budget.
     """
 
     needs: int

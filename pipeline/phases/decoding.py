@@ -70,6 +70,10 @@ class Decoding:
     def needs(self) -> int:
         return self.tokens
 
+    @property
+    def recompresses(self) -> bool:
+        return self.every is not None
+
     def measure(self, context: Context) -> list[Row]:
         if context.document >= self.documents:
             return []
@@ -78,7 +82,7 @@ class Decoding:
         full_seconds = context.once(("decoding, timed", self.tokens), lambda: self._timed(context))
         full = log_softmax(fed.logits)
         prompt = len(context.prefill.tokens)
-        held = prompt if context.kept is None else context.kept[0].shape[-1]
+        held = prompt if context.kept is None else context.mean_kept
         cache = context.compressed_cache()
         budget = context.compressor.budget
         rows: list[Row] = []
@@ -154,9 +158,9 @@ class Decoding:
     ) -> float:
         """AOP of a stretch's first tokens over what a cache holds before it, with the full cache's queries."""
         scaling, found = context.backend.scaling, []
-        for q, k, v, ours_k, ours_v in zip(fed.queries, whole.keys, whole.values, held.keys, held.values, strict=True):
+        for layer, (q, k, v) in enumerate(zip(fed.queries, whole.keys, whole.values, strict=True)):
             q, seen = q[:, start : start + self.positions], prompt + start
             theirs = attention_output(q, k[:, :seen], v[:, :seen], scaling)
-            ours = attention_output(q, ours_k, ours_v, scaling)
+            ours = held.attended(layer, q, scaling)
             found.append(to_numpy(attention_output_perturbation(ours, theirs)))
         return float(np.mean(found))

@@ -6,7 +6,6 @@ from typing import ClassVar
 import numpy as np
 
 from pipeline.phases.base import Context, Row
-from spectral_kv.attention import attention_output
 from spectral_kv.backends.base import Contents, Extension
 from spectral_kv.metrics.perturbation import attention_output_perturbation
 from spectral_kv.metrics.prediction import log_softmax, negative_log_likelihood
@@ -54,6 +53,10 @@ class Drift:
     def needs(self) -> int:
         return self.turns * self.tokens
 
+    @property
+    def recompresses(self) -> bool:
+        return self.policy == "recompress"
+
     def measure(self, context: Context) -> list[Row]:
         backend = context.backend
         full = context.once(self, lambda: self._on_the_full_cache(context))
@@ -86,8 +89,8 @@ class Drift:
 
     def _outputs(self, context: Context, queries: list[Array], held: Contents) -> list[Array]:
         """What the queries of a turn's first tokens read from a cache, `[query_heads, positions, dim]` a layer."""
-        layers = zip(queries, held.keys, held.values, strict=True)
-        return [attention_output(q[:, : self.positions], k, v, context.backend.scaling) for q, k, v in layers]
+        scaling = context.backend.scaling
+        return [held.attended(layer, q[:, : self.positions], scaling) for layer, q in enumerate(queries)]
 
     def _loss(self, fed: Extension, turn: np.ndarray) -> Array:
         """Nats of every token of a turn after its first, `[tokens - 1]`."""

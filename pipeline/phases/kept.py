@@ -36,15 +36,16 @@ class Kept:
         rows: list[Row] = []
         depths, odd = [], []
         for layer in range(context.backend.shape.layers):
-            kept = np.arange(tokens)[None] if chosen is None else to_numpy(chosen[layer])  # [kv_heads, kept]
+            heads = [np.arange(tokens)] if chosen is None else [to_numpy(head) for head in chosen[layer]]
+            kept = np.concatenate(heads)
             depths.append(kept.mean() / (tokens - 1))
             free = kept[(kept >= context.evictable.start) & (kept < context.evictable.stop)]
             odd.append(np.mean(free % 2) if len(free) else np.nan)
             if context.document < self.documents:
-                counts = np.bincount(kept.ravel() // self.width, minlength=len(starts))
+                counts = np.bincount(kept // self.width, minlength=len(starts))
                 rows += [
                     {"layer": layer, "position": int(start), "metric": "kept/share", "value": float(share)}
-                    for start, share in zip(starts, counts / lengths / len(kept), strict=True)
+                    for start, share in zip(starts, counts / lengths / len(heads), strict=True)
                 ]
         rows.append({"metric": "kept/depth", "value": float(np.mean(depths))})
         if not np.isnan(odd).all():

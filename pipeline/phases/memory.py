@@ -32,7 +32,7 @@ class Memory:
         full = sum(x.nbytes for x in (*prefill.keys, *prefill.values))
         after = cache.copy()
         context.backend.grow(after, self.generated)
-        kept = len(prefill.tokens) if context.kept is None else context.kept[0].shape[-1]
+        kept = len(prefill.tokens) if context.kept is None else context.mean_kept
         values = {
             "memory/bytes": cache.nbytes,
             "memory/mb": cache.nbytes / 1e6,

@@ -6,10 +6,10 @@ import numpy as np
 
 from pipeline.phases.base import Context, Row
 from spectral_kv.attention import attention_log_mass, attention_output
+from spectral_kv.heads import by_run, taken
 from spectral_kv.metrics.perturbation import attention_output_perturbation
 from spectral_kv.metrics.recovered_mass import recovered_mass
 from spectral_kv.xp import Array, to_numpy
-from spectral_kv.xp import rows as rows_of
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,13 @@ class Perturbation:
         held = context.contents()
         wholes = context.once(("attention", self.positions), lambda: self._on_the_full_cache(context))
         for layer, (queries, whole, log_mass, whole_projected) in enumerate(wholes):
-            kept = attention_output(queries, held.keys[layer], held.values[layer], backend.scaling)
+            kept = held.attended(layer, queries, backend.scaling)
             aop = to_numpy(attention_output_perturbation(kept, whole))  # [query_heads, positions]
             mass = np.ones_like(aop)
             if chosen is not None:
-                keys = rows_of(prefill.keys[layer], chosen[layer])
-                mass = to_numpy(recovered_mass(attention_log_mass(queries, keys, backend.scaling), log_mass))
+                keys = taken(prefill.keys[layer], chosen[layer])
+                ours = by_run(lambda q, k: attention_log_mass(q, k, backend.scaling), queries, keys)
+                mass = to_numpy(recovered_mass(ours, log_mass))
             perturbations.append(aop)
             masses.append(mass)
             for head in range(len(aop)):

@@ -29,7 +29,7 @@ class Planted:
             planted = planted[(planted >= evictable.start) & (planted < evictable.stop)]
             if not len(planted):
                 return []
-            recall = np.array([np.mean([np.isin(planted, head) for head in to_numpy(layer)]) for layer in kept])
+            recall = np.array([np.mean([np.isin(planted, to_numpy(head)) for head in layer]) for layer in kept])
         rows: list[Row] = [
             {"layer": layer, "metric": "planted/recall", "value": float(value)} for layer, value in enumerate(recall)
         ]

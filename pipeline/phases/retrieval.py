@@ -69,7 +69,7 @@ def _chosen(context: Context, places: np.ndarray) -> np.ndarray:
     """Which of the prompt's tokens at `places` `[tokens]` are kept: `[layers, kv_heads, tokens]`."""
     if context.kept is None:
         return np.ones((1, 1, len(places)), dtype=bool)
-    return np.stack([[np.isin(places, head) for head in to_numpy(layer)] for layer in context.kept])
+    return np.stack([[np.isin(places, to_numpy(head)) for head in layer] for layer in context.kept])
 
 
 def _kept(context: Context, places: np.ndarray) -> np.ndarray:

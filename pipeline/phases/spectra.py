@@ -7,8 +7,9 @@ from typing import ClassVar
 import numpy as np
 
 from pipeline.phases.base import Context, Row
+from spectral_kv.heads import runs
 from spectral_kv.metrics.fidelity import interpolated
-from spectral_kv.xp import float32, to_numpy
+from spectral_kv.xp import float32, namespace, to_numpy
 
 
 def band_edges(tokens: int, bands: int) -> np.ndarray:
@@ -56,9 +57,14 @@ class Spectra:
         edges = band_edges(tokens, self.bands)
         middles = np.sqrt(edges[:-1] * (edges[1:] - 1)) / tokens
         rows: list[Row] = []
-        for layer, positions in enumerate(held.positions):
+        for layer in range(len(held.positions)):
             keys = rope.unrotate(float32(prefill.keys[layer]), np.arange(tokens))
-            ours = interpolated(rope.unrotate(float32(held.keys[layer]), positions), positions, tokens)
+            ours = namespace(keys).concat(
+                [
+                    interpolated(rope.unrotate(float32(own), positions), positions, tokens)
+                    for _, (own, positions) in runs(held.keys[layer], held.positions[layer])
+                ]
+            )
             for metric, x in (("spectrum/full", keys), ("spectrum/rebuilt", ours)):
                 rows += [
                     {"layer": layer, "frequency": float(f), "metric": metric, "value": float(p)}

@@ -64,7 +64,7 @@ class Throughput:
         storage = context.compressor.storage
         caches = {
             "full": backend.compress(full.prefill, None, Dense(), self.batch),
-            "compressed": backend.compress(full.prefill, compressed.kept, storage, self.batch),
+            "compressed": backend.compress(full.prefill, compressed.kept, storage, self.batch, compressed.refitted),
         }
         for cache in caches.values():
             backend.generate(cache.copy(), int(full.continuation[0]), self.warmup)

@@ -20,8 +20,9 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from pipeline.documents.base import Documents
 from pipeline.settings.errors import InputError, suggestion
 from pipeline.synthetic.model import SyntheticModel
+from spectral_kv.refit import Refit
 from spectral_kv.scorers.base import Scorer
-from spectral_kv.selection import SELECTIONS, Budget
+from spectral_kv.selection import ALLOCATIONS, SELECTIONS, Budget
 from spectral_kv.storage.base import Storage
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -52,6 +53,7 @@ class ModelConfig:
     package: str | None = None  # of the Python package index, which holds the file that `path` names
     sha256: str | None = None  # of that file
     bases: str | None = None  # of its cache, for storage=spectral
+    kvzap: str | None = None  # maps of method=ridge_kvzap
 
     def __post_init__(self):
         if (self.package is None) != (self.sha256 is None) or (self.package and self.path is None):
@@ -90,6 +92,8 @@ class BudgetConfig:
     sinks: int
     recent: int
     selection: str
+    allocation: str = "uniform"
+    safeguard: float = 0.2
 
     def __post_init__(self):
         if self.ratio is not None and self.bytes is not None:
@@ -102,6 +106,17 @@ class BudgetConfig:
             raise ValueError(f"budget.sinks={self.sinks} and budget.recent={self.recent} can't be negative")
         if self.selection not in SELECTIONS:
             raise ValueError(f"budget.selection={self.selection} is not known: choose one of {', '.join(SELECTIONS)}")
+        if self.allocation not in ALLOCATIONS:
+            raise ValueError(
+                f"budget.allocation={self.allocation} is not known: choose one of {', '.join(ALLOCATIONS)}"
+            )
+        if not 0 <= self.safeguard <= 1:
+            raise ValueError(f"budget.safeguard={self.safeguard} must lie in [0, 1]")
+        if self.allocation != "uniform" and self.selection != "per_layer_perhead":
+            raise ValueError(
+                f"budget.selection={self.selection} has all layers keep the same tokens, and "
+                f"budget.allocation={self.allocation} different numbers of them: leave one of the two at its default"
+            )
         if self.ratio is None and self.bytes is None:
             self._holds(self.tokens, f"budget.tokens={self.tokens}")
 
@@ -135,7 +150,7 @@ class BudgetConfig:
                 f"budget.tokens={tokens} is more than the document.tokens={prompt} tokens of a prompt: "
                 "give at most as many, or choose method=full"
             )
-        return Budget(tokens, self.sinks, self.recent, self.selection)
+        return Budget(tokens, self.sinks, self.recent, self.selection, self.allocation, self.safeguard)
 
 
 @dataclass
@@ -226,6 +241,7 @@ class Settings:
     budget: BudgetConfig | None  # None: the method keeps every token
     storage: Storage
     storage_name: str
+    refit: Refit | None  # None: kept tokens stay as they are
     backend: BackendConfig
     documents: Documents
     phases: dict[str, Any]
@@ -394,6 +410,7 @@ def check(cfg: DictConfig) -> Settings:
         budget=None if scorer is None else typed(BudgetConfig, cfg.budget, "budget"),
         storage=target(cfg.storage, "storage", "name"),
         storage_name=cfg.storage.name,
+        refit=None if cfg.refit._target_ is None else target(cfg.refit, "refit", "name"),
         backend=backend,
         documents=documents,
         phases=phases,

@@ -23,18 +23,18 @@ def _picture(image: np.ndarray, width: float, xlabel: str, title: str, top: floa
     return figure
 
 
-def kept_map(kept: Sequence[np.ndarray], tokens: int) -> Figure:
+def kept_map(kept: Sequence[Sequence[np.ndarray]], tokens: int) -> Figure:
     """Share of tokens kept along the prompt, one row a layer: dark is none, light is all.
 
     Parameters
     ----------
-    kept : sequence of np.ndarray of int, [kv_heads, kept], one a layer
+    kept : sequence of sequences of np.ndarray of int, [kept], one a layer and KV head
     tokens : int
         Length of the prompt.
     """
     edges = np.linspace(0, tokens, min(BINS, tokens) + 1)
     there = np.histogram(np.arange(tokens), edges)[0]
-    shares = np.stack([np.histogram(layer, edges)[0] / (there * len(layer)) for layer in kept])
+    shares = np.stack([np.histogram(np.concatenate(layer), edges)[0] / (there * len(layer)) for layer in kept])
     return _picture(shares, 7.0, "token of the prompt", "tokens kept: dark none, light all", 1.0, tokens)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from pipeline.stages.prefill import FullRun
 from spectral_kv.backends.base import Cache
-from spectral_kv.compressor import Compressor, SharedScores, foresees, gathers, observed
+from spectral_kv.compressor import Compressor, SharedScores, foresees, gathers, observed, repeats
+from spectral_kv.refit import Refitted
 from spectral_kv.xp import Array
 
 
@@ -16,12 +17,16 @@ class Compressed:
     """A compressed cache, the kept tokens `[kv_heads, kept]` of every layer (None: all), and the seconds it took.
 
     `scores` `[kv_heads, tokens]` of every layer are those that decided, None where nothing had to be decided.
+    `repetition` are the seconds of feeding the prompt again, for a method that does; `refitted` is what kept tokens
+    were given.
     """
 
     cache: Cache
     kept: list[Array] | None
     seconds: float
     scores: list[Array] | None = None
+    repetition: float = 0.0
+    refitted: list[Refitted] | None = None
 
 
 def timed(backend, work: Callable[[], Any]) -> tuple[Any, float]:
@@ -39,31 +44,37 @@ def compress(compressor: Compressor, full: FullRun, shared: SharedScores, docume
     The seconds that scoring took count at every budget, though it is done once for all of them.
     """
     backend, prefill = compressor.backend, full.prefill
-    kept, scores, scoring = None, None, 0.0
+    kept, scores, scoring, repetition = None, None, 0.0, 0.0
     if compressor.scorer is not None and compressor.keeps_all(prefill):
         kept = compressor.all_rows(prefill)
     elif compressor.scorer is not None:
-        scores, scoring = shared.once(compressor.scored_by(document), lambda: _scored(compressor, full, document))
+        scores, scoring, repetition = shared.once(
+            compressor.scored_by(document), lambda: _scored(compressor, full, document)
+        )
     backend.synchronize()
     start = time.perf_counter()
     if scores is not None:
         kept = compressor.select(scores)
-    cache = compressor.store(prefill, kept)
+    refitted = compressor.refitted(prefill, kept)
+    cache = compressor.store(prefill, kept, refitted=refitted)
     backend.synchronize()
-    return Compressed(cache, kept, scoring + time.perf_counter() - start, scores)
+    return Compressed(cache, kept, scoring + time.perf_counter() - start, scores, repetition, refitted)
 
 
-def _scored(compressor: Compressor, full: FullRun, document: int) -> tuple[list[Array], float]:
-    """Scores of a prefill, and the seconds that they took."""
+def _scored(compressor: Compressor, full: FullRun, document: int) -> tuple[list[Array], float, float]:
+    """Scores of a prefill, and the seconds that they took, in all and for feeding the prompt again."""
     scorer, backend = compressor.scorer, compressor.backend
-    queries, gathered, gathering = None, None, 0.0
-    if full.chunk and gathers(scorer):
+    queries, gathered, gathering, repetition = None, None, 0.0, 0.0
+    if repeats(scorer):
+        gathered, gathering = timed(backend, lambda: compressor.repeated(full.prefill))
+        repetition = gathering
+    elif full.chunk and gathers(scorer):
         gathered, gathering = _gathered(compressor, full)
     else:
         queries = full.queries(observed(scorer, len(full.prefill.tokens)))
     future = full.extended(scorer.horizon).queries if foresees(scorer) else None
     scores, scoring = timed(backend, lambda: compressor.scores(full.prefill, document, queries, future, gathered))
-    return scores, gathering + scoring
+    return scores, gathering + scoring, repetition
 
 
 def _gathered(compressor: Compressor, full: FullRun) -> tuple[list[Any], float]:

@@ -62,15 +62,19 @@ class FullRun:
         chunk: int | None = None,
     ):
         self.backend, self.document, self.chunk = backend, document, chunk
+        self.peak: int | None = None  # most bytes allocated while the prompt ran, where somebody counts them
         self.prefill, self.seconds = kept or self._computed(document[:tokens], observe)
         self._found: dict[Hashable, Any] = {}
 
     def _computed(self, prompt: np.ndarray, observe: int) -> tuple[Prefill, float]:
         self.backend.synchronize()
+        self.backend.peak_bytes()
         start = time.perf_counter()
         prefill = self.backend.prefill(prompt, observe, self.chunk)
         self.backend.synchronize()
-        return prefill, time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.peak = self.backend.peak_bytes()
+        return prefill, seconds
 
     @property
     def continuation(self) -> np.ndarray:

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from pipeline.synthetic.model import TOPICS, SyntheticModel
-from spectral_kv.backends.base import Extension, Prefill, Watch
+from spectral_kv.backends.base import Extension, Prefill, Reread, Watch
 from spectral_kv.backends.torch import TorchBackend
 from spectral_kv.backends.torch_cache import CompressedCache
 
@@ -66,6 +66,12 @@ class SyntheticBackend(TorchBackend):
 
     def project(self, layer: int, outputs: torch.Tensor) -> None:
         """There is no W_O."""
+
+    def output_weights(self, layer: int) -> None:
+        """There is no W_O."""
+
+    def reread(self, prefill: Prefill, tokens: np.ndarray, watch: Reread) -> None:
+        raise NotImplementedError("a model without weights repeats no prompt")
 
     def generate(self, cache: CompressedCache, token: int, count: int) -> list[int]:
         raise NotImplementedError("a model without weights predicts no tokens")
