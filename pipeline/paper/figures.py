@@ -92,6 +92,11 @@ def frontier(sections: dict[str, MeasuredSection]) -> Figure | None:
                 [f"every token, {STORAGES[storage]}, {place[0]:.2f} MB: {spread(run.estimate('ppl/kl'), '{:.3f}')}"],
             )
             left.annotate(STORAGES[storage].split()[0], place, xytext=(6, 0), textcoords="offset points", va="center")
+    rivals = sections["rivals"].runs if "rivals" in sections else []
+    for method in dict.fromkeys(run.method for run in rivals if run.method not in {run.method for run in runs}):
+        best = min((run for run in rivals if run.method == method), key=lambda run: run.metrics["ppl/kl"])
+        label = f"{best.title}, {best.choice['budget.allocation']}"
+        left.plot(best.metrics["memory/mb"], best.metrics["ppl/kl"], ls="", ms=6, label=label, **look(method))
     ticks = sorted({run.metrics["memory/mb"] for run in runs})
     left.set(xscale="log", yscale="log", xlabel="cache, MB (decimal, log scale)", ylabel=QUALITY, title="over budgets")
     left.set_xticks(ticks, [f"{t:.2g}" for t in ticks])
