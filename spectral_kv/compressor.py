@@ -127,6 +127,7 @@ class Compressor:
         return LayerView(
             keys, values, self.backend.rope, positions, evictable,
             scaling=self.backend.scaling, index=index, statistics=self.statistics, projection=self.projection(index),
+            query_bias=None if getattr(self.scorer, "with_bias", True) else self.backend.query_bias(index),
             **more,
         )  # fmt: skip
 
@@ -211,6 +212,7 @@ class Compressor:
         group = self.backend.shape.query_heads // kv_heads
         for layer, content in enumerate(zip(cached.keys, cached.values, cached.positions, strict=True)):
             projection, own = self.projection(layer), []
+            bias = None if getattr(self.scorer, "with_bias", True) else self.backend.query_bias(layer)
             for heads, (keys, values, positions) in runs(*content):
                 mine = slice(heads.start * group, heads.stop * group)
                 evictable = self.protected.evictable(keys.shape[1])
@@ -224,6 +226,7 @@ class Compressor:
                     future=None if future is None else future[layer][mine],
                     statistics=self.statistics and self.statistics.of_heads(mine),
                     projection=None if projection is None else projection[mine],
+                    query_bias=None if bias is None else bias[mine],
                 )  # fmt: skip
                 own.append(self.scorer.score(view)[0])
             found.append(own)

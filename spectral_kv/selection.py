@@ -1,4 +1,4 @@
-"""From scores to kept tokens: the only place where tokens are chosen."""
+"""From scores to kept tokens: the only place where tokens are chosen, and budgets are shared out."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache

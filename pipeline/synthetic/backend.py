@@ -70,6 +70,9 @@ class SyntheticBackend(TorchBackend):
     def output_weights(self, layer: int) -> None:
         """There is no W_O."""
 
+    def query_bias(self, layer: int) -> None:
+        """There is no W_Q."""
+
     def reread(self, prefill: Prefill, tokens: np.ndarray, watch: Reread) -> None:
         raise NotImplementedError("a model without weights repeats no prompt")
 

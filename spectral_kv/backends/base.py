@@ -181,6 +181,10 @@ class Backend(Protocol):
         """W_O of a layer, `[query_heads, dim, hidden]`; None where the model names it otherwise."""
         ...
 
+    def query_bias(self, layer: int) -> Array | None:
+        """Bias of W_Q of a layer, `[query_heads, dim]`; None where there is none."""
+        ...
+
     def generate(self, cache: Cache, token: int, count: int) -> list[int]:
         """Feed `token`, then decode `count` tokens greedily; those of one sequence if the cache holds several."""
         ...

@@ -258,6 +258,10 @@ class MLXBackend:
         outputs = self.project(layer, each)  # whatever holds the weights, and in how many bits
         return None if outputs is None else (outputs - self.project(layer, 0 * each)).reshape(heads, dim, -1)
 
+    def query_bias(self, layer: int) -> mx.array | None:
+        projection = getattr(self.model.layers[layer].self_attn, "q_proj", {})
+        return projection["bias"].reshape(self.shape.query_heads, -1) if "bias" in projection else None
+
     def grow(self, cache: CompressedCache, tokens: int) -> None:
         zeros = mx.zeros((cache.batch, self.shape.kv_heads, tokens, self.shape.dim), self.dtype)
         for layer in cache.layers:

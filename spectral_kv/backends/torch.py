@@ -379,6 +379,10 @@ class TorchBackend:
         weight = getattr(getattr(self.model.base_model.layers[layer].self_attn, "o_proj", None), "weight", None)
         return None if weight is None else weight.detach().T.unflatten(0, (self.shape.query_heads, -1)).float()
 
+    def query_bias(self, layer: int) -> torch.Tensor | None:
+        bias = getattr(getattr(self.model.base_model.layers[layer].self_attn, "q_proj", None), "bias", None)
+        return None if bias is None else bias.detach().unflatten(0, (self.shape.query_heads, -1))
+
     def grow(self, cache: CompressedCache, tokens: int) -> None:
         shape = (cache.batch, self.shape.kv_heads, tokens, self.shape.dim)
         zeros = torch.zeros(shape, device=self.device, dtype=self.dtype)

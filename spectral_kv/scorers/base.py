@@ -41,6 +41,8 @@ class LayerView:
         What the scorer's own `gather` returned for earlier queries, or its `repeated` for the whole prompt.
     projection : array, [query_heads, dim, hidden], optional
         W_O of the layer, by which attention outputs of every query head are multiplied.
+    query_bias : array, [query_heads, dim], optional
+        Bias of W_Q, where the model has one.
     first_head : int
         KV head of the layer that is the view's first: heads that hold different tokens are seen one by one.
 
@@ -64,6 +66,7 @@ class LayerView:
     statistics: QueryStatistics | None = None
     gathered: Any = None
     projection: Array | None = None
+    query_bias: Array | None = None
     first_head: int = 0
 
     def __post_init__(self):

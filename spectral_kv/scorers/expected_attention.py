@@ -44,12 +44,16 @@ class ExpectedAttention:
         Added to the weights before the value norm is multiplied in.
     window : int, optional
         Statistics of the last so many queries only; by default of all.
+    with_bias : bool
+        Whether the mean query has the bias of W_Q, where there is one. False is the first implementation, which leaves
+        it out: the same tokens where a model has no such bias.
     """
 
     horizon: int = 512
     sinks: int = 4
     epsilon: float = 0.0
     window: int | None = None
+    with_bias: bool = True
 
     reads: ClassVar[tuple[str, ...]] = ("keys", "values", "queries")
 
@@ -85,6 +89,8 @@ class ExpectedAttention:
             raise ValueError(f"sinks={self.sinks} leaves no query of {layer.tokens} tokens: lower it")
         first = int(np.sum(np.atleast_2d(layer.positions)[:, : self.sinks].max(axis=0) < self.sinks))
         kv_heads, _, dim = layer.keys.shape
+        if not self.with_bias and layer.query_bias is not None:
+            mean = mean - float32(layer.query_bias)[:, None]
         turn = like(self._mean_rotation(layer), mean)
         group = scatter.shape[0] // kv_heads
         mean = xp.permute_dims(xp.reshape(xp.matmul(mean, turn), (kv_heads, group, dim)), (0, 2, 1))

@@ -627,6 +627,13 @@ def test_output_weights_are_those_of_torch(pair):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+def test_biases_of_queries_are_those_of_torch(pair):
+    ours, theirs = (backend.query_bias(1) for backend in pair)
+    assert (ours is None) == (theirs is None)  # Qwen2 has them, Llama has not
+    if theirs is not None:
+        np.testing.assert_allclose(to_numpy(ours), to_numpy(theirs), atol=1e-6)
+
+
 def test_layers_of_different_lengths_agree_with_torch(pair, rng):
     tokens = rng.integers(2, 8000, size=300)
     kept = [np.stack([np.sort(rng.permutation(250)[:n]) for _ in range(2)]) for n in (60, 120)]

@@ -188,6 +188,18 @@ def test_expected_attention_equals_its_definition(observed, left_out, epsilon, r
             assert score[kv_head, token] == pytest.approx((mean[token] + epsilon) * value, rel=2e-3)
 
 
+def test_expected_attention_without_the_bias_of_the_queries(rng, rope):
+    """The bias moves the mean and nothing else; what is left is the published form."""
+    layer = view(rng, rope, 60, 60)
+    bias = rng.normal(size=(KV_HEADS * GROUP, DIM)).astype(np.float32)
+    unrotated = layer.queries
+    layer.queries = rope.rotate(unrotated, np.arange(60))
+    plain = ExpectedAttention(horizon=9).score(layer)
+    layer.queries, layer.query_bias = rope.rotate(unrotated + bias[:, None], np.arange(60)), bias
+    np.testing.assert_allclose(ExpectedAttention(horizon=9, with_bias=False).score(layer), plain, rtol=1e-3)
+    assert np.abs(ExpectedAttention(horizon=9).score(layer) / plain - 1).max() > 0.1
+
+
 def test_expected_attention_knows_positions_after_an_eviction(rng, rope):
     """The latest rows are at 60 to 99 in every head; queries are turned back from there and on to 100."""
     layer = view(rng, rope, 60, 25)
