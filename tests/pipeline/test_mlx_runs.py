@@ -71,7 +71,8 @@ def test_a_run_on_mlx_finds_what_a_run_on_torch_finds(run, run_mlx, method):
     """With a cache in float32, so that nothing but the order of sums differs."""
     exact = [f"method={method}", "backend.cache_dtype=float32"]
     found, expected = run_mlx(*exact), run(*exact)
-    assert found.run_id != expected.run_id and found.metrics.keys() == expected.metrics.keys()
+    counted = {"audit/prefill_peak_mb"}  # by MLX on any device, by torch on a GPU
+    assert found.run_id != expected.run_id and found.metrics.keys() - counted == expected.metrics.keys() - counted
     for metric in ("aop/mean", "aop/projected_mean", "ppl/full", "ppl/comp", "ppl/kl"):
         assert difference(found, expected, metric) <= 1e-3, metric
     for metric in ("memory/bytes", "memory/ratio", "memory/tokens", "memory/mb_after_generation"):
