@@ -127,7 +127,7 @@ class SpectralAtRest:
         if coded:
             where = np.asarray(positions)[sinks : sinks + coded]
             middle = [[part(x, sinks, sinks + coded) for x in pair] for pair in pairs]
-            components = Components([_components(block, middle, where, rope) for block in bases.blocks])
+            components = Components([components_of(block, middle, where, rope) for block in bases.blocks])
             held = sum(x.nbytes for x in tensors.values())
             step = self._step(components, 2 * tokens * 2 * len(keys) * heads * dim, held, bases.following)
             written = VariableRate.of(components, step, self.chunk)
@@ -298,7 +298,7 @@ def root(function: Callable[[float], float], at: float, close: float) -> float:
     return at
 
 
-def _components(block: Block, pairs: list[Pair], positions: np.ndarray, rope: Rope) -> np.ndarray:
+def components_of(block: Block, pairs: list[Pair], positions: np.ndarray, rope: Rope) -> np.ndarray:
     """Components `[tokens, components]` of a block of rotated keys and values of all layers."""
     keys = [rope.unrotate(float32(pairs[layer][0]), positions) for layer in block.layers]
     x = columns(keys, [float32(pairs[layer][1]) for layer in block.layers])
