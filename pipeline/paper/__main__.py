@@ -146,12 +146,14 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="whole experiments, where sections take a part of them")
     parser.add_argument("--refresh", action="store_true", help="measure again what is there already")
     arguments = parser.parse_intermixed_args()
-    experiments = usual(arguments.full) if arguments.sections is None else arguments.sections.split(",")
+    models = arguments.models.split(",") if arguments.models else None
     overrides = [*arguments.overrides, *(["force=true"] if arguments.refresh else [])]
     with reporting(sys.argv[1:]):
+        named = arguments.sections
+        experiments = usual(arguments.full, overrides, models) if named is None else named.split(",")
         regenerate(
-            experiments, overrides, arguments.readme, arguments.full,
-            arguments.models.split(",") if arguments.models else None, arguments.results, arguments.processes,
+            experiments, overrides, arguments.readme, arguments.full, models,
+            arguments.results, arguments.processes,
         )  # fmt: skip
 
 

@@ -29,9 +29,22 @@ def titles() -> dict[str, str]:
     return {experiment: about["title"] for experiment, about in _written().items()}
 
 
-def usual(full: bool) -> list[str]:
-    """Sections that are written where none are named: those apart belong to the whole document alone."""
-    return [experiment for experiment, about in _written().items() if full or not about.get("apart")]
+def usual(full: bool, overrides: list[str] = (), models: list[str] | None = None) -> list[str]:
+    """Sections that are written where none are named: those apart belong to the whole document alone.
+
+    One that needs what a chosen model has not got, as the bases of a codec, is left out.
+    """
+    found = [experiment for experiment, about in _written().items() if full or not about.get("apart")]
+    if not any("needs" in _written()[experiment] for experiment in found):
+        return found
+    own = [o for o in overrides if o.startswith(("model=", "model.", "+model."))]
+    chosen = [composed([f"model={model}"]) for model in models] if models else [composed(own)]
+
+    def there(experiment: str) -> bool:
+        key = _written()[experiment].get("needs")
+        return key is None or all(OmegaConf.select(cfg, key) is not None for cfg in chosen)
+
+    return [experiment for experiment in found if there(experiment)]
 
 
 def brief(experiment: str, overrides: list[str]) -> list[str]:

@@ -17,6 +17,13 @@ def test_the_section_belongs_to_the_whole_document():
     assert "paper" in usual(False)
 
 
+def test_models_without_bases_do_without_it():
+    assert "codec" in usual(True, ["model=reference", "document.count=2"])
+    assert "codec" not in usual(True, ["model=smollm2"]) and "paper" in usual(True, ["model=smollm2"])
+    assert "codec" in usual(True, ["model=smollm2", "+model.bases=/x"])
+    assert "codec" not in usual(True, [], ["reference", "smollm2"])
+
+
 def test_a_grid_is_taken_apart():
     job = ["experiment=codec", 'grid="method=full,random storage=dense budget.tokens=100,200"', "seed=3"]
     found = list(_inside(job))
