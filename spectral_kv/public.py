@@ -49,8 +49,8 @@ def cache(
         Tokens that every layer and KV head keeps, the first 4 and the last 64 among them as in the pipeline; a budget
         that can't hold them, of 68 tokens or fewer, has an eighth of it for the last. A `Budget` states them itself.
     storage : str or Storage
-        One of `STORAGES`. `spectral` and `spectral_14x` keep every token and want `method="full"`; their bases are
-        looked for in the model's folder, and their ratio is that of the tokens in codes.
+        One of `STORAGES`. `spectral`, its like and `pair_bits` keep every token and want `method="full"`; their
+        bases are looked for in the model's folder, and their ratio is that of the tokens in codes.
     every : int, optional
         While decoding, bring the cache back to its budget whenever it is so many tokens over it. By default what is
         generated is kept until the next prompt; with `decode="append"` the default is 1.
