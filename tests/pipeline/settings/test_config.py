@@ -97,7 +97,9 @@ def test_a_ratio_wins_over_tokens_and_counts_in_bytes_of_the_full_cache():
     assert prepare(composed(["budget.ratio=0.125", *packed])).budget.tokens == 512 * 256 // 68
 
 
-@pytest.mark.parametrize("storage", [name for name in options("storage") if "spectral" not in name])
+@pytest.mark.parametrize(
+    "storage", [name for name in options("storage") if "spectral" not in name and name != "pair_bits"]
+)
 def test_bytes_buy_as_many_tokens_as_the_storage_holds(storage):
     skip_without_its_packages(storage)
     job = prepare(composed(["budget.bytes=2097152", f"storage={storage}"]))
