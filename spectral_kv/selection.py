@@ -140,7 +140,7 @@ def quotas(candidates: list[list[Array]], budget: Budget) -> list[list[int]]:
 
     `candidates` are scores `[evictable]` of every layer and KV head. The sum over all is that of a uniform budget.
     """
-    each, heads = budget.tokens - budget.sinks - budget.recent, len(candidates[0])
+    each, heads = budget.tokens - (budget.sinks + budget.recent), len(candidates[0])
     if budget.allocation == "layer":
         curves = []
         for layer in candidates:

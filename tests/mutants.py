@@ -66,6 +66,37 @@ MUTANTS = [
         "budget.tokens - budget.recent",
         "test_selection.py::test_keeps",
     ),
+    Mutant(
+        "selection.py",
+        "sum(descending) / heads",
+        "sum(layer) / heads",
+        "test_allocations.py::test_allocations",
+    ),
+    Mutant(
+        "selection.py", "safe = int(budget.safeguard * each)", "safe = 0", "test_allocations.py::test_the_safeguard"
+    ),
+    Mutant("scorers/kvzip.py", "most = xp.maximum(", "most = xp.minimum(", "scorers/test_rivals.py::test_kvzip_is"),
+    Mutant(
+        "scorers/kvzip.py",
+        "seen.scaling, causal=True",
+        "seen.scaling, causal=False",
+        "scorers/test_rivals.py::test_kvzip_is",
+    ),
+    Mutant(
+        "scorers/defensive.py",
+        "xp.maximum(most, xp.mean(",
+        "xp.minimum(most, xp.mean(",
+        "scorers/test_rivals.py::test_def",
+    ),
+    Mutant("scorers/compactor.py", "keys - xp.mean(", "keys + xp.mean(", "scorers/test_rivals.py::test_compactor"),
+    Mutant(
+        "refit.py",
+        "np.arange(tokens) > own, -np.inf",
+        "np.arange(tokens) > own, 0.0",
+        "test_refit.py::test_a_bias_keeps",
+    ),
+    Mutant("refit.py", "@ values - shares @ there", "@ values + shares @ there", "test_refit.py::test_refitted"),
+    Mutant("backends/torch_runs.py", "tril(rows - new)", "tril(0)", "backends/test_torch_runs.py::test_a_ragged"),
     Mutant("attention.py", "> own", ">= own", "test_attention.py::test_causal"),
     Mutant("rope.py", "self._turn(x, positions, -1.0,", "self._turn(x, positions, 1.0,", "test_rope.py::test_rotates"),
     Mutant("rope.py", "1.0 / self.attention_scaling", "1.0", "test_rope.py::test_rotates"),
