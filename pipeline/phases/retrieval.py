@@ -20,7 +20,8 @@ class Retrieval:
     Answers are decoded greedily and count if every token is right. The full cache answers the same questions;
     `retrieval/answerable` is the recall among those that it gets right, and is left out where there are none.
     `retrieval/kept` is the share of the sentences that hold an answer which is kept, over layers and KV heads: what a
-    budget keeps of the average token is budget / prompt. Not all heads read a sentence: `retrieval/mass` is the share
+    budget keeps of the average token is budget / prompt; `retrieval/gone_everywhere` is the share that none of them
+    keeps. Not all heads read a sentence: `retrieval/mass` is the share
     of the attention over the prompt that it gets on the full cache while the answer is predicted, and
     `retrieval/mass_kept` the share of that attention, summed over layers and KV heads, that is for kept tokens. Both
     and `retrieval/kept` also by layer and KV head.
@@ -50,6 +51,8 @@ class Retrieval:
             read = sum((of * _chosen(context, asked.places)).sum() for of, asked in zip(masses, placed, strict=True))
             values["retrieval/kept"], values["retrieval/mass"] = kept.mean(), mass.mean()
             values["retrieval/mass_kept"] = read / mass.sum()
+            gone = [1 - _chosen(context, asked.places).any(axis=(0, 1)).mean() for asked in placed]
+            values["retrieval/gone_everywhere"] = np.mean(gone)
             heads = [
                 {"layer": layer, "head": head, "metric": metric, "value": float(found.mean(axis=0)[layer, head])}
                 for metric, found in (("retrieval/kept", kept), ("retrieval/mass", mass))

@@ -176,6 +176,7 @@ def test_what_an_answer_reads_is_the_model_s_own_attention(backend, checkpoint, 
     chosen = np.array([[[1, 1, 0], [1, 1, 0]], [[0, 0, 0], [1, 1, 1]]])
     assert found["retrieval/mass"] == pytest.approx(expected.sum(-1).mean(), rel=1e-4)
     assert found["retrieval/kept"] == pytest.approx(chosen.mean())
+    assert found["retrieval/gone_everywhere"] == pytest.approx(1 - chosen.any(axis=(0, 1)).mean())
     assert found["retrieval/mass_kept"] == pytest.approx((expected * chosen).sum() / expected.sum(), rel=1e-4)
     by_head = {(r["layer"], r["head"]): r["value"] for r in rows if r["metric"] == "retrieval/mass" and "head" in r}
     assert by_head[1, 0] == pytest.approx(expected[1, 0].sum(), rel=1e-4) and len(by_head) == 4
