@@ -118,6 +118,12 @@ class Components:
         levels = np.clip(np.rint(self._logarithms - OCTAVE * np.log2(step)) + ZERO, 1, CONTEXTS - 1)
         return np.where(self._largest < 0.5 * step, 0, levels).astype(np.uint8)
 
+    def cost(self, step: float) -> float:
+        """Squared error and bits of a token in one unit, in which no step is better than another for its bits."""
+        some = self.every(len(self.values) // 512 | 1)
+        rounded = some.rounded(step)
+        return rounded.distortion(some.values, step) + SLOPE * step**2 * rounded.bits / len(some.values)
+
     def rounded(self, step: float) -> "Rounded":
         """As whole numbers of steps."""
         if self._last is None or self._last[0] != step:
@@ -127,7 +133,7 @@ class Components:
     def _rounded(self, step: float) -> "Rounded":
         sizes, rounding = Sizes(self.levels(step), self._gains, self.block), Rounding()
         components, levels = self.values[:, sizes.there], sizes.levels[sizes.there]
-        few = slice(None, None, max(1, len(components) // 256))  # enough to learn from
+        few = slice(None, None, len(components) // 256 | 1)  # enough to learn from
         each = np.broadcast_to(levels, components[few].shape)
         for _ in range(2):
             numbers = rounding(components[few], step, levels)

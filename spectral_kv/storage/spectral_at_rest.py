@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from spectral_kv.codec import exact
+from spectral_kv.codec import along_tokens, exact
 from spectral_kv.codec.at_rest import AtRest
 from spectral_kv.codec.bases import Bases, Block, by_head, columns
 from spectral_kv.codec.entropy import EXTRA, Tables
@@ -51,6 +51,8 @@ class SpectralAtRest:
         First and last tokens that stay as they are.
     chunk : int
         Tokens that are read at once where only some are wanted.
+    along : int, optional
+        Tokens of a block of a cosine transform along tokens, which is used for the caches for which it pays.
     """
 
     bases: str | None = None
@@ -61,6 +63,7 @@ class SpectralAtRest:
     sinks: int = 4
     recent: int = 64
     chunk: int = 256
+    along: int | None = None
 
     torch_only: ClassVar[bool] = True
     keeps_all: ClassVar[bool] = True
@@ -80,9 +83,11 @@ class SpectralAtRest:
                 raise ValueError(f"{name}={given[name]} must be above 0")
         if self.sinks < 0 or self.recent < 0:
             raise ValueError(f"sinks={self.sinks} and recent={self.recent} can't be negative")
-        for name in ("chunk", "layers"):
+        for name in ("chunk", "layers", "along"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.along is not None and self.chunk % self.along:
+            raise ValueError(f"along={self.along} must divide chunk={self.chunk}")
 
     def read(self, shape: tuple[int, int, int], model: str | None = None) -> Bases:
         """The bases of a model of `shape` = (layers, kv_heads, dim); `model` is its hash.
@@ -127,9 +132,15 @@ class SpectralAtRest:
         if coded:
             where = np.asarray(positions)[sinks : sinks + coded]
             middle = [[part(x, sinks, sinks + coded) for x in pair] for pair in pairs]
-            components = Components([components_of(block, middle, where, rope) for block in bases.blocks])
-            held = sum(x.nbytes for x in tensors.values())
-            step = self._step(components, 2 * tokens * 2 * len(keys) * heads * dim, held, bases.following)
+            blocks = [components_of(block, middle, where, rope) for block in bases.blocks]
+            target = 2 * tokens * 2 * len(keys) * heads * dim, sum(x.nbytes for x in tensors.values()), bases.following
+            components = Components(blocks)
+            step = self._step(components, *target)
+            if self.along is not None:
+                other = Components([along_tokens.forward(y, self.along) for y in blocks])
+                if other.cost(step) < components.cost(step):
+                    components, step = other, self._step(other, *target)
+                    header["along"] = self.along
             written = VariableRate.of(components, step, self.chunk)
             header |= {"step": step, "chunk": self.chunk}
             tensors |= {
@@ -171,7 +182,7 @@ class SpectralAtRest:
             tables = 8 * (Tables.of(rounded.frequencies).nbytes + 2 * CONTEXTS) * len(some.values)
             return np.log2(wanted * len(some.values) / max(tokens * rounded.bits + tables, 1.0))
 
-        few = components.every(max(1, tokens // SEARCHED))
+        few = components.every(tokens // SEARCHED | 1)
         about = 0.5 * np.log2(float((few.values**2).mean()) + 1e-24)
         about = root(lambda at: beyond(few, at), about, CLOSE / 2)
         return float(np.float32(2.0 ** root(lambda at: beyond(components, at), about, CLOSE)))
@@ -244,7 +255,14 @@ class SpectralAtRest:
             words, ends,
         )  # fmt: skip
         widths = [block.basis.shape[1] for block in bases.blocks]
-        components = coder.decode(header["coded"], np.repeat(np.arange(len(widths)), widths), low, high)
+        block_of, along = np.repeat(np.arange(len(widths)), widths), header.get("along")
+        if along is None:
+            components = coder.decode(header["coded"], block_of, low, high)
+        else:
+            first = low // coder.chunk * coder.chunk
+            last = min(-(-high // coder.chunk) * coder.chunk, header["coded"])
+            whole = along_tokens.backward(coder.decode(header["coded"], block_of, first, last), along)
+            components = whole[low - first : high - first]
         found, at = [], 0
         for block, width in zip(bases.blocks, widths, strict=True):
             z = like(np.ascontiguousarray(components[:, at : at + width]), template)

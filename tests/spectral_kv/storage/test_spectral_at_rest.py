@@ -146,6 +146,29 @@ def test_smaller_groups_follow_from_larger_ones(backend, prefill, path):
     assert errors[0] != errors[1] and max(errors) < 0.6
 
 
+def test_a_transform_along_tokens_is_used_where_it_pays(backend, prefill, path):
+    """Tokens that are held for a while are smooth; tokens of very different sizes are not."""
+    sizes = torch.from_numpy(np.random.default_rng(2).lognormal(0, 1.5, (1500, 1)).astype(np.float32))
+    rough = [[x * sizes for x in part] for part in (prefill.keys, prefill.values)]
+    smooth = [
+        [x[:, np.arange(1500) // 16 * 16] if kind else backend.rope.rotate(
+            backend.rope.unrotate(x, np.arange(1500))[:, np.arange(1500) // 16 * 16], np.arange(1500))
+         for x in part]
+        for kind, part in enumerate((prefill.keys, prefill.values))
+    ]  # fmt: skip
+    plain, along = (SpectralAtRest(path, None, 2e-3, along=a, recent=20) for a in (None, 64))
+    assert "along" not in along.encode(*rough, np.arange(1500), backend.rope).header
+    held, less = (s.encode(*smooth, np.arange(1500), backend.rope) for s in (plain, along))
+    assert less.header["along"] == 64
+    assert len(less.to_bytes()) < 0.8 * len(held.to_bytes())
+    whole = along.decode(less, SHAPE, backend.rope, prefill.keys[0])
+    for (k, v), a, b in zip(whole, *smooth, strict=True):
+        assert ((k - a) ** 2).mean() < 0.05 * (a**2).mean() and ((v - b) ** 2).mean() < 0.05 * (b**2).mean()
+    part_of_it = along.decode(less, SHAPE, backend.rope, prefill.keys[0], 290, 1480)
+    for (k, _), (some, _) in zip(whole, part_of_it, strict=True):
+        torch.testing.assert_close(some, k[:, 290:1480], atol=1e-4, rtol=1e-4)
+
+
 def test_mlx_writes_and_reads_the_same(backend, prefill, path):
     """Numbers differ only where a product that was rounded in another order falls to the other side."""
     mx = pytest.importorskip("mlx.core")
@@ -193,6 +216,7 @@ def test_other_bases_are_refused(backend, prefill, path, tmp_path):
         ({"ratio": None, "step": 0}, "step=0 must be above 0"),
         ({"chunk": 0}, "chunk=0"),
         ({"layers": 0}, "layers=0"),
+        ({"along": 48}, "along=48 must divide chunk=256"),
         ({"recent": -1}, "negative"),
     ],
 )

@@ -1,0 +1,23 @@
+import numpy as np
+import pytest
+
+from spectral_kv.codec.along_tokens import backward, cosine, forward
+
+
+@pytest.mark.parametrize("size", [1, 4, 64])
+def test_the_way_back_gives_what_was_there(rng, size):
+    x = rng.normal(size=(150, 6)).astype(np.float32)
+    y = forward(x, size)
+    np.testing.assert_allclose(backward(y, size), x, atol=1e-5)
+    np.testing.assert_allclose((y**2).sum(axis=0), (x**2).sum(axis=0), rtol=1e-5)
+    start = 2 * size
+    np.testing.assert_allclose(backward(y[start:], size), x[start:], atol=1e-5)
+
+
+def test_a_constant_is_in_the_first_frequency_and_the_rest_of_a_block_stays():
+    x = np.ones((10, 2), dtype=np.float32)
+    y = forward(x, 8)
+    np.testing.assert_allclose(y[0], 8**0.5, rtol=1e-6)
+    np.testing.assert_allclose(y[1:8], 0, atol=1e-6)
+    np.testing.assert_array_equal(y[8:], x[8:])
+    np.testing.assert_allclose(cosine(8) @ cosine(8).T, np.eye(8), atol=1e-6)
