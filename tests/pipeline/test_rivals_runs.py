@@ -23,7 +23,9 @@ ONE = ["document.count=1"]
 TOKEN = 2 * 2 * 2 * 16 * 2  # layers, K and V, KV heads, dim, bytes
 
 
-@pytest.mark.parametrize("allocation", ["layer", "head", "global"])
+@pytest.mark.parametrize(
+    "allocation", ["head", *(pytest.param(other, marks=pytest.mark.slow) for other in ("layer", "global"))]
+)
 def test_every_phase_measures_caches_whose_heads_differ(run, allocation):
     metrics = run("method=snapkv", "method.window=8", f"budget.allocation={allocation}", *EVERY).metrics
     assert metrics["memory/tokens"] == 60 and metrics["memory/bytes"] == 60 * TOKEN
@@ -32,6 +34,7 @@ def test_every_phase_measures_caches_whose_heads_differ(run, allocation):
     assert metrics["decoding/evictions"] == 2
 
 
+@pytest.mark.slow
 def test_allocations_keep_other_tokens(run):
     found = {
         run("method=knorm", f"budget.allocation={a}", *ONE).metrics["aop/mean"]
@@ -40,7 +43,9 @@ def test_allocations_keep_other_tokens(run):
     assert len(found) == 4
 
 
-@pytest.mark.parametrize("method", ["compactor", "defensive", "kvzip", "kvzip_plus"])
+@pytest.mark.parametrize(
+    "method", ["defensive", "kvzip_plus", *(pytest.param(m, marks=pytest.mark.slow) for m in ("compactor", "kvzip"))]
+)
 def test_rivals_run_and_say_what_they_cost(run, method):
     found = run(f"method={method}", "budget.allocation=global", *ONE)
     assert found.metrics["memory/tokens"] == 60
@@ -71,8 +76,9 @@ def test_ridge_kvzap_is_fitted_kept_with_its_model_and_known_by_its_numbers(run,
             prepare(composed([*small, *own[:1], f"method.weights={moved}", *ONE]))
 
 
-@pytest.mark.parametrize("kind", ["bias", "bias_values"])
-@pytest.mark.parametrize("allocation", ["uniform", "head"])
+@pytest.mark.parametrize(
+    "kind, allocation", [("bias", "head"), pytest.param("bias_values", "uniform", marks=pytest.mark.slow)]
+)
 def test_a_refit_changes_what_is_read_and_counts_its_bytes(run, kind, allocation):
     plain = run("method=random", f"budget.allocation={allocation}", *EVERY).metrics
     refit = ["refit.queries=40", "refit.value_strength=0.1"]

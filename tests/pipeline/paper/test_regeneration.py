@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from pipeline.paper.__main__ import main, regenerate
-from pipeline.paper.sections import applicable, brief, plan, titles
+from pipeline.paper.sections import applicable, brief, plan, titles, usual
 from pipeline.settings.errors import InputError
 
 SWEPT = ["method=wavelet,streaming", "budget.tokens=60,100"]
@@ -187,3 +187,25 @@ def test_killed_five_times_it_continues_and_ends_with_the_same_tables(small_in, 
     assert set(expected) == set(found) and len(expected) == 5
     for name in expected:
         pd.testing.assert_frame_equal(expected[name], found[name])
+
+
+@pytest.mark.slow
+def test_rivals_and_refits_stand_beside_what_they_change(settings, tmp_path):
+    small = [*settings, "budget.tokens=60"]
+    regenerate(["rivals"], [*small, "method=streaming,knorm", "budget.allocation=uniform,global"])
+    found = tables(tmp_path / "outputs")
+    assert found["rivals"]["kept/gone_everywhere"].between(0.1, 0.8).all() and len(found["rivals"]) == 4
+    assert found["allocations"]["allocation"].tolist() == ["global", "global"]
+    change = found["allocations"].set_index("method").loc["Knorm", "aop/mean_difference"]
+    both = found["rivals"].set_index(["method", "allocation"])["aop/mean"]
+    assert change == pytest.approx(both["Knorm", "global"] - both["Knorm", "uniform"])
+    regenerate(["refit"], [*small, "method=random", "refit=none,bias"])
+    table = tables(tmp_path / "outputs")["refit"].set_index("refit")
+    assert table.loc["bias", "memory/mb"] > table.loc["none", "memory/mb"]
+    assert table.loc["bias", "aop/mean_difference"] == pytest.approx(
+        table.loc["bias", "aop/mean"] - table.loc["none", "aop/mean"]
+    )
+
+
+def test_sections_apart_are_left_to_the_whole_document():
+    assert not {"rivals", "refit"} & set(usual(False)) and {"rivals", "refit"} <= set(usual(True))
