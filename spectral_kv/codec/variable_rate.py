@@ -47,7 +47,7 @@ class Sizes:
 
     def contexts(self) -> np.ndarray:
         """Of the components that are there, uint8 `[tokens, there]`."""
-        sums = self.levels.astype(np.int8)[self.there] + self.gains[:, self.block[self.there]]
+        sums = self.levels.astype(np.int8)[self.there] + self.gains.take(self.block[self.there], axis=1)
         return np.clip(sums, 0, CONTEXTS - 1).astype(np.uint8)
 
 
@@ -132,7 +132,7 @@ class Components:
 
     def _rounded(self, step: float) -> "Rounded":
         sizes, rounding = Sizes(self.levels(step), self._gains, self.block), Rounding()
-        components, levels = self.values[:, sizes.there], sizes.levels[sizes.there]
+        components, levels = self.values.take(sizes.there, axis=1), sizes.levels[sizes.there]
         few = slice(None, None, len(components) // 256 | 1)  # enough to learn from
         each = np.broadcast_to(levels, components[few].shape)
         for _ in range(2):
