@@ -4,9 +4,9 @@
     python -m benchmarks.scoring --tokens 4096,32768,131072 --methods fourier,wavelet --csv scoring.csv
 
 A model with random weights is prefilled; noise as large as its keys is added to them, which random weights make nearly
-periodic. `one pass` is how the library compresses here; `layers` scores a layer at a time, the reference in float32 by
-the array code; `same tokens` is the share of kept tokens that agree with it. Milliseconds by the host's clock, in
-percent of the prefill.
+periodic. `ms` is how long the library takes to score, to select and to store, by the host's clock, also in percent of
+the prefill; `a layer at a time` scores so, the reference in float32 by the array code; `same tokens` is the share of
+kept tokens that agree with it.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from benchmarks import shapes
 from benchmarks.clock import Row, card, device, quartiles, report, wall_milliseconds
 from spectral_kv.backends.base import Prefill
 from spectral_kv.backends.torch import TorchBackend
-from spectral_kv.engine.together import scores
-from spectral_kv.scorers.base import LayerView
+from spectral_kv.calibration import QueryStatistics
+from spectral_kv.compressor import Compressor, observed
 from spectral_kv.scorers.expected_attention import ExpectedAttention
 from spectral_kv.scorers.fourier import Fourier
 from spectral_kv.scorers.keydiff import KeyDiff
@@ -28,15 +28,18 @@ from spectral_kv.scorers.knorm import Knorm
 from spectral_kv.scorers.snapkv import SnapKV
 from spectral_kv.scorers.streaming import Streaming
 from spectral_kv.scorers.tova import Tova
+from spectral_kv.scorers.tri import TriAttention
 from spectral_kv.scorers.wavelet import Wavelet
 from spectral_kv.scorers.wavelet_fourier import WaveletFourier
+from spectral_kv.scorers.wavelet_tri import WaveletTri
 from spectral_kv.selection import Budget, select_layers
 from spectral_kv.storage.dense import Dense
+from spectral_kv.xp import to_numpy
 
 METHODS = {
     "fourier": Fourier(), "wavelet": Wavelet(), "wavelet_fourier": WaveletFourier(), "knorm": Knorm(),
     "keydiff": KeyDiff(), "snapkv": SnapKV(), "tova": Tova(), "streaming": Streaming(),
-    "expected_attention": ExpectedAttention(),
+    "expected_attention": ExpectedAttention(), "tri": TriAttention(), "wavelet_tri": WaveletTri(),
 }  # fmt: skip
 
 
@@ -48,41 +51,42 @@ def noisy(prefill: Prefill) -> None:
         keys += (noise * keys.float().std()).to(keys.dtype)
 
 
-def measured(backend: TorchBackend, tokens: int, methods: list[str], kept: int, window: int) -> list[Row]:
+def statistics(backend: TorchBackend) -> QueryStatistics:
+    """What calibration might have found."""
+    shape, rng = backend.shape, np.random.default_rng(2)
+    mu = rng.normal(size=(shape.layers, shape.query_heads, shape.dim // 2, 2)) @ np.array([1, 1j])
+    return QueryStatistics(mu, np.abs(mu) + rng.random(mu.shape))
+
+
+def measured(backend: TorchBackend, tokens: int, methods: list[str], kept: int) -> list[Row]:
     ids = np.random.default_rng(0).integers(0, backend.shape.vocabulary, size=tokens)
     few = 5 if tokens < 100_000 else 3
-    prefill_ms = quartiles(wall_milliseconds(lambda: backend.prefill(ids, window), few, 1))[0]
-    prefill = backend.prefill(ids, window)
+    prefill_ms = quartiles(wall_milliseconds(lambda: backend.prefill(ids, 64), few, 1))[0]
+    prefill = backend.prefill(ids, max(observed(METHODS[method], tokens) for method in methods))
     noisy(prefill)
-    budget, positions = Budget(kept), np.arange(tokens)
-
-    def views(scorer: object) -> list[LayerView]:
-        queries = prefill.queries
-        if getattr(scorer, "window", None) is not None:
-            queries = [q[:, q.shape[1] - min(scorer.window, q.shape[1]) :] for q in queries]
-        contents = enumerate(zip(prefill.keys, prefill.values, queries, strict=True))
-        return [
-            LayerView(
-                k, v, backend.rope, positions, budget.evictable(tokens), scaling=backend.scaling, index=i, queries=q
-            )
-            for i, (k, v, q) in contents
-        ]
-
+    budget, positions, calibrated = Budget(kept), np.arange(tokens), statistics(backend)
     rows = []
     for method in methods:
-        scorer = METHODS[method]
+        compressor = Compressor(backend, METHODS[method], budget, Dense(), calibrated)
+        wanted = observed(compressor.scorer, tokens)
+        queries = [q[:, q.shape[1] - wanted :] for q in prefill.queries] if wanted else None
 
-        def scored(scorer=scorer) -> list:
-            return scores(scorer, views(scorer))
+        def scored(compressor=compressor, queries=queries) -> object:
+            return compressor.scores(prefill, 0, queries)
 
-        def chosen(scored=scored) -> list:
-            return select_layers(scored(), budget)
+        def chosen(compressor=compressor, queries=queries) -> object:
+            return compressor.choose(prefill, 0, queries)
 
-        def compressed(chosen=chosen) -> object:
-            return backend.compress(prefill, chosen(), Dense())
+        def compressed(compressor=compressor, scored=scored) -> object:
+            return compressor.select_and_store(prefill, scored())
 
-        def layers(scorer=scorer) -> list:
-            return select_layers([scorer.score(v) for v in views(scorer)], budget)
+        def layers(compressor=compressor, queries=queries) -> list:
+            contents = enumerate(zip(prefill.keys, prefill.values, strict=True))
+            views = (
+                compressor.view(i, k, v, positions, budget.evictable(tokens), queries=queries[i] if queries else None)
+                for i, (k, v) in contents
+            )
+            return select_layers([compressor.scorer.score(v) for v in views], budget)
 
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -93,8 +97,11 @@ def measured(backend: TorchBackend, tokens: int, methods: list[str], kept: int, 
         ms, low, high = quartiles(wall_milliseconds(compressed, 9, 2))
         parts = [quartiles(wall_milliseconds(part, 5, 1))[0] for part in (scored, chosen)]
         alone = quartiles(wall_milliseconds(layers, 3, 1))[0]
-        pairs = zip(torch.stack(chosen()).flatten(0, 1), torch.stack(layers()).flatten(0, 1), strict=True)
-        same = np.mean([np.intersect1d(a.cpu().numpy(), b.cpu().numpy()).size / kept for a, b in pairs])
+        pairs = zip(chosen(), layers(), strict=True)
+        same = np.mean(
+            [np.intersect1d(a, b).size / kept for one, other in pairs
+             for a, b in zip(to_numpy(one), to_numpy(other), strict=True)]
+        )  # fmt: skip
         keys = sum(k.nbytes for k in prefill.keys)
         rows.append(
             {"tokens": tokens, "method": method, "prefill ms": prefill_ms, "ms": ms, "low": low, "high": high,
@@ -119,7 +126,7 @@ def main() -> None:
     backend = TorchBackend.wrap(shapes.model(options.shape, device()))
     rows: list[Row] = []
     for tokens in map(int, options.tokens.split(",")):
-        rows += measured(backend, tokens, methods, options.kept, 64 if "expected_attention" not in methods else tokens)
+        rows += measured(backend, tokens, methods, options.kept)
     for row in rows:
         row |= {"shape": options.shape, "card": card()}
     report("scoring", rows, options.csv)

@@ -1,5 +1,7 @@
 """Attention of rotated queries over cached keys."""
 
+from importlib.util import find_spec
+
 import numpy as np
 
 from spectral_kv.xp import Array, blocks, like, namespace, softmax, wide
@@ -87,6 +89,11 @@ def attention_received(queries: Array, keys: Array, scaling: float, causal: bool
     Arguments as in `attention_weights`; the weights of all queries are never there at once, nor are the keys of all
     heads in single precision, where they would take more than the keys themselves.
     """
+    if getattr(keys, "is_cuda", False) and find_spec("triton") is not None:
+        from spectral_kv.engine import received
+
+        if received.suits(queries, keys):
+            return received.received(queries, keys, scaling, causal)
     xp = namespace(keys)
     (kv_heads, tokens, dim), (query_heads, count, _) = keys.shape, queries.shape
     group = query_heads // kv_heads

@@ -48,6 +48,11 @@ class QueryStatistics:
         """Those of some query heads."""
         return QueryStatistics(self.mu[:, heads], self.modulus[:, heads], self.metadata)
 
+    def joined(self, indices: list[int]) -> "QueryStatistics":
+        """Layers as one with all their heads."""
+        mu, modulus = (x[indices].reshape(1, -1, x.shape[-1]) for x in (self.mu, self.modulus))
+        return QueryStatistics(mu, modulus, self.metadata)
+
     def save(self, path: str | Path) -> None:
         from safetensors.numpy import save_file
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from spectral_kv.backends.base import Backend, Cache, Contents, Prefill
 from spectral_kv.calibration import QueryStatistics
+from spectral_kv.engine.together import in_one_pass
 from spectral_kv.engine.together import scores as scores_of_layers
 from spectral_kv.heads import Heads, held, runs
 from spectral_kv.refit import Refit, Refitted
@@ -177,8 +178,8 @@ class Compressor:
         queries: list[Array] | None = None,
         future: list[Array] | None = None,
         gathered: list[Any] | None = None,
-    ) -> list[Array]:
-        """The scorer's verdict on every row, `[kv_heads, rows]`, one a layer.
+    ) -> list[Array] | Array:
+        """The scorer's verdict on every row, `[kv_heads, rows]`, one a layer or all in one array.
 
         Parameters
         ----------
@@ -189,20 +190,22 @@ class Compressor:
         gathered : list
             `layers` of a finished `Gathering`, then no queries are needed; or what `repeated` returned.
         """
-        views = []
-        for layer, content in enumerate(zip(cached.keys, cached.values, cached.positions, strict=True)):
+        contents = list(zip(cached.keys, cached.values, cached.positions, strict=True))
+        if any(isinstance(keys, list) for keys in cached.keys):
+            return self._scores_by_head(cached, document, queries, future)
+
+        def view(layer: int) -> LayerView:
             more = {
                 name: given[layer] for name, given in (("queries", queries), ("future", future)) if given is not None
             }
-            if isinstance(content[0], list):
-                return self._scores_by_head(cached, document, queries, future)
-            views.append(
-                self.view(
-                    layer, *content, self.protected.evictable(content[0].shape[-2]), seed=(document, layer), **more,
-                    gathered=gathered[layer] if gathered else None,
-                )
+            return self.view(
+                layer, *contents[layer], self.protected.evictable(contents[layer][0].shape[-2]), seed=(document, layer),
+                gathered=gathered[layer] if gathered else None, **more,
             )  # fmt: skip
-        return scores_of_layers(self.scorer, views)
+
+        if (found := in_one_pass(self.scorer, view(0), cached, queries)) is not None:
+            return found
+        return scores_of_layers(self.scorer, [view(layer) for layer in range(len(contents))])
 
     def _scores_by_head(
         self, cached: Contents, document: int, queries: list[Array] | None, future: list[Array] | None
@@ -238,11 +241,16 @@ class Compressor:
         calibration = self.statistics and self.statistics.digest
         return ("scores", method, self.budget.sinks, self.budget.recent, document, calibration)
 
-    def select(self, scores: list[Array]) -> list[Array]:
-        """The rows that scores `[kv_heads, rows]` say to keep in every layer, `[kv_heads, kept]` each."""
-        kept = select_layers(scores, self.protected)
+    def select(self, scores: list[Heads] | Array, later: list[Callable[[], None]] | None = None) -> list[Heads] | Array:
+        """The rows that scores `[kv_heads, rows]` say to keep in every layer, `[kv_heads, kept]` each.
+
+        One array, with the layers as its first axis, where scores are one; `later` as in `spectral_kv.selection`.
+        """
+        kept = select_layers(scores, self.protected, later)
+        expected = (self.backend.shape.kv_heads, self.budget.tokens)
+        if hasattr(kept, "shape") and tuple(kept.shape[1:]) == expected:
+            return kept
         if self.budget.allocation == "uniform":
-            expected = (self.backend.shape.kv_heads, self.budget.tokens)
             for layer, chosen in enumerate(kept):
                 if tuple(chosen.shape) != expected:
                     raise RuntimeError(f"layer {layer} kept {tuple(chosen.shape)} tokens, the budget says {expected}")
@@ -282,6 +290,18 @@ class Compressor:
     ) -> Cache:
         """A cache of the kept tokens `[kv_heads, kept]` of every layer of a prefill, or of all."""
         return self.backend.compress(prefill, kept, self.storage, batch, refitted)
+
+    def select_and_store(
+        self, prefill: Prefill, scores: list[Heads] | Array, batch: int = 1
+    ) -> tuple[Cache, list[Heads] | Array, list[Refitted] | None]:
+        """A cache of the tokens that scores say to keep, their rows, what `refitted` says; a GPU is asked once."""
+        later: list[Callable[[], None]] = []
+        kept = self.select(scores, later)
+        refitted = self.refitted(prefill, kept)
+        cache = self.store(prefill, kept, batch, refitted)
+        for question in later:
+            question()
+        return cache, kept, refitted
 
     def recompress(self, cache: Cache, document: int, queries: list[Array], future: list[Array] | None = None) -> Cache:
         """Bring a cache that has grown back to the budget.

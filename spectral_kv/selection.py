@@ -1,7 +1,9 @@
 """From scores to kept tokens: the only place where tokens are chosen, and budgets are shared out."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib.util import find_spec
 
 import numpy as np
 
@@ -72,13 +74,16 @@ class Budget:
         return slice(min(self.sinks, tokens), max(min(self.sinks, tokens), tokens - self.recent))
 
 
-def select(scores: Array, budget: Budget) -> Array:
+def select(scores: Array, budget: Budget, later: list[Callable[[], None]] | None = None) -> Array:
     """Kept token indices for every KV head.
 
     Parameters
     ----------
     scores : array, [kv_heads, tokens]
         Higher is kept. Scores of sinks and recent window are not looked at.
+    later : list, optional
+        Where a GPU would have to be waited for to know whether scores are numbers, the question is added here, for the
+        caller to ask.
 
     Returns
     -------
@@ -95,10 +100,16 @@ def select(scores: Array, budget: Budget) -> Array:
     if budget.tokens >= tokens:  # nothing to choose
         return like(np.tile(np.arange(tokens), (heads, 1)), scores)
     middle = budget.evictable(tokens)
+    quota = budget.tokens - budget.sinks - budget.recent
+    if getattr(scores, "is_cuda", False) and find_spec("triton") is not None:
+        from spectral_kv.engine.scoring import highest
+
+        kept, question = highest(float32(scores).contiguous(), middle, quota)
+        question() if later is None else later.append(question)
+        return kept
     candidates = float32(scores[:, middle])
     if bool(xp.any(xp.isnan(candidates))):
         raise ValueError("a scorer returned NaN; scores must be numbers for every evictable token")
-    quota = budget.tokens - budget.sinks - budget.recent
     chosen = largest(candidates, quota) + middle.start
     first, last = (
         xp.broadcast_to(xp.astype(constant(_span(*ends), scores), chosen.dtype), (heads, ends[1] - ends[0]))
@@ -178,19 +189,26 @@ def _shared_out(scores: list[Heads], budget: Budget) -> list[Heads]:
     return found
 
 
-def select_layers(scores: list[Heads], budget: Budget) -> list[Heads]:
+def select_layers(
+    scores: list[Heads] | Array, budget: Budget, later: list[Callable[[], None]] | None = None
+) -> list[Heads] | Array:
     """Kept token indices `[kv_heads, kept]` of every layer from their scores `[kv_heads, tokens]`.
 
     Where KV heads of a layer keep different numbers of tokens, its indices are a list, one array `[kept]` a head; so
-    are the scores of a layer whose heads hold different numbers already.
+    are the scores of a layer whose heads hold different numbers already. Of scores in one array `[layers, kv_heads,
+    tokens]` a uniform allocation keeps one array `[layers, kv_heads, kept]`; `later` as in `select`.
     """
     if budget.allocation != "uniform":
         return _shared_out(scores, budget)
     if budget.selection == "per_head":
-        return [select(sum(float32(s) for s in scores) / len(scores), budget)] * len(scores)
+        return [select(sum(float32(s) for s in scores) / len(scores), budget, later)] * len(scores)
+    if hasattr(scores, "shape"):
+        layers, heads, tokens = scores.shape
+        xp = namespace(scores)
+        return xp.reshape(select(xp.reshape(scores, (layers * heads, tokens)), budget, later), (layers, heads, -1))
     if len({tuple(s.shape) for s in scores}) > 1:
-        return [select(s, budget) for s in scores]
+        return [select(s, budget, later) for s in scores]
     heads = scores[0].shape[0]
     joined = namespace(scores[0]).concat(list(scores), axis=0)  # one question to a device, not one a layer
-    kept = select(joined, budget)
+    kept = select(joined, budget, later)
     return [kept[heads * i : heads * (i + 1)] for i in range(len(scores))]

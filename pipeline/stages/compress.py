@@ -53,10 +53,11 @@ def compress(compressor: Compressor, full: FullRun, shared: SharedScores, docume
         )
     backend.synchronize()
     start = time.perf_counter()
-    if scores is not None:
-        kept = compressor.select(scores)
-    refitted = compressor.refitted(prefill, kept)
-    cache = compressor.store(prefill, kept, refitted=refitted)
+    if scores is None:
+        refitted = compressor.refitted(prefill, kept)
+        cache = compressor.store(prefill, kept, refitted=refitted)
+    else:
+        cache, kept, refitted = compressor.select_and_store(prefill, scores)
     backend.synchronize()
     return Compressed(cache, kept, scoring + time.perf_counter() - start, scores, repetition, refitted)
 

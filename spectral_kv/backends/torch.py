@@ -252,20 +252,27 @@ class TorchBackend:
     ) -> CompressedCache:
         if hasattr(storage, "store_together"):
             return self._compress_together(prefill, kept, storage, batch)
-        if (kept is not None and uneven(kept)) or refitted is not None:
+        together = isinstance(kept, torch.Tensor)
+        if (kept is not None and not together and uneven(kept)) or refitted is not None:
             return self._compress_runs(prefill, kept, storage, batch, refitted)
         if kept is None:
-            contents = [(k.clone(), v.clone()) for k, v in zip(prefill.keys, prefill.values, strict=True)]
+            contents = [(k[None].clone(), v[None].clone()) for k, v in zip(prefill.keys, prefill.values, strict=True)]
             positions = [np.tile(p, (self.shape.kv_heads, 1)) for p in prefill.positions]
         else:
+            kept = kept if together else torch.stack(kept)
             contents = self._taken(prefill, kept)
-            positions = list(to_numpy(torch.stack(kept)))  # one question to the device
-        layers = []
-        for index, pair in enumerate(contents):
-            keys, values = (x.repeat(batch, 1, 1, 1) if batch > 1 else x[None] for x in pair)
-            stored = storage.store(keys, values, index)
-            layers.append(CompressedLayer(stored, self.cache_dtype, len(prefill.tokens), positions[index]))
-        return CompressedCache(layers, batch)
+        if batch > 1:
+            contents = [tuple(x.repeat(batch, 1, 1, 1) for x in pair) for pair in contents]
+        stored = [storage.store(*pair, index) for index, pair in enumerate(contents)]
+        if kept is not None:
+            positions = to_numpy(kept)  # one question to the device, when everything is under way
+        return CompressedCache(
+            [
+                CompressedLayer(one, self.cache_dtype, len(prefill.tokens), own)
+                for one, own in zip(stored, positions, strict=True)
+            ],
+            batch,
+        )
 
     def _compress_runs(
         self, prefill: Prefill, kept: list[Heads], storage: Storage, batch: int, refitted: list[Refitted] | None
@@ -282,15 +289,17 @@ class TorchBackend:
             layers.append(RunsLayer(made, given and [bias for _, (bias,) in runs(given.bias)]))
         return CompressedCache(layers, batch)
 
-    def _taken(self, prefill: Prefill, kept: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Kept keys and values of every layer."""
+    def _taken(self, prefill: Prefill, kept: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Kept keys and values `[1, kv_heads, kept, dim]` of every layer."""
         if prefill.keys[0].is_cuda and find_spec("triton"):
             from spectral_kv.engine.scoring import kept_rows, suits
 
             if suits(prefill.keys) and suits(prefill.values):
-                return list(zip(*kept_rows(prefill.keys, prefill.values, torch.stack(kept)), strict=True))
-        pairs = zip(prefill.keys, prefill.values, kept, strict=True)
-        return [(rows(keys, chosen), rows(values, chosen)) for keys, values, chosen in pairs]
+                return list(
+                    zip(*(x[:, None].unbind() for x in kept_rows(prefill.keys, prefill.values, kept)), strict=True)
+                )
+        triples = zip(prefill.keys, prefill.values, kept, strict=True)
+        return [(rows(keys, chosen)[None], rows(values, chosen)[None]) for keys, values, chosen in triples]
 
     def _compress_together(self, prefill: Prefill, kept, storage: Storage, batch: int) -> CompressedCache:
         """`compress` with a storage that codes layers in common."""

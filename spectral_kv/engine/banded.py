@@ -13,11 +13,13 @@ import numpy as np
 from spectral_kv.scorers.fourier import Fourier
 from spectral_kv.scorers.spectral import Spectral
 from spectral_kv.scorers.wavelet import Wavelet
+from spectral_kv.scorers.wavelet_tri import WaveletTri
 from spectral_kv.transforms.fourier import highpass
-from spectral_kv.transforms.wavelet import back_projection
+from spectral_kv.transforms.wavelet import back_projection, coefficients
 
 TILE = 128  # tokens, and filters of a program
 STEP = 32  # tokens of a matrix product: what windows are multiples of
+SHORTEST = 8 * TILE  # tokens of which a plan is made
 RING = 4096  # tokens on which the response of a low-pass filter is measured
 LOST = 1e-4  # of the norm of a filter's response that may lie outside its window
 
@@ -49,17 +51,20 @@ class Plan:
 
 def plan(scorer: Spectral, tokens: int) -> Plan | None:
     """How a scorer's deviations of `tokens` tokens are computed in one pass, or None if they can't be."""
-    if tokens < 8 * TILE or scorer.signal != "unrotated_keys" or scorer.shuffle_seed is not None:
+    if tokens < SHORTEST or scorer.signal != "unrotated_keys" or scorer.shuffle_seed is not None:
         return None
     if type(scorer) is Fourier:
-        return _fir(scorer.cutoff, scorer.taper, tokens)
-    if type(scorer) is Wavelet and not scorer.centred:
-        return _wavelet(scorer, tokens)
+        return fir(scorer.cutoff, scorer.taper, tokens)
+    if type(scorer) in (Wavelet, WaveletTri) and not scorer.centred:
+        return wavelet_plan(scorer, tokens)
     return None
 
 
-@lru_cache(maxsize=8)
-def _fir(cutoff: float, taper: float, tokens: int) -> Plan | None:
+@lru_cache(maxsize=32)
+def fir(cutoff: float, taper: float, tokens: int) -> Plan | None:
+    """The high-pass filter of FourierKV as a filter of `2 * TILE + 1` taps, or None where it has more."""
+    if tokens < 2 * TILE:  # reflected once at each end
+        return None
     impulse = np.zeros((1, RING, 1))
     impulse[0, RING // 2] = 1
     response = highpass(impulse, cutoff, taper)[0, :, 0]
@@ -82,13 +87,22 @@ def _impulses(scorer: Wavelet, tokens: int) -> list[np.ndarray]:
     return [d[0] for d in scorer.details(np.eye(tokens)[None])]
 
 
+def levels_of(scorer: Wavelet, tokens: int) -> list[int]:
+    """Number of detail coefficients of every level, finest first."""
+    return coefficients(tokens, scorer.wavelet, scorer.levels, scorer.mode, scorer.transform)
+
+
 @lru_cache(maxsize=8)
-def _wavelet(scorer: Wavelet, tokens: int) -> Plan | None:
-    """Coefficients of the first and last tokens have filters of their own, all others those of their place in a tile.
+def wavelet_plan(scorer: Wavelet, tokens: int) -> Plan | None:
+    """All levels of a wavelet transform, one after another, or None where its filters are no band.
+
+    Coefficients of the first and last tokens have filters of their own, all others those of their place in a tile.
 
     Both are measured on a shorter sequence that ends in the same place of a tile.
     """
-    short = 8 * TILE + tokens % TILE
+    if tokens < SHORTEST:
+        return None
+    short = SHORTEST + tokens % TILE
     responses = _impulses(scorer, short)
     each = [len(b) - len(a) for a, b in zip(_impulses(scorer, short - TILE), responses, strict=True)]  # a tile
     if any(n < 1 or n > TILE for n in each):

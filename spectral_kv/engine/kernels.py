@@ -307,17 +307,19 @@ def coded_split(q_ptr, new_k, new_v, k_codes, k_scales, v_codes, v_scales, mean_
 
 
 @triton.jit(do_not_specialize=["coded_splits"])
-def coded_merge(part_ptr, lse_ptr, rotation, out_ptr, coded_splits, G: tl.constexpr, D: tl.constexpr, SB: tl.constexpr):
-    """One query head: the coded splits, `SB` at a time, rotated back once, and the exact one."""
+def coded_merge(part_ptr, lse_ptr, rotation, out_ptr, coded_splits,
+                G: tl.constexpr, D: tl.constexpr, W: tl.constexpr, SB: tl.constexpr):  # fmt: skip
+    """`W` channels of a query head: the coded splits, `SB` at a time, rotated back once, and the exact one."""
     head = tl.program_id(0).to(tl.int64)
+    w = tl.program_id(1) * W + tl.arange(0, W)
     bh = head // G
     g = head % G
     d = tl.arange(0, D)
     splits = coded_splits + 1
     exact = bh * splits + coded_splits
     last = tl.load(lse_ptr + exact * G + g)
-    dense = tl.load(part_ptr + (exact * G + g) * D + d)
-    back = tl.load(rotation + d[:, None] * D + d[None, :]).to(tl.float32)
+    dense = tl.load(part_ptr + (exact * G + g) * D + w)
+    back = tl.load(rotation + d[:, None] * D + w[None, :]).to(tl.float32)
     top = last
     total = 0.0
     acc = tl.zeros([D], tl.float32)
@@ -334,4 +336,4 @@ def coded_merge(part_ptr, lse_ptr, rotation, out_ptr, coded_splits, G: tl.conste
         top = higher
     weight = tl.exp2(last - top)
     out = tl.sum(acc[:, None] * back, 0) + dense * weight
-    tl.store(out_ptr + head * D + d, (out / (total + weight)).to(out_ptr.dtype.element_ty))
+    tl.store(out_ptr + head * D + w, (out / (total + weight)).to(out_ptr.dtype.element_ty))

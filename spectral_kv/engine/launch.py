@@ -55,12 +55,13 @@ class CodedLaunch:
     ):
         batch, kv_heads, capacity, _ = key_codes.shape
         self.bits, self.wide, self.ptx = bits, wide, ptx and not wide
-        self.tile, self.warps = 32 if wide else 128, 4
+        self.tile, self.warps, self.stages = (32, 4, 1) if wide else (128, 4, 3)
         if dim == 64 and min(bits) < 4 and not wide:  # tiles of a quarter of the channels are too narrow for four warps
             self.warps = 2
+        self.width, self.merged = min(dim, 64), 128  # channels and splits that a program of the merge takes at a time
         programs = batch * kv_heads
-        each = 8 if programs > 16 else 2 if dim <= 64 else 4
-        self.splits = splits(programs, capacity, each, 128)
+        each = 8 if programs > 16 else 2
+        self.splits = 1 << splits(programs, capacity, each, 128).bit_length() - 1  # cuts most lengths evenly
         self.group, self.padded = _group(query_heads, kv_heads)
         shape = (programs, self.splits + 1, self.group)
         self.parts = torch.empty(*shape, dim, device=key_codes.device)
@@ -77,10 +78,10 @@ class CodedLaunch:
             coded.key_rotation, *coded.tables, coded.lengths, keys, values, lengths, self.parts, self.weights, capacity,
             keys.shape[-2], scale * kernels.LOG2E, self.splits, G=self.group, GP=self.padded, D=dim, KB=self.bits[0],
             VB=self.bits[1], BT=self.tile, BD=32 if self.wide else 64, PTX=self.ptx, WIDE=self.wide,
-            num_warps=self.warps, num_stages=1 if self.wide else 3,
+            num_warps=self.warps, num_stages=self.stages,
         )  # fmt: skip
-        kernels.coded_merge[(batch * kv_heads * self.group,)](
-            self.parts, self.weights, coded.value_rotation, out, self.splits, G=self.group, D=dim,
-            SB=min(64, triton.next_power_of_2(self.splits)), num_warps=4,
+        kernels.coded_merge[(batch * kv_heads * self.group, dim // self.width)](
+            self.parts, self.weights, coded.value_rotation, out, self.splits, G=self.group, D=dim, W=self.width,
+            SB=min(self.merged, triton.next_power_of_2(self.splits)), num_warps=4,
         )  # fmt: skip
         return out

@@ -1,5 +1,6 @@
-"""Spectral scores of all layers at once on a GPU, and the kept rows of all layers."""
+"""Spectral scores of all layers at once on a GPU, the tokens of highest scores, and their rows."""
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -8,15 +9,19 @@ import torch
 from spectral_kv.engine.banded import STEP, TILE, Plan
 from spectral_kv.rope import Rope
 
+ROWS_WHOLE = 32768  # scores of a row that one program can hold
+TILE_OF_MANY = 8192  # scores that it reads at a time where there are more
 
-def _dtype(x: torch.Tensor):
+
+def dtype_of(x: torch.Tensor):
     """What Triton calls the dtype of a tensor."""
     import triton.language as tl
 
     return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[x.dtype]
 
 
-def _addresses(tensors: list[torch.Tensor]) -> torch.Tensor:
+def addresses(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Where tensors lie, so that one launch can read all of them."""
     host = torch.tensor([x.data_ptr() for x in tensors], dtype=torch.int64)
     return host.to(tensors[0].device, non_blocking=True)
 
@@ -24,7 +29,7 @@ def _addresses(tensors: list[torch.Tensor]) -> torch.Tensor:
 def suits(keys: list[torch.Tensor]) -> bool:
     """Whether the kernels can read keys `[kv_heads, tokens, dim]`, one a layer."""
     dim = keys[0].shape[-1]
-    return dim >= 16 and dim & (dim - 1) == 0 and all(k.is_contiguous() and k.data_ptr() % 16 == 0 for k in keys)
+    return dim >= 16 and dim & (dim - 1) == 0 and all(k.is_contiguous() and not k.data_ptr() & 15 for k in keys)
 
 
 class _Tables:
@@ -51,7 +56,7 @@ _tables: dict[tuple[int, str], _Tables] = {}
 def _on_device(chosen: Plan, device: torch.device) -> _Tables:
     key = (id(chosen), str(device))
     if key not in _tables:
-        while len(_tables) >= 4:
+        while len(_tables) >= 16:
             _tables.pop(next(iter(_tables)))
         _tables[key] = _Tables(chosen, device)
     return _tables[key]
@@ -59,44 +64,152 @@ def _on_device(chosen: Plan, device: torch.device) -> _Tables:
 
 @lru_cache(maxsize=4)
 def _waves(frequencies: bytes, scaling: float, tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine `[tokens, bands]` that undo a rotation."""
     phases = np.arange(tokens)[:, None] * np.frombuffer(frequencies)
     cos, sin = (np.cos(phases) / scaling).astype(np.float32), (-np.sin(phases) / scaling).astype(np.float32)
     return torch.from_numpy(cos).to(device), torch.from_numpy(sin).to(device)
 
 
-def deviations(chosen: Plan, keys: list[torch.Tensor], rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
-    """Deviations, and norms of keys, float32 `[layers * kv_heads, tokens]`, of rotated keys at positions from 0 on.
+def waves(rope: Rope, tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine `[tokens, bands]` that undo a rotation at positions from 0 on."""
+    frequencies = np.ascontiguousarray(rope.inv_freq, dtype=np.float64).tobytes()
+    return _waves(frequencies, rope.attention_scaling, tokens, device)
+
+
+def energies(
+    chosen: Plan, keys: list[torch.Tensor], rope: Rope, keep: bool = False, where: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Energies of a plan's filters, norms of keys, and what the filters leave of the keys before their rotation.
+
+    Float32 `[layers * kv_heads, energies]`, `[layers * kv_heads, tokens]` and, if `keep`, `[layers * kv_heads,
+    energies, dim]`. `where` are the `addresses` of the keys, if they are on the device already.
 
     Products are of float32 in three passes of the matrix units' 19-bit numbers: single passes would lose 1 kept token
     in 2,000.
     """
-    import triton
-
     from spectral_kv.engine import scoring_kernels as kernels
 
     heads, tokens, dim = keys[0].shape
     device, layers = keys[0].device, len(keys)
     tables = _on_device(chosen, device)
-    frequencies = np.ascontiguousarray(rope.inv_freq, dtype=np.float64).tobytes()
-    cos, sin = _waves(frequencies, rope.attention_scaling, tokens, device)
+    cos, sin = waves(rope, tokens, device)
     energy = torch.empty(layers * heads, chosen.energies, device=device)
     norms = torch.empty(layers * heads, tokens, device=device)
+    filtered = torch.empty(*energy.shape, dim, device=device) if keep else None
     pair = 2 if heads % 2 == 0 and dim <= 64 else 1
     kernels.filter_energies[(len(chosen.kind), layers, heads // pair)](
-        _addresses(keys), cos, sin, tables.matrices, tables.kind, tables.start, tables.energy, energy, norms, tokens,
-        chosen.energies, heads, WINDOW=chosen.matrices.shape[2], TILE=TILE, STEP=STEP, D=dim, PAIR=pair,
-        DTYPE=_dtype(keys[0]), PRECISION="tf32x3", num_warps=8, num_stages=2,
+        addresses(keys) if where is None else where, cos, sin, tables.matrices, tables.kind, tables.start,
+        tables.energy, energy, norms, filtered if keep else energy, tokens, tokens, chosen.energies, heads,
+        WINDOW=chosen.matrices.shape[2], TILE=TILE, STEP=STEP, D=dim, PAIR=pair, TURN=True, NORMS=True, WRITE=keep,
+        DTYPE=dtype_of(keys[0]), PRECISION="tf32x3", num_warps=4, num_stages=2,
     )  # fmt: skip
+    return energy, norms, filtered
+
+
+def energies_of(chosen: Plan, x: torch.Tensor, first: int, out: torch.Tensor) -> None:
+    """Energies of a plan's filters on rows of a float32 signal: `[rows, from first on, dim]` of `x`, into `out`.
+
+    `out` is `[rows, from first on]` of the energies of `x`.
+    """
+    from spectral_kv.engine import scoring_kernels as kernels
+
+    rows, stride, dim = x.shape
+    tables = _on_device(chosen, x.device)
+    pair = 2 if rows % 2 == 0 and dim <= 64 else 1
+    part, where = out[:, first:], x[:, first:]
+    kernels.filter_energies[(len(chosen.kind), 1, rows // pair)](
+        addresses([where]), x, x, tables.matrices, tables.kind, tables.start, tables.energy, part, part, part,
+        chosen.energies, stride, out.shape[1], rows, WINDOW=chosen.matrices.shape[2], TILE=TILE, STEP=STEP, D=dim,
+        PAIR=pair, TURN=False, NORMS=False, WRITE=False, DTYPE=dtype_of(x), PRECISION="tf32x3", num_warps=4,
+        num_stages=2,
+    )  # fmt: skip
+
+
+def at_tokens(chosen: Plan, energy: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Deviations `[rows, tokens]` of energies `[rows, energies]`, which it may overwrite."""
+    import triton
+
+    from spectral_kv.engine import scoring_kernels as kernels
+
+    tables = _on_device(chosen, energy.device)
     if tables.index is None:
-        return energy.sqrt_(), norms
-    out = torch.empty_like(norms)
+        return energy.sqrt_()
+    out = torch.empty(energy.shape[0], tokens, device=energy.device)
     reach = tables.gain.shape[1]
     kernels.to_tokens[(triton.cdiv(tokens, 64), 4)](
-        energy, tables.index, tables.gain, out, tokens, chosen.energies, layers * heads, K=reach,
+        energy, tables.index, tables.gain, out, tokens, energy.shape[1], len(energy), K=reach,
         KP=triton.next_power_of_2(reach), BT=64, num_warps=4,
     )  # fmt: skip
-    return out, norms
+    return out
+
+
+def deviations(
+    chosen: Plan, keys: list[torch.Tensor], rope: Rope, where: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Deviations, and norms of keys, float32 `[layers * kv_heads, tokens]`, of rotated keys at positions from 0 on."""
+    energy, norms, _ = energies(chosen, keys, rope, where=where)
+    return at_tokens(chosen, energy, keys[0].shape[1]), norms
+
+
+def constants(chosen: Plan, rope: Rope, tokens: int, device: torch.device) -> list:
+    """What `deviations` reads beside keys: as long as it lives, a captured pass finds it where it was."""
+    return [_on_device(chosen, device), *waves(rope, tokens, device)]
+
+
+def unrotated(keys: list[torch.Tensor], rope: Rope) -> torch.Tensor:
+    """Keys before their rotation at positions from 0 on, float32 `[layers * kv_heads, tokens, dim]`."""
+    import triton
+
+    from spectral_kv.engine import scoring_kernels as kernels
+
+    heads, tokens, dim = keys[0].shape
+    cos, sin = waves(rope, tokens, keys[0].device)
+    out = torch.empty(len(keys) * heads, tokens, dim, device=keys[0].device)
+    kernels.unrotated_rows[(triton.cdiv(tokens, 64), len(out))](
+        addresses(keys), cos, sin, out, tokens, heads, D=dim, BT=64, DTYPE=dtype_of(keys[0])
+    )
+    return out
+
+
+def blended(
+    deviation: torch.Tensor, norms: torch.Tensor, recency: torch.Tensor, evictable: slice, weights: tuple, sign: int
+) -> torch.Tensor:
+    """What `Spectral.blend` makes of deviations and norms `[rows, tokens]`, from three weights."""
+    from spectral_kv.engine import selection_kernels as kernels
+
+    rows, tokens = deviation.shape
+    start, stop, _ = evictable.indices(tokens)
+    out = torch.empty_like(deviation)
+    kernels.blend_rows[(rows,)](
+        deviation, norms, recency, out, tokens, start, stop, *weights, SIGN=float(sign), BT=4096, num_warps=16
+    )
+    return out
+
+
+def highest(scores: torch.Tensor, evictable: slice, quota: int) -> tuple[torch.Tensor, Callable[[], None]]:
+    """What `selection.select` keeps of scores float32 `[rows, tokens]`: `[rows, kept]`.
+
+    And a question to the device, which raises if a score that decided was not a number.
+    """
+    import triton
+
+    from spectral_kv.engine import selection_kernels as kernels
+
+    rows, tokens = scores.shape
+    start, stop, _ = evictable.indices(tokens)
+    whole = stop - start <= ROWS_WHOLE
+    tile = max(64, triton.next_power_of_2(stop - start)) if whole else TILE_OF_MANY
+    kept = torch.empty(rows, start + quota + tokens - stop, dtype=torch.int64, device=scores.device)
+    bad = torch.empty(rows, dtype=torch.int32, device=scores.device)
+    kernels.select_rows[(rows,)](
+        scores, kept, bad, tokens, start, stop, quota, WHOLE=whole, BT=tile,
+        num_warps=32 if tile >= 8192 else 8 if tile >= 1024 else 4,
+    )  # fmt: skip
+
+    def question() -> None:
+        if any(bad.tolist()):
+            raise ValueError("a scorer returned NaN; scores must be numbers for every evictable token")
+
+    return kept, question
 
 
 def kept_rows(
@@ -113,8 +226,8 @@ def kept_rows(
     layers, heads, count = kept.shape
     tokens, dim = keys[0].shape[1:]
     out = [torch.empty(layers, heads, count, dim, dtype=keys[0].dtype, device=keys[0].device) for _ in range(2)]
+    where = addresses([*keys, *values])
     kernels.take_rows[(triton.cdiv(count, 64), layers * heads)](
-        _addresses(keys), _addresses(values), kept.contiguous(), *out, tokens, count, heads, D=dim, BT=64,
-        DTYPE=_dtype(keys[0]),
-    )  # fmt: skip
+        where, where[layers:], kept.contiguous(), *out, tokens, count, heads, D=dim, BT=64, DTYPE=dtype_of(keys[0])
+    )
     return out[0], out[1]

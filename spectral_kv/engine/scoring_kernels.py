@@ -1,30 +1,49 @@
-"""Triton kernels of a pass over the keys of all layers: filters, energies, norms, and the kept rows."""
+"""Triton kernels of passes over the keys of all layers: filters, energies, norms, and the kept rows."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def _unrotated(base, t, cos, sin, D: tl.constexpr, DTYPE: tl.constexpr):
-    """Both halves of keys at `t` before their rotation, float32 `[tokens, D / 2]`."""
+def _signal(base, t, cos, sin, TURN: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr):
+    """Both halves of the signal at `t`, before its rotation where it has one, float32 `[tokens, D / 2]`."""
     HALF: tl.constexpr = D // 2
     d = tl.arange(0, HALF)
     a = tl.load(base + t[:, None] * D + d[None, :]).to(tl.float32)
     b = tl.load(base + t[:, None] * D + HALF + d[None, :]).to(tl.float32)
-    return a * cos - b * sin, b * cos + a * sin
+    if TURN:
+        return a * cos - b * sin, b * cos + a * sin
+    else:
+        return a, b
 
 
 @triton.jit
-def filter_energies(addresses, cos_ptr, sin_ptr, matrices, kinds, starts, places, energy_ptr, norm_ptr, tokens,
-                    energies, heads, WINDOW: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr,
-                    PAIR: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One block of a plan, of one KV head, or of a pair of them that share the matrix."""
+def _leave(a, b, row, place, energy_ptr, energies, filtered_ptr, WRITE: tl.constexpr, D: tl.constexpr):
+    """Energies of filters, and what they left of the signal."""
+    tl.store(energy_ptr + row * energies + place, tl.sum(a * a, 1) + tl.sum(b * b, 1), mask=place >= 0)
+    if WRITE:
+        HALF: tl.constexpr = D // 2
+        target = (row * energies + place)[:, None] * D + tl.arange(0, HALF)[None, :]
+        tl.store(filtered_ptr + target, a, mask=(place >= 0)[:, None])
+        tl.store(filtered_ptr + target + HALF, b, mask=(place >= 0)[:, None])
+
+
+@triton.jit
+def filter_energies(addresses, cos_ptr, sin_ptr, matrices, kinds, starts, places, energy_ptr, norm_ptr, filtered_ptr,
+                    tokens, stride, energies, heads, WINDOW: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+                    D: tl.constexpr, PAIR: tl.constexpr, TURN: tl.constexpr, NORMS: tl.constexpr, WRITE: tl.constexpr,
+                    DTYPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One block of a plan, of one KV head, or of a pair of them that share the matrix.
+
+    Heads lie `stride` tokens apart. `TURN`: the signal is rotated; `NORMS`: its norms are wanted; `WRITE`: and what
+    the filters leave of it, one after another where their energies lie.
+    """
     block = tl.program_id(0)
     layer = tl.program_id(1)
     head = tl.program_id(2) * PAIR
     HALF: tl.constexpr = D // 2
     keys = tl.multiple_of(tl.load(addresses + layer).to(tl.pointer_type(DTYPE)), 16)
-    base = keys + head.to(tl.int64) * tokens * D
+    base = keys + head.to(tl.int64) * stride * D
     kind = tl.load(kinds + block)
     start = tl.load(starts + block)
     c = tl.arange(0, TILE)
@@ -39,27 +58,49 @@ def filter_energies(addresses, cos_ptr, sin_ptr, matrices, kinds, starts, places
         t = tl.abs(seen)
         t = tl.where(t >= tokens, 2 * tokens - 2 - t, t)
         t = tl.abs(t)
-        cos = tl.load(cos_ptr + t[:, None] * HALF + d[None, :])
-        sin = tl.load(sin_ptr + t[:, None] * HALF + d[None, :])
+        if TURN:
+            cos = tl.load(cos_ptr + t[:, None] * HALF + d[None, :])
+            sin = tl.load(sin_ptr + t[:, None] * HALF + d[None, :])
+        else:
+            cos = 1.0
+            sin = 0.0
         w = tl.load(matrices + (kind * TILE + c[:, None]) * WINDOW + j + tl.arange(0, STEP)[None, :])
-        a, b = _unrotated(base, t, cos, sin, D, DTYPE)
+        inside = (seen >= 0) & (seen < tokens)
+        a, b = _signal(base, t, cos, sin, TURN, D, DTYPE)
         a0 = tl.dot(w, a, a0, input_precision=PRECISION)
         b0 = tl.dot(w, b, b0, input_precision=PRECISION)
-        norm = tl.sqrt(tl.sum(a * a, 1) + tl.sum(b * b, 1))
-        inside = (seen >= 0) & (seen < tokens)
-        tl.store(norm_ptr + row * tokens + seen, norm, mask=inside)
+        if NORMS:
+            tl.store(norm_ptr + row * tokens + seen, tl.sqrt(tl.sum(a * a, 1) + tl.sum(b * b, 1)), mask=inside)
         if PAIR == 2:
-            a, b = _unrotated(base + tokens * D, t, cos, sin, D, DTYPE)
+            a, b = _signal(base + stride * D, t, cos, sin, TURN, D, DTYPE)
             a1 = tl.dot(w, a, a1, input_precision=PRECISION)
             b1 = tl.dot(w, b, b1, input_precision=PRECISION)
-            norm = tl.sqrt(tl.sum(a * a, 1) + tl.sum(b * b, 1))
-            tl.store(norm_ptr + (row + 1) * tokens + seen, norm, mask=inside)
+            if NORMS:
+                norm = tl.sqrt(tl.sum(a * a, 1) + tl.sum(b * b, 1))
+                tl.store(norm_ptr + (row + 1) * tokens + seen, norm, mask=inside)
     place = tl.load(places + block * TILE + c)
-    energy = tl.sum(a0 * a0, 1) + tl.sum(b0 * b0, 1)
-    tl.store(energy_ptr + row * energies + place, energy, mask=place >= 0)
+    _leave(a0, b0, row, place, energy_ptr, energies, filtered_ptr, WRITE, D)
     if PAIR == 2:
-        energy = tl.sum(a1 * a1, 1) + tl.sum(b1 * b1, 1)
-        tl.store(energy_ptr + (row + 1) * energies + place, energy, mask=place >= 0)
+        _leave(a1, b1, row + 1, place, energy_ptr, energies, filtered_ptr, WRITE, D)
+
+
+@triton.jit
+def unrotated_rows(addresses, cos_ptr, sin_ptr, out_ptr, tokens, heads, D: tl.constexpr, BT: tl.constexpr,
+                   DTYPE: tl.constexpr):  # fmt: skip
+    """Keys of all layers before their rotation, float32, one head after another."""
+    row = tl.program_id(1).to(tl.int64)
+    HALF: tl.constexpr = D // 2
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    d = tl.arange(0, HALF)
+    ok = (t < tokens)[:, None]
+    keys = tl.multiple_of(tl.load(addresses + row // heads).to(tl.pointer_type(DTYPE)), 16)
+    near = tl.minimum(t, tokens - 1)
+    cos = tl.load(cos_ptr + near[:, None] * HALF + d[None, :])
+    sin = tl.load(sin_ptr + near[:, None] * HALF + d[None, :])
+    a, b = _signal(keys + (row % heads) * tokens * D, near, cos, sin, True, D, DTYPE)
+    target = (row * tokens + t)[:, None] * D + d[None, :]
+    tl.store(out_ptr + target, a, mask=ok)
+    tl.store(out_ptr + target + HALF, b, mask=ok)
 
 
 @triton.jit

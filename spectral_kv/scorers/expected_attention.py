@@ -91,7 +91,7 @@ class ExpectedAttention:
         kv_heads, _, dim = layer.keys.shape
         if not self.with_bias and layer.query_bias is not None:
             mean = mean - float32(layer.query_bias)[:, None]
-        turn = like(self._mean_rotation(layer), mean)
+        turn = like(self.mean_rotation(layer), mean)
         group = scatter.shape[0] // kv_heads
         mean = xp.permute_dims(xp.reshape(xp.matmul(mean, turn), (kv_heads, group, dim)), (0, 2, 1))
         covariance = xp.matmul(xp.matmul(turn.T, scatter / count), turn)
@@ -109,7 +109,7 @@ class ExpectedAttention:
         highest = xp.broadcast_to(xp.max(scores) + 1, (kv_heads, first))
         return xp.concat([highest, scores], axis=-1)
 
-    def _mean_rotation(self, layer: LayerView) -> np.ndarray:
+    def mean_rotation(self, layer: LayerView) -> np.ndarray:
         """`[dim, dim]`, by which un-rotated row vectors are multiplied."""
         now = int(layer.positions.max()) + 1
         turns = np.exp(1j * layer.rope.angles(now + np.arange(self.horizon))).mean(axis=0)

@@ -8,8 +8,10 @@ from spectral_kv.scorers.wavelet import Wavelet
 from spectral_kv.transforms.fourier import highpass
 from spectral_kv.xp import Array, namespace
 
+SEGMENTS = 8  # of a prompt, whose spectra are compared
 
-def segment_power(x: Array, segments: int = 8) -> Array:
+
+def segment_power(x: Array, segments: int = SEGMENTS) -> Array:
     """Power spectra `[kv_heads, segments, bins]` of equal segments of `x` `[kv_heads, tokens, dim]`, over channels."""
     xp = namespace(x)
     length = x.shape[-2] // segments

@@ -32,7 +32,13 @@ class WaveletTri(Wavelet):
 
     reads: ClassVar[tuple[str, ...]] = ("keys", "calibration")
 
+    @property
+    def tri(self) -> TriAttention:
+        return TriAttention(self.largest_offset)
+
     def score(self, layer: LayerView) -> Array:
-        wavelet = unit(super().score(layer), layer.evictable)
-        tri = unit(TriAttention(self.largest_offset).score(layer), layer.evictable)
-        return (1.0 - self.tri_weight) * wavelet + self.tri_weight * tri
+        return self.weighed(super().score(layer), self.tri.score(layer), layer.evictable)
+
+    def weighed(self, wavelet: Array, tri: Array, evictable: slice) -> Array:
+        """The weighted sum of two scores `[heads, tokens]`."""
+        return (1.0 - self.tri_weight) * unit(wavelet, evictable) + self.tri_weight * unit(tri, evictable)

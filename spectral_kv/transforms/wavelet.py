@@ -160,8 +160,8 @@ def back_projection(
     return index.ravel(), gain
 
 
-def _counts(tokens: int, wavelet: str, levels: int, mode: str, transform: str) -> list[int]:
-    """Coefficients of every level, finest first."""
+def coefficients(tokens: int, wavelet: str, levels: int, mode: str, transform: str) -> list[int]:
+    """Number of coefficients of every level, finest first."""
     (low, _), counts = _filters(wavelet), []
     for level in range(levels):
         tokens = _extension(tokens, low, mode, *_strides(transform, level))[1]
@@ -206,7 +206,7 @@ def repeating(
     index, gain = back_projection(short, wavelet, levels, mode, weights, transform)
     index = index.reshape(gain.shape)
     of_period = [period // _strides(transform, 0)[0] ** (level + 1) for level in range(levels)]
-    counts = _counts(short, wavelet, levels, mode, transform)
+    counts = coefficients(short, wavelet, levels, mode, transform)
     starts = np.concatenate([[0], np.cumsum(counts)])
     level = np.searchsorted(starts, index, side="right") - 1
     place = index - starts[level]

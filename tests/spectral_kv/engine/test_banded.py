@@ -2,11 +2,15 @@
 
 import numpy as np
 import pytest
+import torch
 
-from spectral_kv.engine.banded import filtered, plan
+from spectral_kv.engine.banded import filtered, fir, plan
+from spectral_kv.engine.cascade import plans
+from spectral_kv.engine.cascade import segment_power as cascade_power
 from spectral_kv.scorers.fourier import Fourier
 from spectral_kv.scorers.wavelet import Wavelet
-from spectral_kv.scorers.wavelet_fourier import WaveletFourier
+from spectral_kv.scorers.wavelet_fourier import WaveletFourier, segment_power
+from spectral_kv.transforms.fourier import highpass
 
 TOKENS = [1024, 1025, 1100, 1151, 2047]
 
@@ -45,3 +49,25 @@ def test_what_is_not_a_band_of_filters_has_no_plan(scorer):
 
 def test_short_sequences_have_no_plan():
     assert plan(Wavelet(), 1000) is None
+
+
+def test_a_filter_of_a_short_band_is_the_scorers(rng):
+    x = rng.normal(size=(2, 262, 3))
+    got, want = filtered(fir(0.25, 0.5, 262), x), np.sqrt(np.sum(highpass(x, 0.25, 0.5) ** 2, axis=-1))
+    assert np.linalg.norm(got - want) < 2e-4 * np.linalg.norm(want)
+    assert fir(0.25, 0.5, 255) is None
+
+
+def test_a_cascade_filters_every_band_of_a_prompt_that_is_long_enough():
+    bands, filters = plans(WaveletFourier(), 4096)
+    assert [f.energies for f in filters] == [2051, 1029, 518, 262]
+    assert bands.energies == 3860
+    assert plans(WaveletFourier(), 2048) is None
+    assert plans(WaveletFourier(centred=True), 4096) is None
+
+
+def test_the_power_of_segments_is_the_scorers_but_for_their_mean(rng):
+    x = rng.normal(5, 1, size=(2, 1003, 4))
+    got = cascade_power(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(got[..., 1:], segment_power(x)[..., 1:], rtol=1e-9)
+    assert not got[..., 0].any()
