@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from spectral_kv.xp import Array, constant, like, namespace
+from spectral_kv.xp import Array, constant, like, namespace, turned
 
 TABLE = 4096  # positions: tables of waves grow by so many
 
@@ -90,6 +90,4 @@ class Rope:
             )
         else:
             cos, sin = (constant(wave, x)[..., tokens, bands] for wave in self._waves(positions, direction, scale))
-        half = x.shape[-1] // 2
-        a, b = x[..., :half], x[..., half:]
-        return xp.concat([a * cos - b * sin, b * cos + a * sin], axis=-1)
+        return turned(x, cos, sin)

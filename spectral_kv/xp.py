@@ -20,6 +20,7 @@ __all__ = [
     "constant",
     "float32",
     "largest",
+    "lengths",
     "like",
     "namespace",
     "on_accelerator",
@@ -28,6 +29,7 @@ __all__ = [
     "softmax",
     "stable_order",
     "to_numpy",
+    "turned",
     "wide",
 ]
 
@@ -143,6 +145,33 @@ def largest(x: Array, count: int) -> Array:
     place = xp.where(chosen, chosen.cumsum(-1) - 1, count)
     found = place.new_empty((*x.shape[:-1], count + 1))  # the last column takes those that are not chosen
     return found.scatter_(-1, place, xp.arange(x.shape[-1], device=x.device).expand(place.shape))[..., :count]
+
+
+def turned(x: Array, cos: Array, sin: Array) -> Array:
+    """Channels of the first half of `[..., dim]` and those of the second as real and imaginary parts, turned.
+
+    By angles of which the cosines and sines `[..., dim / 2]` are given.
+    """
+    half = x.shape[-1] // 2
+    a, b = x[..., :half], x[..., half:]
+    if hasattr(x, "detach") and x.dtype == cos.dtype and not x.requires_grad:  # torch: with no temporary but the result
+        import torch
+
+        out = torch.empty_like(x)
+        torch.mul(a, cos, out=out[..., :half]).addcmul_(b, sin, value=-1)
+        torch.mul(b, cos, out=out[..., half:]).addcmul_(a, sin)
+        return out
+    return namespace(x).concat([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def lengths(x: Array) -> Array:
+    """Euclidean norms over the last axis, in single precision."""
+    if hasattr(x, "detach"):
+        import torch
+
+        return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+    xp = namespace(x)
+    return xp.sqrt(xp.sum(float32(x) ** 2, axis=-1))
 
 
 def rows(x: Array, chosen: Array) -> Array:

@@ -8,7 +8,7 @@ import numpy as np
 
 from spectral_kv.calibration import QueryStatistics
 from spectral_kv.rope import Rope
-from spectral_kv.xp import Array, constant, float32, namespace, over_tokens
+from spectral_kv.xp import Array, constant, float32, lengths, namespace, over_tokens
 
 
 @dataclass
@@ -166,8 +166,7 @@ def projected_norms(values: Array, projection: Array, order: int) -> Array:
 
 def norms(x: Array) -> Array:
     """Euclidean norms of `[heads, tokens, dim]`, float32 `[heads, tokens]`."""
-    xp = namespace(x)
-    return over_tokens(lambda some: xp.sqrt(xp.sum(float32(some) ** 2, axis=-1)), x)
+    return over_tokens(lengths, x)
 
 
 class Scorer(Protocol):
