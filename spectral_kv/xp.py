@@ -169,7 +169,8 @@ def lengths(x: Array) -> Array:
     if hasattr(x, "detach"):
         import torch
 
-        return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+        narrowed = float32(x) if x.dtype == torch.float64 else x  # which the function refuses
+        return torch.linalg.vector_norm(narrowed, dim=-1, dtype=torch.float32)
     xp = namespace(x)
     return xp.sqrt(xp.sum(float32(x) ** 2, axis=-1))
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from spectral_kv import xp
-from spectral_kv.xp import constant
+from spectral_kv.xp import constant, lengths, turned
 
 
 @pytest.fixture
@@ -41,3 +41,15 @@ def test_the_largest_of_equal_numbers_are_the_first(count):
     expected = np.sort(np.argsort(-x, axis=-1, kind="stable")[:, :count], axis=-1)
     for values in (x, torch.as_tensor(x)):
         assert np.array_equal(np.asarray(xp.largest(values, count)), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_lengths_and_turned_pairs_of_every_precision(rng, dtype):
+    x = torch.from_numpy(rng.normal(size=(2, 5, 6))).to(getattr(torch, dtype))
+    angles = torch.from_numpy(rng.normal(size=(5, 3))).float()
+    pairs = torch.complex(x[..., :3].double(), x[..., 3:].double())
+    want = pairs * torch.exp(1j * angles.double())
+    got = turned(x, angles.cos(), angles.sin())
+    torch.testing.assert_close(got.double(), torch.cat([want.real, want.imag], -1), rtol=1e-6, atol=1e-6)
+    assert lengths(x).dtype == torch.float32
+    torch.testing.assert_close(lengths(x).double(), x.double().norm(dim=-1), rtol=1e-6, atol=1e-6)
