@@ -25,6 +25,7 @@ from filelock import FileLock
 
 from pipeline.settings.config import TrackingConfig
 from pipeline.settings.errors import InputError
+from pipeline.store import view
 
 PACKAGES = ("torch", "transformers", "numpy", "PyWavelets", "hydra-core", "mlflow")
 PATIENCE = 5  # seconds until a server that says nothing counts as not there
@@ -139,7 +140,7 @@ def connect(tracking: TrackingConfig, outputs: Path):
     try:
         mlflow.set_tracking_uri(uri)
         if uri.startswith(("http://", "https://")):  # the server decides where artifacts go
-            _experiment_id = mlflow.set_experiment(tracking.experiment).experiment_id
+            _experiment_id = _chosen(mlflow, tracking.experiment)
         else:
             with FileLock(outputs / "mlflow.lock"):
                 _experiment_id = _prepared(mlflow, tracking.experiment, outputs, file)
@@ -169,7 +170,14 @@ def _prepared(mlflow, experiment: str, outputs: Path, file: Path | None) -> str:
         )
     if found is None:
         mlflow.create_experiment(experiment, artifact_location=(outputs / "artifacts").as_uri())
-    return mlflow.set_experiment(experiment).experiment_id
+    return _chosen(mlflow, experiment)
+
+
+def _chosen(mlflow, name: str) -> str:
+    """The id of an experiment that runs go to, with a view of its list that shows metrics."""
+    experiment = mlflow.set_experiment(name)
+    view.offer(mlflow, experiment)
+    return experiment.experiment_id
 
 
 def _artifacts_follow(file: Path, artifacts: str) -> None:

@@ -29,3 +29,23 @@ def test_processes_that_start_together_on_a_fresh_store_all_get_in(tmp_path, cou
     mlflow = tracking.connect(TrackingConfig(None, "x"), tmp_path)
     runs = mlflow.search_runs(experiment_names=["x"], output_format="list")
     assert [run.info.status for run in runs] == ["FINISHED"] * count
+
+
+def test_the_list_of_runs_has_a_view_with_metrics(tmp_path, outputs_in):
+    """Saved once, as the UI would; one that somebody changed stays as it is."""
+    import base64
+    import json
+    import zlib
+
+    from pipeline.store import view
+
+    outputs = outputs_in(tmp_path)
+    mlflow = tracking.connect(TrackingConfig(None, "x"), outputs)
+    tags = mlflow.get_experiment(tracking.experiment_id()).tags
+    found = json.loads(tags[view.TAG])
+    state = json.loads(zlib.decompress(base64.b64decode(found["state"].removeprefix("deflate;"))))
+    assert found["name"] == "Methods side by side" and "metrics.`ppl/kl`" in state["selectedColumns"]
+    mlflow.MlflowClient().set_experiment_tag(tracking.experiment_id(), view.TAG, "changed")
+    tracking._connected = None
+    tracking.connect(TrackingConfig(None, "x"), outputs)
+    assert mlflow.get_experiment(tracking.experiment_id()).tags[view.TAG] == "changed"
