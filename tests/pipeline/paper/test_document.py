@@ -150,7 +150,7 @@ def test_two_models_side_by_side(store, record, folder, tmp_path, monkeypatch, c
     ranks = pd.read_csv(paper / "tables" / "models_ranks.csv").set_index("metric")
     assert ranks.loc["aop/mean", "tau"] == pytest.approx(tau)
     assert ranks.loc["aop/mean", "methods"] == 8
-    assert {len(json.loads((paper / "results.json").read_text())["models"][m]) for m in ("first", "second")} == {11}
+    assert {len(json.loads((paper / "results.json").read_text())["models"][m]) for m in ("first", "second")} == {12}
     alone, runs = (tmp_path / "both.md").read_text(), pd.read_csv(tmp_path / "both.csv")
     assert "- platform: a machine" in alone and "| git.revision, second | abc |" in alone
     assert runs.groupby("model").size().to_dict() == {"first": 9, "second": 9}
