@@ -279,9 +279,9 @@ class Compressor:
         """What the kept tokens of every layer are given; the prefill has to remember the queries for it."""
         if self.refit is None or kept is None:
             return None
-        count = min(self.refit.queries, prefill.queries[0].shape[1])
+        tokens, rope = len(prefill.tokens), self.backend.rope
         return [
-            self.refit.layer(keys, values, chosen, q[:, q.shape[1] - count :], self.backend.scaling)
+            self.refit.layer(keys, values, chosen, self.refit.reference(q, tokens, rope), self.backend.scaling)
             for keys, values, chosen, q in zip(prefill.keys, prefill.values, kept, prefill.queries, strict=True)
         ]
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from spectral_kv.heads import Heads, runs
-from spectral_kv.xp import Array, like, namespace, to_numpy
+from spectral_kv.rope import Rope
+from spectral_kv.xp import Array, float32, like, namespace, to_numpy
 
 KINDS = ("bias", "bias_values")
 
@@ -26,7 +27,7 @@ class Refitted:
 
 @dataclass(frozen=True)
 class Refit:
-    """Fits the kept tokens of a prompt to what its last queries read from all of it.
+    """Fits the kept tokens of a prompt to what queries like its last would read from all of it, right after its end.
 
     With weights `w = exp(bias)` the kept tokens have the softmax's whole denominator, relative to it, for the reference
     queries; then values are fitted to their attention outputs. Both are least squares that are drawn to what is there
@@ -37,7 +38,9 @@ class Refit:
     kind : str
         `bias`, or `bias_values`.
     queries : int
-        Reference queries: so many of the prompt's last. Each sees the tokens up to its own.
+        Reference queries: so many of the prompt's last, turned on to the positions after it. Where they stand they read
+        their neighbours most, which are evicted and will be far from whoever asks: fitted to that, kept tokens are
+        worse than before.
     largest : float
         Bound of the bias, in nats, both ways.
     strength : float
@@ -49,8 +52,8 @@ class Refit:
     kind: str = "bias_values"
     queries: int = 256
     largest: float = 3.0
-    strength: float = 1e-3
-    value_strength: float = 1e-2
+    strength: float = 0.1
+    value_strength: float = 0.1
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -63,6 +66,16 @@ class Refit:
                 "than tokens determine nothing else"
             )
 
+    def reference(self, queries: Array, tokens: int, rope: Rope) -> Array:
+        """Rotated queries `[query_heads, reference, dim]` as if those of the last tokens were asked after the prompt.
+
+        `queries` `[query_heads, observed, dim]` are those of the last of `tokens` tokens, rotated where they stand.
+        """
+        count = min(self.queries, queries.shape[1])
+        last = float32(queries[:, queries.shape[1] - count :])
+        there = np.arange(tokens - count, tokens)
+        return rope.rotate(rope.unrotate(last, there), there + count)
+
     def layer(self, keys: Array, values: Array, kept: Heads, queries: Array, scaling: float) -> Refitted:
         """The refit of one layer.
 
@@ -72,7 +85,7 @@ class Refit:
             Of the whole prompt, as cached.
         kept : array of int, [kv_heads, kept], or a list of [kept]
         queries : array, [query_heads, reference, dim]
-            Rotated queries of the last tokens of the prompt.
+            Rotated queries that see the whole prompt: see `reference`.
         scaling : float
             Factor of the logits.
         """
@@ -97,10 +110,7 @@ class Refit:
 
         From its keys and values `[tokens, dim]`, and the queries `[group, reference, dim]` of the heads that read it.
         """
-        tokens, count = len(keys), queries.shape[1]
-        logits = scaling * queries @ keys.T
-        own = np.arange(tokens - count, tokens)[:, None]
-        logits = np.where(np.arange(tokens) > own, -np.inf, logits).reshape(-1, tokens)
+        logits = (scaling * queries @ keys.T).reshape(-1, len(keys))
         weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)
         of_kept = weights[:, kept].astype(np.float64)

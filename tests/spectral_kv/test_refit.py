@@ -47,8 +47,8 @@ def test_nothing_changes_where_nothing_is_evicted(kind, layer, rng):
 
 
 def test_a_bias_keeps_the_partition_sum_of_its_reference_queries(layer, rng):
-    """Fewer queries than kept tokens, which can be met all; each sees the tokens up to its own."""
-    keys, values, queries = layer[0], layer[1], layer[2] / 3
+    """Fewer queries than kept tokens, which can be met all."""
+    keys, values, queries = layer[0], layer[1], layer[2] / 6
     kept = chosen(rng, 100)
     found = Refit("bias", strength=1e-9, largest=30.0).layer(keys, values, kept, queries[:, -20:], SCALING)
     for head in range(HEADS):
@@ -87,6 +87,14 @@ def test_refitted_values_lower_the_perturbation_for_queries_they_have_not_seen(l
     for kind in ("bias_values",):
         found = np.array(differences[kind])
         assert found.mean() + 2.1 * found.std(ddof=1) / len(found) ** 0.5 < 0, kind
+
+
+def test_reference_queries_stand_after_the_prompt(rng, rope):
+    """The same contents at other positions: query i of the last three at TOKENS + i."""
+    plain = rng.normal(size=(4, 5, DIM)).astype("f4")
+    queries = rope.rotate(plain, np.arange(TOKENS - 5, TOKENS))
+    found = Refit(queries=3).reference(queries, TOKENS, rope)
+    np.testing.assert_allclose(found, rope.rotate(plain[:, 2:], np.arange(TOKENS, TOKENS + 3)), atol=1e-5)
 
 
 def test_heads_of_different_lengths_are_fitted_each_on_its_own(layer):
