@@ -55,7 +55,6 @@ def test_a_bias_keeps_the_partition_sum_of_its_reference_queries(layer, rng):
         for member in range(GROUP):
             for place in range(190, 200):
                 row = np.exp(SCALING * keys[head].astype(float) @ queries[head * GROUP + member, place])
-                row[TOKENS - 20 + place + 1 :] = 0
                 assert (row[kept[head]] @ np.exp(found.bias[head])) / row.sum() == pytest.approx(1, abs=1e-3)
 
 
