@@ -111,11 +111,28 @@ class Compressor:
     encode: Callable[[str], np.ndarray] | None = None
     refit: Refit | None = None
 
+    def __deepcopy__(self, memo: dict) -> "Compressor":
+        """Itself: nothing changes it, and a copy of a cache is of the same model."""
+        return self
+
     @property
     def protected(self) -> Budget | None:
         """The budget with the recent window that the scorer wants, where it states one."""
         share = getattr(self.scorer, "recent_share", None)
         return self.budget if share is None else self.budget.with_recent_share(share)
+
+    def remembered(self, every: int | None, append: bool = False, evicted: bool = False) -> int:
+        """Of how many last tokens the next eviction while decoding wants queries, where there is one `every` so many.
+
+        As many as the scorer looks at, or if it looks at all those of the tokens since the last eviction; with `append`
+        of the recent window, which is all that matters to a token that leaves it. Where some were just `evicted`, of
+        tokens that are held: no more than the recent window.
+        """
+        if every is None or not observed(self.scorer, every):
+            return 0
+        recent = self.protected.recent
+        count = max(self.scorer.window or (recent if append else every), 1)
+        return min(count, recent) if evicted else count
 
     def gathering(self) -> Gathering:
         """Of a prompt that is about to run, for a scorer that `gathers`."""
@@ -178,6 +195,7 @@ class Compressor:
         queries: list[Array] | None = None,
         future: list[Array] | None = None,
         gathered: list[Any] | None = None,
+        step: tuple[int, ...] = (),
     ) -> list[Array] | Array:
         """The scorer's verdict on every row, `[kv_heads, rows]`, one a layer or all in one array.
 
@@ -189,17 +207,19 @@ class Compressor:
             Of the last tokens, and of those to come.
         gathered : list
             `layers` of a finished `Gathering`, then no queries are needed; or what `repeated` returned.
+        step : tuple of int
+            What is random differs between steps, too.
         """
         contents = list(zip(cached.keys, cached.values, cached.positions, strict=True))
         if any(isinstance(keys, list) for keys in cached.keys):
-            return self._scores_by_head(cached, document, queries, future)
+            return self._scores_by_head(cached, document, queries, future, step)
 
         def view(layer: int) -> LayerView:
             more = {
                 name: given[layer] for name, given in (("queries", queries), ("future", future)) if given is not None
             }
             return self.view(
-                layer, *contents[layer], self.protected.evictable(contents[layer][0].shape[-2]), seed=(document, layer),
+                layer, *contents[layer], self.protected.evictable(contents[layer][0].shape[-2]), seed=(document, layer, *step),
                 gathered=gathered[layer] if gathered else None, **more,
             )  # fmt: skip
 
@@ -208,7 +228,8 @@ class Compressor:
         return scores_of_layers(self.scorer, [view(layer) for layer in range(len(contents))])
 
     def _scores_by_head(
-        self, cached: Contents, document: int, queries: list[Array] | None, future: list[Array] | None
+        self, cached: Contents, document: int, queries: list[Array] | None, future: list[Array] | None,
+        step: tuple[int, ...] = (),
     ) -> list[list[Array]]:
         """`scores` where heads hold different numbers of rows: each on its own, `[rows]`."""
         kv_heads, found = self.backend.shape.kv_heads, []
@@ -224,7 +245,7 @@ class Compressor:
                     continue
                 view = LayerView(
                     keys, values, self.backend.rope, positions, evictable, scaling=self.backend.scaling, index=layer,
-                    seed=(document, layer, heads.start), first_head=heads.start,
+                    seed=(document, layer, heads.start, *step), first_head=heads.start,
                     queries=None if queries is None else queries[layer][mine],
                     future=None if future is None else future[layer][mine],
                     statistics=self.statistics and self.statistics.of_heads(mine),
@@ -303,13 +324,22 @@ class Compressor:
             question()
         return cache, kept, refitted
 
-    def recompress(self, cache: Cache, document: int, queries: list[Array], future: list[Array] | None = None) -> Cache:
+    def recompress(
+        self,
+        cache: Cache,
+        document: int,
+        queries: list[Array],
+        future: list[Array] | None = None,
+        step: tuple[int, ...] = (),
+    ) -> Cache:
         """Bring a cache that has grown back to the budget.
 
-        `queries` are those of the tokens fed last; a method looks at as many of them as it wants.
+        `queries` are those of the tokens fed last; a method looks at as many of them as it wants. What is random
+        differs between documents and steps.
         """
         if self.scorer is None:
             return cache
         wanted = observed(self.scorer, queries[0].shape[1])
         seen = [q[:, q.shape[1] - wanted :] for q in queries] if wanted else None
-        return self.backend.recompress(cache, self.choose(self.backend.contents(cache), document, seen, future))
+        kept = self.choose(self.backend.contents(cache), document, seen, future, None, step)
+        return self.backend.recompress(cache, kept)

@@ -82,14 +82,21 @@ class Context:
         """A cache of all tokens, as they are."""
         return self.backend.compress(self.prefill, None, Dense())
 
-    def recompressed(self, cache: Cache, queries: list[Array], future: list[Array]) -> Cache:
+    def queries(self, count: int) -> list[Array]:
+        """Queries `[query_heads, count, dim]` of the last prompt tokens, one a layer, as far as they are remembered."""
+        return [q[:, max(q.shape[1] - count, 0) :] for q in self.prefill.queries]
+
+    def recompressed(
+        self, cache: Cache, queries: list[Array], future: list[Array], step: tuple[int, ...] = ()
+    ) -> Cache:
         """A cache that has grown, brought back to the budget.
 
         `queries` are those of the tokens fed last; only an oracle looks at the `future`, those of the tokens to come.
+        What is random differs between steps.
         """
         scorer = self.compressor.scorer
         ahead = [q[:, : scorer.horizon] for q in future] if foresees(scorer) else None
-        return self.compressor.recompress(cache, self.document, queries, ahead)
+        return self.compressor.recompress(cache, self.document, queries, ahead, step)
 
     def once(self, key: Hashable, measured: Callable[[], T]) -> T:
         """What `measured` returns of the full cache, computed for the first method that asks for this document's.

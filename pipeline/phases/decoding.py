@@ -23,13 +23,14 @@ def joined(parts: list[Array], axis: int) -> Array:
 class Decoding:
     """The true continuation, fed token by token as in generation, with `every` as in `spectral_kv.cache`.
 
-    Whenever the cache is `every` tokens over its budget, all that it holds is scored again with the queries of the
-    tokens since, and it is brought back to the budget. The stretches between are the steps of the curves `decoding/aop`
-    (of a stretch's first tokens, over everything before it), `decoding/kl` and `decoding/delta_nll` (of all of its
-    tokens), against the full cache; a step is the number of tokens fed by the end of the stretch.
+    Whenever the cache is `every` tokens over its budget, all that it holds is scored again with the queries that such a
+    cache remembers, and it is brought back to the budget. Stretches of `every` tokens, with a prompt above the budget
+    those between two evictions, are the steps of the curves `decoding/aop` (of a stretch's first tokens, over
+    everything before it), `decoding/kl` and `decoding/delta_nll` (of all of its tokens), against the full cache; a step
+    is the number of tokens fed by the end of the stretch.
 
-    Memory is that of the fullest step. Speed is that of one forward pass a token, with the evictions between them; the
-    full cache is timed on the same steps.
+    Memory is what is allocated at the fullest step, room to grow included. Speed is that of one forward pass a token,
+    with the evictions between them; the full cache is timed on the same steps.
 
     Parameters
     ----------
@@ -63,7 +64,7 @@ class Decoding:
 
     @property
     def stretch(self) -> int:
-        """Tokens between two evictions."""
+        """Tokens of a step of the curves."""
         return self.every or 128
 
     @property
@@ -83,28 +84,38 @@ class Decoding:
         full = log_softmax(fed.logits)
         prompt = len(context.prefill.tokens)
         held = prompt if context.kept is None else context.mean_kept
-        cache = context.compressed_cache()
-        budget = context.compressor.budget
+        cache, compressor = context.compressed_cache(), context.compressor
+        remembered = compressor.remembered(self.every)
+        queries = context.queries(compressor.remembered(self.every, evicted=held < prompt))
+        limit = prompt + self.tokens  # tokens that are held at most
+        if self.every and compressor.scorer is not None:
+            limit = compressor.budget.tokens + self.every
+        cache.reserve(min(limit - held, self.tokens))
         rows: list[Row] = []
         kl, rise, same = [], [], []
-        seconds, peak, most_bytes, most_held, evictions = 0.0, 0, cache.nbytes, held, 0
+        seconds, peak, most_bytes, most_held, evictions = 0.0, 0, cache.allocated, held, 0
         for start in range(0, self.tokens, self.stretch):
             stop = min(start + self.stretch, self.tokens)
             aop = self._perturbation(context, fed, whole, backend.contents(cache), prompt, start)
             backend.peak_bytes()
             clock = time.perf_counter()
             steps: list[Extension] = []
-            for token in tokens[start:stop]:
+            for at, token in enumerate(tokens[start:stop], start + 1):
                 steps.append(backend.extend(cache, np.array([token])))
                 backend.synchronize(steps[-1].logits)
                 held += 1
-                most_bytes, most_held = max(most_bytes, cache.nbytes), max(most_held, held)
-            over = 0 if budget is None else held - budget.tokens
-            if self.every and over >= self.every and stop < self.tokens:
-                queries = [joined([s.queries[layer] for s in steps], 1) for layer in range(backend.shape.layers)]
-                future = [q[:, stop:] for q in fed.queries]
-                cache, held, evictions = context.recompressed(cache, queries, future), budget.tokens, evictions + 1
-                backend.synchronize()
+                most_bytes, most_held = max(most_bytes, cache.allocated), max(most_held, held)
+                if remembered:
+                    queries = [joined(pair, 1) for pair in zip(queries, steps[-1].queries, strict=True)]
+                    queries = [q[:, max(q.shape[1] - remembered, 0) :] for q in queries]
+                if held >= limit and at < self.tokens:
+                    future = [q[:, at:] for q in fed.queries]
+                    cache = context.recompressed(cache, queries, future, step=(prompt + at,))
+                    held, evictions = compressor.budget.tokens, evictions + 1
+                    cache.reserve(min(limit - held, self.tokens - at))
+                    kept = compressor.remembered(self.every, evicted=True)
+                    queries = [q[:, max(q.shape[1] - kept, 0) :] for q in queries]
+                    backend.synchronize()
             seconds += time.perf_counter() - clock
             peak = max(peak, backend.peak_bytes() or 0)
             ours, theirs = log_softmax(joined([s.logits for s in steps], 0)), full[start:stop]

@@ -1,7 +1,7 @@
 """The torch backend: any full-attention causal model of transformers, on CPU or CUDA."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property
@@ -69,6 +69,16 @@ class Observer:
         return [torch.cat(parts, dim=1) if len(parts) > 1 else parts[0] for parts in self.remembered]
 
 
+def _uncompiled(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns that `torch.compile` must leave alone.
+
+    As a decorator `torch.compiler.disable` would import the compiler, which takes seconds, whether it is used or not.
+    """
+    if torch.compiler.is_compiling():
+        function = torch.compiler.disable(function)
+    return function(*arguments)
+
+
 def _observing_attention(module, query, key, value, attention_mask, **kwargs):
     """SDPA that shows the rotated queries to whoever is watching, and tells a fed cache layer when it was read."""
     observer = _observer.get()
@@ -80,10 +90,10 @@ def _observing_attention(module, query, key, value, attention_mask, **kwargs):
     layer = fed.get()
     if layer is not None:
         fed.set(None)  # first, so that no error leaves it to the next forward pass
-        attention_mask = layer.mask(query.shape[-2], attention_mask)
+        attention_mask = _uncompiled(layer.mask, query, attention_mask)
     result = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if layer is not None:
-        layer.attended(query, attention_mask)
+        _uncompiled(layer.attended, query, attention_mask)
     return result
 
 
@@ -176,6 +186,10 @@ class TorchBackend:
         )
         can_be_unrotated(self, name)
         self.engine = Engine(model, engine)
+
+    def device_of(self, layer: int) -> torch.device:
+        """Where a layer of the model is now, which may be spread over several devices."""
+        return next(self.model.base_model.layers[layer].self_attn.parameters()).device
 
     @staticmethod
     def place(device: str, dtype: str) -> tuple[str, str]:

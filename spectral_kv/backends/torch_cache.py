@@ -20,7 +20,8 @@ class CompressedLayer(CacheLayerMixin):
     the mask spans the `held` ones, which all lie before the new. So positions that a caller leaves out are right.
 
     Dense tokens grow in place, in buffers with room for `ROOM` more: joining arrays at every step would copy the whole
-    cache a token, and slow a large cache down more than a small one.
+    cache a token, and slow a large cache down more than a small one. There is no room beyond `most` tokens, where it is
+    known that no more are going to be held.
 
     Parameters
     ----------
@@ -31,13 +32,15 @@ class CompressedLayer(CacheLayerMixin):
         Tokens fed so far: the logical position of the next one.
     positions : np.ndarray, [kv_heads, held]
         Logical positions of the stored tokens; tokens fed later follow one another from `seen`.
+    most : int, optional
     """
 
     is_sliding = False
     row = 0  # of a batch whose sequences are layers of their own
 
-    def __init__(self, stored: Stored, dtype: torch.dtype, seen: int, positions: np.ndarray):
+    def __init__(self, stored: Stored, dtype: torch.dtype, seen: int, positions: np.ndarray, most: int | None = None):
         super().__init__()
+        self.most = most
         self.stored, self.cache_dtype, self.seen = stored, dtype, seen
         self._stored_positions, self._fed_from = positions, seen
         self._buffers: list[torch.Tensor] = []
@@ -66,7 +69,7 @@ class CompressedLayer(CacheLayerMixin):
         if not isinstance(self.stored, DenseTokens):
             return
         stop = self.held + tokens
-        if not self._buffers or stop > self._buffers[0].shape[-2]:
+        if self._too_small(stop):
             old = self.stored.load()
             self._buffers = [x.new_empty((*x.shape[:-2], stop, x.shape[-1])) for x in old]
             for buffer, x in zip(self._buffers, old, strict=True):
@@ -75,11 +78,21 @@ class CompressedLayer(CacheLayerMixin):
 
     def _grown(self, *new: torch.Tensor) -> DenseTokens:
         start, stop = self.held, self.held + new[0].shape[-2]
-        if not self._buffers or stop > self._buffers[0].shape[-2]:
-            self.reserve(stop - start + ROOM)
+        if self._too_small(stop):
+            room = ROOM if self.most is None else min(ROOM, max(self.most - stop, 0))
+            self.reserve(stop - start + room)
         for buffer, x in zip(self._buffers, new, strict=True):
             buffer[..., start:stop, :] = x
         return DenseTokens(*(buffer[..., :stop, :] for buffer in self._buffers))
+
+    def _too_small(self, tokens: int) -> bool:
+        """Whether so many dense tokens have no place in the buffers.
+
+        Nothing can be written to those of an inference mode that has ended.
+        """
+        if not self._buffers or tokens > self._buffers[0].shape[-2]:
+            return True
+        return self._buffers[0].is_inference() and not torch.is_inference_mode_enabled()
 
     def get_seq_length(self) -> int:
         """Tokens seen: where the next one goes."""
@@ -113,6 +126,11 @@ class CompressedLayer(CacheLayerMixin):
         return self.stored.nbytes
 
     @property
+    def position_nbytes(self) -> int:
+        """Bytes of the positions of what is held in 32 bits, which must live where tokens were evicted."""
+        return 0 if self.held == self.seen else 4 * len(self._stored_positions) * self.held
+
+    @property
     def allocated(self) -> int:
         """Bytes that the allocator holds for the layer, room to grow included."""
         return sum(x.nbytes for x in self._buffers) if self._buffers else self.stored.nbytes
@@ -123,7 +141,8 @@ class CompressedLayer(CacheLayerMixin):
 
     def copy(self) -> "CompressedLayer":
         """A layer that can be extended without touching this one; it makes buffers of its own when it grows."""
-        return CompressedLayer(self.stored, self.cache_dtype, self.seen, self.positions)
+        positions = self.positions.astype(self._stored_positions.dtype, copy=False)
+        return CompressedLayer(self.stored, self.cache_dtype, self.seen, positions, self.most)
 
 
 class CompressedCache(Cache):

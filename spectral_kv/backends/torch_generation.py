@@ -9,7 +9,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from spectral_kv.backends.torch_cache import CompressedLayer
 from spectral_kv.compressor import Compressor, observed
-from spectral_kv.storage.base import Storage
+from spectral_kv.storage.base import Storage, Stored
 from spectral_kv.storage.spectral import Arriving
 from spectral_kv.xp import rows, stable_order, to_numpy
 
@@ -72,6 +72,7 @@ class GenerationLayer(CacheLayerMixin):
         self.arriving = arriving
         self.sequences: list[CompressedLayer] = []
         self.fed_tokens = 0
+        self.whole = True  # unless tokens are fed that attention has not read to the end
         self._prompt: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values before the first attention
         self._queries: list[torch.Tensor] = []  # one a sequence, of its last tokens, for evictions while decoding
         self._places: list[torch.Tensor | None] = []  # `append`: [kv_heads, placed], of the tokens after the sinks
@@ -80,36 +81,47 @@ class GenerationLayer(CacheLayerMixin):
         """Nothing waits to be made."""
 
     def update(self, key_states, value_states, *args, **kwargs):
-        if fed.get() is not None:
-            fed.set(None)
-            raise RuntimeError(
-                "the model does not attend by way of spectral_kv: make the cache after setting the model's attention"
-            )
-        self.is_initialized = True
-        self.fed_tokens += key_states.shape[-2]
-        fed.set(self)
+        self.is_initialized, self.whole = True, False
         if not self.sequences:
-            self._prompt = key_states, value_states
-            return self._prompt
-        grown = [
-            sequence.update(key_states[row : row + 1], value_states[row : row + 1])
-            for row, sequence in enumerate(self.sequences)
-        ]
-        return tuple(stack(list(parts)) for parts in zip(*grown, strict=True))
+            self._prompt = found = key_states, value_states
+        else:
+            grown = [
+                sequence.update(key_states[row : row + 1], value_states[row : row + 1])
+                for row, sequence in enumerate(self.sequences)
+            ]
+            found = tuple(stack(list(parts)) for parts in zip(*grown, strict=True))
+        self.fed_tokens += key_states.shape[-2]
+        fed.set(self)  # last: after an error nobody's attention may take what this layer has not returned for its own
+        return found
 
-    def mask(self, new: int, given: torch.Tensor | None) -> torch.Tensor | None:
-        """What `new` tokens see, `[batch, 1, new, held]`: as `given` unless sequences of different lengths are held."""
-        if self.sequences and new > 1 and given is not None:
-            seen = given if given.dtype == torch.bool else given == 0
-            if not bool(seen[:, 0, -1, -new:].all()):
-                raise ValueError("a later prompt has padding: give every sequence of a batch a turn of the same length")
+    def mask(self, queries: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor | None:
+        """What new tokens of `queries` `[batch, query_heads, new, dim]` see, `[batch, 1, new, held]`.
+
+        As `given` unless sequences of different lengths are held.
+        """
+        if self.index == 0:  # one question to the device in a step
+            self._hides_only_padding(given)
         lengths = [sequence.held for sequence in self.sequences]
         if len(set(lengths)) < 2:
             return given
-        device = self.compressor.backend.device
+        new, device = queries.shape[-2], queries.device
         slots, own = torch.arange(self.held, device=device), torch.arange(self.held - new, self.held, device=device)
         first = self.held - torch.tensor(lengths, device=device)
         return ((slots >= first[:, None, None]) & (slots <= own[:, None]))[:, None]
+
+    def _hides_only_padding(self, given: torch.Tensor | None) -> None:
+        """Refuse a mask that hides a token after the padding in front of the prompts: it is held like any other."""
+        if given is None or not self.sequences:
+            return
+        seen = (given if given.dtype == torch.bool else given == 0)[:, 0, -1]
+        padding = torch.tensor([self.fed_tokens - sequence.seen for sequence in self.sequences], device=given.device)
+        places = torch.arange(self.fed_tokens - seen.shape[-1], self.fed_tokens, device=given.device)
+        if not bool((seen | (places < padding[:, None])).all()):
+            raise ValueError(
+                "a token after the padding in front of the prompts is masked: sequences of a batch end together and "
+                "take turns of the same length, and padding ends in the first piece of a prompt; else give every "
+                "sequence a cache of its own"
+            )
 
     @torch.no_grad()
     def attended(self, queries: torch.Tensor, mask: torch.Tensor | None) -> None:
@@ -118,8 +130,11 @@ class GenerationLayer(CacheLayerMixin):
         `queries` `[batch, query_heads, tokens, dim]` are those of the tokens just fed, rotated; `mask`
         `[batch, 1, tokens, held]`, where there is one, says what they saw.
         """
+        self._settle(queries.detach(), mask)
+        self.whole = True
+
+    def _settle(self, queries: torch.Tensor, mask: torch.Tensor | None) -> None:
         new = queries.shape[-2]
-        queries = queries.detach()
         budget = self.compressor.budget
         if not self.sequences:
             padding = self._padding(mask, len(queries))
@@ -131,7 +146,7 @@ class GenerationLayer(CacheLayerMixin):
         if self.compressor.scorer is None:
             return
         for row, sequence in enumerate(self.sequences):
-            self._queries[row] = torch.cat([self._queries[row], queries[row]], dim=-2)
+            self._remember(row, queries[row])
             over = sequence.held - budget.tokens
             evicts = over > 0 and (new > 1 or (self.every is not None and over >= self.every))
             if evicts:
@@ -156,10 +171,10 @@ class GenerationLayer(CacheLayerMixin):
         for row, empty in enumerate(padding):
             k, v = (x[row, :, empty:].detach().to(dtype) for x in (keys, values))
             tokens = k.shape[-2]
-            positions = np.arange(tokens)
+            positions = np.arange(tokens, dtype=np.int32)
             self._places.append(None)
             if compressor.scorer is None or compressor.budget.tokens >= tokens:
-                positions = np.tile(positions, (len(k), 1))
+                positions = np.broadcast_to(positions, (len(k), tokens))
                 k, v = k.clone(), v.clone()
             else:
                 kept = self._chosen(row, self._scores(k, v, positions, queries[row, :, empty:], (0, self.index)))
@@ -169,7 +184,7 @@ class GenerationLayer(CacheLayerMixin):
                 stored = self._arrival(row).add(k[None], v[None], positions[0], tokens)
             else:
                 stored = compressor.storage.store(k[None], v[None], self.index)
-            self.hold(CompressedLayer(stored, dtype, tokens, positions))
+            self.hold(self._sequence(stored, tokens, positions))
 
     def _arrival(self, row: int) -> Arriving:
         """What puts the layers of one prompt away together."""
@@ -183,6 +198,13 @@ class GenerationLayer(CacheLayerMixin):
         sequence.row = len(self.sequences)
         self.sequences.append(sequence)
 
+    def _sequence(self, stored: Stored, seen: int, positions: np.ndarray) -> CompressedLayer:
+        """A sequence of `seen` tokens that holds those at `positions`, and grows as far as evictions allow."""
+        bounded = self.compressor.scorer is not None and self.every is not None
+        most = self.compressor.budget.tokens + self.every if bounded else None
+        positions = positions.astype(np.int32, copy=False)
+        return CompressedLayer(stored, self.compressor.backend.cache_dtype, seen, positions, most)
+
     def restore(self, tensors: dict[str, torch.Tensor], positions: np.ndarray, seen: int) -> None:
         """Have one more sequence in the batch, of `seen` tokens, whose storage wrote `tensors` down."""
         storage = self.compressor.storage
@@ -190,7 +212,7 @@ class GenerationLayer(CacheLayerMixin):
             stored = self._arrival(len(self.sequences)).restore(tensors, positions[0], seen)
         else:
             stored = storage.restored(tensors, self.index)
-        self.hold(CompressedLayer(stored, self.compressor.backend.cache_dtype, seen, positions))
+        self.hold(self._sequence(stored, seen, positions))
 
     def _evict(self, row: int) -> None:
         """Bring a sequence that is over the budget back to it."""
@@ -200,7 +222,7 @@ class GenerationLayer(CacheLayerMixin):
         kept = self._chosen(row, self._scores(keys, values, sequence.positions, self._queries[row], seed))
         positions = np.take_along_axis(sequence.positions, to_numpy(kept), axis=1)
         stored = sequence.stored.take(kept[None])
-        self.sequences[row] = CompressedLayer(stored, sequence.cache_dtype, sequence.seen, positions)
+        self.sequences[row] = self._sequence(stored, sequence.seen, positions)
 
     def _scores(self, keys, values, positions: np.ndarray, queries: torch.Tensor, seed: tuple[int, ...]):
         """The scorer's verdict on every row of a sequence, `[kv_heads, tokens]`."""
@@ -226,20 +248,23 @@ class GenerationLayer(CacheLayerMixin):
         self._places[row] = places.gather(-1, chosen).to(torch.int32)
         return kept
 
-    def _forget(self, row: int, evicted: bool) -> None:
-        """Drop the queries of a sequence that no eviction while decoding will read.
+    def _remember(self, row: int, queries: torch.Tensor) -> None:
+        """Queries `[query_heads, tokens, dim]` of tokens just fed, with those of a sequence's last tokens before them.
 
-        What is left are queries of its last tokens, all of which it holds: no more than the recent window after an
-        eviction.
+        Of a turn of several tokens all are read. While decoding, the oldest is forgotten for every new one.
         """
-        scorer, queries = self.compressor.scorer, self._queries[row]
-        count = 0
-        if self.every is not None and observed(scorer, self.every):
-            recent = self.compressor.protected.recent
-            count = scorer.window or (recent if self.decode == "append" else self.every)
-            if evicted:
-                count = min(count, recent)
-        self._queries[row] = queries[:, max(queries.shape[-2] - count, 0) :].clone()
+        joined = torch.cat([self._queries[row], queries], dim=-2)
+        if queries.shape[-2] == 1:
+            joined = joined[:, max(joined.shape[-2] - self._remembered(), 0) :]
+        self._queries[row] = joined
+
+    def _forget(self, row: int, evicted: bool) -> None:
+        """Drop the queries of a sequence that no eviction while decoding will read."""
+        queries = self._queries[row]
+        self._queries[row] = queries[:, max(queries.shape[-2] - self._remembered(evicted), 0) :].clone()
+
+    def _remembered(self, evicted: bool = False) -> int:
+        return self.compressor.remembered(self.every, self.decode == "append", evicted)
 
     @property
     def held(self) -> int:
@@ -253,9 +278,21 @@ class GenerationLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every tensor that must live to continue decoding."""
-        places = [x for x in self._places if x is not None]
-        return sum(x.nbytes for x in (*self._queries, *places, *self.sequences))
+        """Bytes of every array that must live to continue decoding."""
+        return self._beside + sum(sequence.nbytes for sequence in self.sequences)
+
+    @property
+    def allocated(self) -> int:
+        """The same with the room to grow."""
+        return self._beside + sum(sequence.allocated for sequence in self.sequences)
+
+    @property
+    def _beside(self) -> int:
+        """Bytes beside stored keys and values: remembered queries, places and, where tokens are evicted, positions."""
+        found = sum(x.nbytes for x in (*self._queries, *self._places) if x is not None)
+        if self.compressor.scorer is not None:
+            found += sum(sequence.position_nbytes for sequence in self.sequences)
+        return found
 
     def get_seq_length(self) -> int:
         """Tokens fed, padding included: where the next one goes."""
@@ -274,6 +311,7 @@ class GenerationLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         self.sequences, self.fed_tokens, self._prompt, self._queries, self._places = [], 0, None, [], []
+        self.whole = True
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences of these numbers, each as often as it is named."""
@@ -308,6 +346,58 @@ class GenerationCache(Cache):
             GenerationLayer(compressor, i, every, decode, arriving) for i in range(compressor.backend.shape.layers)
         ]
         super().__init__(layers=layers)
+        self._arriving = arriving
+
+    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
+        """Keys and values `[batch, kv_heads, tokens, dim]` of new tokens of a layer; what its attention reads.
+
+        Raises
+        ------
+        ValueError
+            If another number of sequences is held, or a forward pass before this one did not end.
+        RuntimeError
+            If the model attends in another way than when the cache was made.
+        """
+        if fed.get() is not None:
+            fed.set(None)
+            raise RuntimeError(
+                "the model does not attend by way of spectral_kv: make the cache after setting the model's attention"
+            )
+        if layer_idx == 0:
+            self._takes(len(key_states))
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _takes(self, batch: int) -> None:
+        """Refuse a forward pass that could not be right, before anything changes."""
+        if any(not layer.whole or layer.fed_tokens != self.position for layer in self.layers):
+            raise ValueError(
+                "the last forward pass of this cache did not end, and layers hold different tokens: "
+                "cache.reset() and feed all again, or load it again"
+            )
+        held = len(self.layers[0].sequences)
+        if held and batch != held:
+            raise ValueError(
+                f"the cache holds {held} sequences, and {batch} are fed: for several answers to each of them call "
+                "cache.batch_repeat_interleave(answers) first"
+            )
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self._arriving.clear()
+
+    def crop(self, *args) -> None:
+        """What is evicted does not come back.
+
+        Raises
+        ------
+        ValueError
+            Always.
+        """
+        raise ValueError(
+            "a compressed cache can't take tokens back, as assisted generation and prompt lookup want: "
+            "generate without assistant_model and prompt_lookup_num_tokens"
+        )
 
     @property
     def position(self) -> int:
@@ -321,8 +411,13 @@ class GenerationCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every tensor that must live to continue decoding."""
+        """Bytes of every array that must live to continue decoding: keys and values, positions, queries, places."""
         return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def allocated(self) -> int:
+        """The same with the room to grow."""
+        return sum(layer.allocated for layer in self.layers)
 
     @torch.no_grad()
     def prefill(self, input_ids, attention_mask=None, chunk: int | None = None) -> torch.Tensor:
@@ -338,7 +433,8 @@ class GenerationCache(Cache):
         input_ids : torch.Tensor of int, [batch, tokens]
             New tokens alone.
         attention_mask : torch.Tensor, [batch, position + tokens], optional
-            Zero for padding in front of a prompt; it has to end in the first piece.
+            Zero for padding in front of a prompt; it has to end in the first piece. Of a further turn it can be left
+            out.
         chunk : int, optional
             Tokens that are fed at once; by default all.
 
@@ -349,10 +445,24 @@ class GenerationCache(Cache):
         """
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk={chunk} must be at least 1, or unset to feed the prompt at once")
-        model = self.compressor.backend.model
+        model, end = self.compressor.backend.model, self.position + input_ids.shape[1]
+        if attention_mask is not None and attention_mask.shape[1] != end:
+            raise ValueError(
+                f"attention_mask is of {attention_mask.shape[1]} tokens, and {end} are there with those fed before: "
+                "give it for all of them"
+            )
+        if attention_mask is None:
+            padding = [self.position - sequence.seen for sequence in self.layers[0].sequences]
+            if any(padding):
+                empty = torch.tensor(padding, device=input_ids.device)[:, None]
+                attention_mask = (torch.arange(end, device=input_ids.device) >= empty).long()
+        # as `generate` counts them, which may go on from here
+        places = None if attention_mask is None else (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
         for piece in input_ids.split(chunk or input_ids.shape[1], dim=1):
-            mask = None if attention_mask is None else attention_mask[:, : self.position + piece.shape[1]]
-            logits = model(piece, attention_mask=mask, past_key_values=self, logits_to_keep=1).logits
+            start, stop = self.position, self.position + piece.shape[1]
+            mask = None if attention_mask is None else attention_mask[:, :stop]
+            at = None if places is None else places[:, start:stop]
+            logits = model(piece, attention_mask=mask, position_ids=at, past_key_values=self, logits_to_keep=1).logits
         return logits[:, -1]
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -369,9 +479,9 @@ class GenerationCache(Cache):
 
     def restore(self, tensors: dict[str, torch.Tensor], position: int, seen: list[int]) -> None:
         """Hold what `tensors` returned, of sequences of `seen` tokens, and continue after `position` fed tokens."""
-        device = self.compressor.backend.device
+        self.reset()
         for index, layer in enumerate(self.layers):
-            layer.reset()
+            device = self.compressor.backend.device_of(index)
             layer.fed_tokens, layer.is_initialized = position, True
             for row, tokens in enumerate(seen):
                 start = f"{index}.{row}."

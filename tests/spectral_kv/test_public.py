@@ -25,6 +25,7 @@ from pipeline.stages.compress import compress
 from pipeline.stages.prefill import FullRun
 from spectral_kv import names
 from spectral_kv.backends.torch import TorchBackend
+from spectral_kv.backends.torch_cache import CompressedLayer
 from spectral_kv.compressor import Compressor, SharedScores, observed
 from spectral_kv.scorers.base import LayerView
 from spectral_kv.scorers.knorm import Knorm
@@ -215,13 +216,16 @@ def test_beams_and_sampling_run_as_with_the_plain_cache(model):
 def test_bytes_never_exceed_those_of_the_budget_and_the_interval(model, name, every, decode):
     cache, held, sizes = spectral_kv.cache(model, name, BUDGET, every=every, decode=decode), [], []
     with torch.no_grad():
-        for token in prompt(400)[0]:
+        for token in prompt(300)[0]:
             model(token.view(1, 1), past_key_values=cache)
             held.append(cache.held)
-            sizes.append(cache.nbytes)
-    assert max(held) == BUDGET.tokens + every - 1 and cache.position == 400
+            sizes.append(cache.allocated)
+            stored = [x for layer in cache.layers for x in layer.sequences[0].stored.load()]
+            beside = cache.nbytes - sum(x.nbytes for x in stored)
+            assert cache.allocated == beside + sum(x.untyped_storage().nbytes() for x in stored)
+    assert max(held) == BUDGET.tokens + every - 1 and cache.position == 300
     layers, kv_heads, dim, heads = 2, 2, 16, 4
-    allowed = layers * 2 * kv_heads * (BUDGET.tokens + every - 1) * dim * 4
+    allowed = layers * kv_heads * (BUDGET.tokens + every) * (2 * dim + 1) * 4  # keys, values and positions
     if decode == "append":
         allowed += layers * kv_heads * BUDGET.tokens * 4
     if name != "fourier":  # the queries of the recent window, or as many as there are between evictions
@@ -457,22 +461,177 @@ def test_what_can_not_be_is_refused(model, settings, message):
         spectral_kv.cache(model, **settings)
 
 
-def test_padding_of_a_later_turn_is_refused(model):
+def test_masked_tokens_after_the_padding_are_refused(model):
     for lengths in ((60, 60), (70, 30)):  # as long as one another, and not
         ids, mask = padded(*(prompt(n, seed=n) for n in lengths))
-        cache = spectral_kv.cache(model, "fourier", BUDGET)
-        model(ids, attention_mask=mask, past_key_values=cache)
-        later = torch.ones(2, 9, dtype=torch.long)
-        later[1, :3] = 0
-        with pytest.raises(ValueError, match="a later prompt has padding"):
-            model(prompt(9, batch=2), attention_mask=torch.cat([mask, later], dim=1), past_key_values=cache)
+        for new, ended in ((9, 3), (1, 1)):  # a turn that begins with padding, and a sequence that has ended
+            cache = spectral_kv.cache(model, "fourier", BUDGET)
+            model(ids, attention_mask=mask, past_key_values=cache)
+            later = torch.ones(2, new, dtype=torch.long)
+            later[1, :ended] = 0
+            with pytest.raises(ValueError, match="a token after the padding in front of the prompts is masked"):
+                model(prompt(new, batch=2), attention_mask=torch.cat([mask, later], dim=1), past_key_values=cache)
 
 
-def test_padding_on_the_right_is_refused(model):
-    mask = torch.ones(2, 60, dtype=torch.long)
-    mask[0, 50:] = 0
+def test_an_answer_that_ended_early_can_not_be_masked_later(model):
+    ids = prompt(60, batch=2)
+    cache = spectral_kv.cache(model, "fourier", BUDGET, every=7)
+    ids = torch.cat([continued(model, ids, cache), prompt(5, batch=2)], dim=1)
+    mask = torch.ones_like(ids)
+    mask[0, 68:72] = 0
+    with pytest.raises(ValueError, match="sequences of a batch end together"):
+        continued(model, ids, cache, attention_mask=mask)
+
+
+def test_padding_on_the_right_is_refused_and_leaves_nothing_behind(model):
+    ids, mask = padded(prompt(60, seed=1), prompt(30, seed=2))
+    cache = spectral_kv.cache(model, "fourier", 1000)
     with pytest.raises(ValueError, match="padded on the right"):
-        model(prompt(60, batch=2), attention_mask=mask, past_key_values=spectral_kv.cache(model, "fourier", BUDGET))
+        model(ids, attention_mask=mask.flip(1), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"did not end, .*: cache\.reset\(\)"):
+        continued(model, ids, cache, attention_mask=mask)
+    cache.reset()
+    plain = continued(model, ids, DynamicCache(), attention_mask=mask)
+    assert torch.equal(continued(model, ids, cache, attention_mask=mask), plain)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_cache_says_that_a_forward_pass_was_interrupted(model, monkeypatch, last):
+    """Between two layers, and in the last one."""
+    cache = spectral_kv.cache(model, "fourier", 1000)
+    model(prompt(60), past_key_values=cache)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    if last:
+        monkeypatch.setattr(cache.layers[1], "_settle", interrupted)
+    else:
+        hook = model.model.layers[1].register_forward_pre_hook(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model(prompt(5), past_key_values=cache)
+    monkeypatch.undo() if last else hook.remove()
+    with pytest.raises(ValueError, match="did not end"):
+        model(prompt(5), past_key_values=cache)
+    cache.reset()
+    assert torch.equal(continued(model, prompt(60), cache), continued(model, prompt(60), DynamicCache()))
+
+
+def test_other_forward_passes_are_untouched_by_one_that_failed(model, monkeypatch):
+    ids, mask = padded(*(prompt(n, seed=n) for n in (20, 12, 15)))
+    cache = spectral_kv.cache(model, "fourier", 1000)
+    with torch.no_grad():
+        other = prompt(24, batch=3)
+        expected = model(other, use_cache=False).logits
+        model(ids, attention_mask=mask, past_key_values=cache)
+        monkeypatch.setattr(CompressedLayer, "update", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        with pytest.raises(MemoryError):
+            model(prompt(4, batch=3), past_key_values=cache)
+        assert torch.equal(model(other, use_cache=False).logits, expected)
+    assert cache.layers[0].held == 20
+
+
+def test_another_number_of_sequences_is_refused_before_anything_changes(model):
+    """Many answers to a text that was compressed once are those of as many equal prompts."""
+    ids = torch.cat([prompt(60), prompt(5, seed=1)], dim=1)
+    settings = dict(do_sample=True, num_return_sequences=3, max_new_tokens=10, attention_mask=torch.ones_like(ids))
+    cache, plain = spectral_kv.cache(model, "fourier", 1000), DynamicCache()
+    model(ids[:, :60], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"holds 1 sequences, and 3 are fed: .* cache\.batch_repeat_interleave"):
+        model.generate(ids, past_key_values=cache, **settings)
+    cache.batch_repeat_interleave(3)
+    got = []
+    for one in (cache, plain):
+        torch.manual_seed(0)
+        got.append(model.generate(ids, past_key_values=one, **settings))
+    assert torch.equal(*got)
+    with pytest.raises(ValueError, match="holds 3 sequences, and 1 are fed"):
+        model(prompt(4), past_key_values=cache)
+
+
+@pytest.mark.parametrize("chunk", [None, 100])
+def test_generate_goes_on_from_a_padded_batch_that_was_prefilled(model, chunk):
+    ids, mask = padded(*(prompt(n, seed=n) for n in (120, 40, 77)))
+    plain, cache = DynamicCache(), spectral_kv.cache(model, "fourier", 1000)
+    cache.prefill(ids[:, :-1], mask[:, :-1], chunk=chunk)
+    got = continued(model, ids, cache, attention_mask=mask)
+    assert torch.equal(got, continued(model, ids, plain, attention_mask=mask))
+    more = prompt(9, batch=3)
+    whole = torch.cat([got, more], dim=1)
+    cache.prefill(torch.cat([got[:, -1:], more[:, :-1]], dim=1))  # what was generated last has not been fed
+    mask = torch.nn.functional.pad(mask, (0, whole.shape[1] - mask.shape[1]), value=1)
+    with pytest.raises(ValueError, match="attention_mask is of 9 tokens, and 141 are there"):
+        cache.prefill(more[:, -1:], mask[:, -9:])
+    assert torch.equal(
+        continued(model, whole, cache, attention_mask=mask), continued(model, whole, plain, attention_mask=mask)
+    )
+
+
+@pytest.mark.parametrize("name", ["tri", "wavelet_tri"])
+def test_a_prefilled_row_of_a_padded_batch_keeps_what_the_prompt_alone_does(model, name):
+    statistics = spectral_kv.calibrate(model, [prompt(300, seed=7)[0].numpy()])
+    ids, mask = padded(prompt(150, seed=1), prompt(90, seed=2))
+    together, alone = (spectral_kv.cache(model, name, BUDGET, statistics=statistics) for _ in range(2))
+    together.prefill(ids, mask)
+    alone.prefill(prompt(90, seed=2))
+    for ours, theirs in zip(together.layers, alone.layers, strict=True):
+        assert np.array_equal(ours.positions[1], theirs.positions[0])
+
+
+def test_a_copy_of_a_cache_is_of_the_same_model(model):
+    """transformers' recipe for a prefix that many prompts share."""
+    ids = torch.cat([prompt(90), prompt(9, seed=1)], dim=1)
+    prefix = spectral_kv.cache(model, "fourier", BUDGET, every=5)
+    model(ids[:, :90], past_key_values=prefix)
+    again = copy.deepcopy(prefix)
+    assert again.compressor.backend.model is model
+    first = continued(model, ids, again)
+    assert prefix.position == 90
+    assert torch.equal(continued(model, ids, prefix), first)
+
+
+@pytest.mark.parametrize("storage", ["dense", "turboquant_4bit"])
+def test_a_cache_goes_on_after_inference_mode(model, storage):
+    ids, more = prompt(60), prompt(5, seed=3)
+    got = []
+    for mode in (torch.inference_mode, torch.no_grad):
+        cache = spectral_kv.cache(model, "snapkv", BUDGET, storage, every=9)
+        with mode():
+            said = continued(model, ids, cache, 4).clone()
+        got.append(continued(model, torch.cat([said, more], dim=1).clone(), cache, 20))
+    assert torch.equal(*got)
+
+
+def test_drafts_are_refused_in_a_sentence(model):
+    with pytest.raises(ValueError, match="can't take tokens back, as assisted generation and prompt lookup"):
+        continued(model, prompt(10).repeat(1, 8), spectral_kv.cache(model, "fourier", 1000), prompt_lookup_num_tokens=4)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_evicts(model):
+    ids = prompt(90)
+    ours, plain = (spectral_kv.cache(model, "wavelet", BUDGET, every=2) for _ in range(2))
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        for start, stop in ((0, 80), (80, 81), (81, 82)):
+            pair = [m(ids[:, start:stop], past_key_values=c).logits for m, c in ((compiled, ours), (model, plain))]
+            torch.testing.assert_close(*pair)
+    assert ours.held == plain.held == BUDGET.tokens
+    torch.compiler.reset()
+
+
+def test_layers_are_where_the_model_is(model):
+    """Also one that was moved, or spread over devices, after its cache was made."""
+    ids, mask = padded(prompt(60), prompt(30))
+    cache = spectral_kv.cache(model, "fourier", 1000)
+    model(ids, attention_mask=mask, past_key_values=cache)
+    elsewhere = torch.empty((2, 4, 3, 16), device="meta")
+    assert cache.layers[1].mask(elsewhere, None).device.type == "meta"
+    spread = copy.deepcopy(model)
+    again = spectral_kv.cache(spread, "fourier", 1000)
+    spread.model.layers[1].to("meta")
+    again.restore(cache.tensors(), 60, [60, 30])
+    assert [layer.sequences[0].stored.keys.device.type for layer in again.layers] == ["cpu", "meta"]
 
 
 def test_a_prompt_is_not_repeated_layer_by_layer(model):

@@ -28,7 +28,9 @@ def phase(job):
     return lambda *overrides: execute(job(*overrides))
 
 
-@pytest.mark.parametrize("method", ["fourier", "keydiff", "streaming"])
+@pytest.mark.parametrize(
+    "method", ["expected_attention", "fourier", "h2o", "keydiff", "observed_attention", "random", "snapkv", "streaming"]
+)
 def test_it_measures_what_the_cache_of_the_library_does(job, checkpoint, method):
     one = job(f"method={method}", *EXACT)
     metrics = execute(one).metrics
@@ -50,6 +52,13 @@ def test_it_measures_what_the_cache_of_the_library_does(job, checkpoint, method)
     assert metrics["decoding/kl_last"] == pytest.approx(float(kl[40:].mean()), rel=1e-3)
     assert metrics["decoding/most_tokens"] == most + 1 == 80  # counted before the eviction that the 80th brings about
     assert metrics["decoding/resident_mb"] == pytest.approx(80 * 2 * 2 * 2 * 16 * 4 / 1e6)
+
+
+def test_a_budget_above_the_prompt_is_held_as_in_the_library(phase):
+    """Its evictions do not fall on the ends of stretches."""
+    budget = ["budget.tokens=215", "budget.recent=16"]
+    metrics = phase("method=streaming", "budget.above_prompt=keep", *budget, *EXACT).metrics
+    assert metrics["decoding/evictions"] == 1 and metrics["decoding/most_tokens"] == 235
 
 
 def test_the_full_cache_loses_nothing_and_grows(phase):
