@@ -76,17 +76,29 @@ class QueryStatistics:
                 statistics = cls(mu, file.get_tensor("m"), file.metadata() or {})
         except SafetensorError as error:
             raise ValueError(f"{path} does not hold query statistics ({error})") from None
-        if statistics.mu.shape != shape or statistics.modulus.shape != shape:
+        return statistics.of_shape(shape, path)
+
+    def of_shape(self, shape: tuple[int, int, int], path: str | Path) -> "QueryStatistics":
+        """These statistics, unless they are of a model of another shape than (layers, query_heads, dim / 2).
+
+        `path` is where they come from.
+
+        Raises
+        ------
+        ValueError
+            Or if they are impossible.
+        """
+        if self.mu.shape != shape or self.modulus.shape != shape:
             raise ValueError(
-                f"{path} was calibrated for [layers, query heads, bands] = {list(statistics.mu.shape)}, "
+                f"{path} was calibrated for [layers, query heads, bands] = {list(self.mu.shape)}, "
                 f"this model has {list(shape)}"
             )
-        return statistics.possible(path)
+        return self.possible(path)
 
     def possible(self, path: str | Path) -> "QueryStatistics":
         """These statistics, unless no queries have them: the mean modulus is at least the modulus of the mean.
 
-        `path` is the file that they come from.
+        `path` is where they come from.
 
         Raises
         ------

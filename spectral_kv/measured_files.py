@@ -17,6 +17,8 @@ def reference_model() -> Path:
 
 def beside(model: "PreTrainedModel", name: str) -> Path:
     """Where a file of that name belongs."""
+    if not model.config._name_or_path:  # made here, not read from a folder: the working directory is none of its
+        return Path(f"the {name} of a {type(model).__name__} without a folder")
     folder = Path(model.config._name_or_path)
     shipped = folder.resolve() == reference_model().resolve()
     return (folder.parent if shipped else folder) / name

@@ -52,6 +52,10 @@ def _made(group: str, entry: tuple[str, dict[str, Any]]) -> Any:
 def method(name: Any) -> Any:
     """The scorer of a name, None where every token is kept; a scorer is returned as it is."""
     if not isinstance(name, str):
+        if name is not None and (isinstance(name, type) or not hasattr(name, "score")):
+            raise ValueError(
+                f"method={name!r} is no scorer: give one of {', '.join(METHODS)}, or an object as Wavelet()"
+            )
         return name
     if name not in METHODS:
         raise ValueError(f"method={name} is not known: choose one of {', '.join(METHODS)}")
@@ -61,6 +65,10 @@ def method(name: Any) -> Any:
 def storage(name: Any) -> Any:
     """The storage of a name; a storage is returned as it is."""
     if not isinstance(name, str):
+        if isinstance(name, type) or not (hasattr(name, "store") or hasattr(name, "store_together")):
+            raise ValueError(
+                f"storage={name!r} is no storage: give one of {', '.join(STORAGES)}, or an object as Dense()"
+            )
         return name
     if name not in STORAGES:
         raise ValueError(f"storage={name} is not known: choose one of {', '.join(STORAGES)}")

@@ -13,7 +13,7 @@ from spectral_kv.codec.bases import Bases
 from spectral_kv.compressor import Compressor, foresees, repeats
 from spectral_kv.measured_files import STATISTICS, bases_of, beside
 from spectral_kv.scorers.base import Scorer
-from spectral_kv.selection import Budget
+from spectral_kv.selection import Budget, whole
 from spectral_kv.storage.base import Storage
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ def cache(
         One of `METHODS`. Oracles can't be used: they read what is not generated yet.
     budget : int or Budget
         Tokens that every layer and KV head keeps, the first 4 and the last 64 among them as in the pipeline; a budget
-        that can't hold them, of 68 tokens or fewer, has an eighth of it for the last. A `Budget` states them itself.
+        that can't hold them, of 68 tokens or fewer, has an eighth of it for the last, and an eighth, at most 4, for the
+        first. A `Budget` states them itself.
     storage : str or Storage
         One of `STORAGES`. `spectral`, its like and `pair_bits` keep every token and want `method="full"`; their
         bases are looked for in the model's folder, and their ratio is that of the tokens in codes.
@@ -80,11 +81,13 @@ def cache(
             f"method={method} has a finished prompt repeated, and a prompt is compressed layer by layer while it runs: "
             "choose another method"
         )
-    if every is not None and every < 1:
-        raise ValueError(f"every={every} must be at least 1, or unset to keep what is generated")
+    if every is not None and (not whole(every) or every < 1):
+        raise ValueError(f"every={every!r} must be a whole number, at least 1, or unset to keep what is generated")
     if decode not in DECODING:
         raise ValueError(f"decode={decode} is not known: choose {' or '.join(DECODING)}")
     if not isinstance(budget, Budget):
+        if not whole(budget) or budget < 1:
+            raise ValueError(f"budget={budget!r} must be a whole number of tokens, at least 1, or a spectral_kv.Budget")
         budget = Budget(budget) if budget > 68 else Budget(budget, sinks=min(4, budget // 8), recent=budget // 8)
     if budget.selection != "per_layer_perhead":
         raise ValueError(
@@ -97,18 +100,24 @@ def cache(
             "compressed layer by layer: set allocation=uniform"
         )
     if decode == "append":
-        every = every or 1
+        every = 1 if every is None else every
         window = getattr(scorer, "window", None) or 0
         if window > budget.recent and getattr(scorer, "recent_share", None) is None:
             raise ValueError(
                 f"decode=append scores a token when it leaves the {budget.recent} recent ones, and {scorer} wants the "
                 f"queries of the last {window}: give a budget with recent={window}, or a smaller window"
             )
-    if model.config._attn_implementation != ATTENTION:
+    before = model.config._attn_implementation
+    if before != ATTENTION:
         model.set_attn_implementation("sdpa")
-    backend = TorchBackend.wrap(model)
-    found = _statistics(backend, model, statistics) if scorer is not None and "calibration" in scorer.reads else None
-    held_in = _with_bases(backend, model, storage) if hasattr(storage, "bases") else storage
+    try:
+        backend = TorchBackend.wrap(model)
+        calibrated = scorer is not None and "calibration" in scorer.reads
+        found = _statistics(backend, model, statistics) if calibrated else None
+        held_in = _with_bases(backend, model, storage) if hasattr(storage, "bases") else storage
+    except BaseException:
+        model.set_attn_implementation(before)
+        raise
     model.set_attn_implementation(ATTENTION)
     return GenerationCache(Compressor(backend, scorer, budget, held_in, found), every, decode, storage)
 
@@ -122,25 +131,37 @@ def _with_bases(backend: Any, model: "PreTrainedModel", storage: Any) -> Any:
 
 
 def _statistics(backend: Any, model: "PreTrainedModel", given: QueryStatistics | str | Path | None) -> QueryStatistics:
+    shape = (backend.shape.layers, backend.shape.query_heads, backend.shape.dim // 2)
     if isinstance(given, QueryStatistics):
-        return given
+        return given.of_shape(shape, "what statistics= gives")
     path = given or beside(model, STATISTICS)
     if not Path(path).is_file():
         raise ValueError(
             f"{path} is not there: pass statistics=spectral_kv.calibrate(model, windows), or choose a method that "
             "needs no calibration"
         )
-    return QueryStatistics.load(path, (backend.shape.layers, backend.shape.query_heads, backend.shape.dim // 2))
+    return QueryStatistics.load(path, shape)
 
 
 def calibrate(model: "PreTrainedModel", windows: Iterable[np.ndarray]) -> QueryStatistics:
     """Query statistics of a model over token ids `[tokens]` of several texts, for `tri` and `wavelet_tri`.
 
     Saved as query_statistics.safetensors in the model's folder, they are found from there.
+
+    Raises
+    ------
+    ValueError
+        If there is no window, or one that is no sequence of token ids.
     """
     from spectral_kv.backends.torch import TorchBackend
 
-    return observe(TorchBackend.wrap(model), windows).statistics()
+    texts = [np.asarray(window) for window in windows]
+    if not texts or any(text.ndim != 1 or len(text) == 0 for text in texts):
+        raise ValueError(
+            "statistics are measured on texts, and windows has none, or one that is no sequence of token ids: "
+            "give [[ids of a text], ...]"
+        )
+    return observe(TorchBackend.wrap(model), texts).statistics()
 
 
 def bases(model: "PreTrainedModel", windows: Iterable[np.ndarray], layers: int = 4) -> Bases:

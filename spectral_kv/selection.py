@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
+from operator import index
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +14,15 @@ from spectral_kv.xp import Array, constant, float32, largest, like, namespace, s
 
 SELECTIONS = ("per_layer_perhead", "per_head")
 ALLOCATIONS = ("uniform", "layer", "head", "global")
+
+
+def whole(number: Any) -> bool:
+    """Whether it is an integer of Python, numpy or torch; a truth value is none."""
+    try:
+        index(number)
+    except TypeError:
+        return False
+    return not isinstance(number, bool | np.bool_)
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,10 @@ class Budget:
     safeguard: float = 0.2
 
     def __post_init__(self):
+        for name in ("tokens", "sinks", "recent"):
+            if not whole(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of tokens")
+            object.__setattr__(self, name, index(getattr(self, name)))
         if self.allocation not in ALLOCATIONS:
             raise ValueError(f"allocation={self.allocation} is not known: choose one of {', '.join(ALLOCATIONS)}")
         if not 0 <= self.safeguard <= 1:

@@ -24,10 +24,9 @@ class Decoding:
     """The true continuation, fed token by token as in generation, with `every` as in `spectral_kv.cache`.
 
     Whenever the cache is `every` tokens over its budget, all that it holds is scored again with the queries that such a
-    cache remembers, and it is brought back to the budget. Stretches of `every` tokens, with a prompt above the budget
-    those between two evictions, are the steps of the curves `decoding/aop` (of a stretch's first tokens, over
-    everything before it), `decoding/kl` and `decoding/delta_nll` (of all of its tokens), against the full cache; a step
-    is the number of tokens fed by the end of the stretch.
+    cache remembers, and it is brought back to the budget. The stretches between are the steps of the curves
+    `decoding/aop` (of a stretch's first tokens, over everything before it), `decoding/kl` and `decoding/delta_nll` (of
+    all of its tokens), against the full cache; a step is the number of tokens fed by the end of the stretch.
 
     Memory is what is allocated at the fullest step, room to grow included. Speed is that of one forward pass a token,
     with the evictions between them; the full cache is timed on the same steps.
@@ -64,7 +63,7 @@ class Decoding:
 
     @property
     def stretch(self) -> int:
-        """Tokens of a step of the curves."""
+        """Tokens between two evictions."""
         return self.every or 128
 
     @property

@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ from spectral_kv.storage.dense import DenseTokens
 from spectral_kv.xp import rows, to_numpy
 
 ATTENTION = "spectral_kv"
+
+_suitable: WeakSet[PreTrainedModel] = WeakSet()  # models whose rotation has been seen
 
 _observer: ContextVar["Observer | None"] = ContextVar("observer", default=None)
 
@@ -184,7 +187,9 @@ class TorchBackend:
             attention.head_dim,
             config.vocab_size,
         )
-        can_be_unrotated(self, name)
+        if model not in _suitable:
+            can_be_unrotated(self, name)
+            _suitable.add(model)
         self.engine = Engine(model, engine)
 
     def device_of(self, layer: int) -> torch.device:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -38,11 +39,12 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def _text(tokens: Any) -> str | None:
-    """Hash of token ids."""
+    """Hash of token ids `[batch, tokens]`, or `[tokens]` of a single text."""
     if tokens is None:
         return None
     ids = tokens.cpu() if isinstance(tokens, torch.Tensor) else tokens
-    return hashlib.sha256(np.asarray(ids, dtype=np.int64).tobytes()).hexdigest()
+    ids = np.atleast_2d(np.asarray(ids, dtype=np.int64))
+    return hashlib.sha256(f"{ids.shape}".encode() + ids.tobytes()).hexdigest()
 
 
 def _digest(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
@@ -91,6 +93,8 @@ def save(cache: "GenerationCache", path: str | Path, tokens: Any = None, codec: 
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"{path} can't be written: there is no folder {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"{path} can't be written: it is a folder; give a file in it")
     header = {
         "kind": KIND,
         "version": spectral_kv.__version__,
@@ -110,13 +114,12 @@ def save(cache: "GenerationCache", path: str | Path, tokens: Any = None, codec: 
         held |= {f"statistics.{k}": torch.from_numpy(np.ascontiguousarray(v)) for k, v in numbers.items()}
     held = _apart(held)
     header["digest"] = _digest(header, held)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        partial, new = Path(folder) / "cache", Path(folder) / "new"
         save_file(held, partial, {"spectral_kv": json.dumps(header)})
+        new.touch()
+        shutil.copymode(new, partial)  # else it is its owner's alone
         os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
 
 
 def read(

@@ -18,7 +18,8 @@ def main() -> None:
     import spectral_kv.lm_eval.model  # noqa: F401  it registers itself
 
     tasks = Path(__file__).parent / "tasks"
-    if not any(argument.startswith("--include_path") for argument in sys.argv) and "--tasks" in sys.argv:
+    given = {argument.partition("=")[0] for argument in sys.argv}
+    if "--tasks" in given and "--include_path" not in given:
         sys.argv += ["--include_path", str(tasks)]
     cli_evaluate()
 

@@ -53,6 +53,7 @@ class Setting:
     budget: int | None
     ratio: float | None
     every: int | None
+    decode: str
     statistics: QueryStatistics | Path | None
     evicted: dict[str, Evicted] = field(default_factory=dict)
 
@@ -83,7 +84,7 @@ class SpectralKV(HFLM):
     Parameters
     ----------
     pretrained : str or PreTrainedModel
-    method, storage, every, statistics
+    method, storage, every, decode, statistics
         As of `spectral_kv.cache`; `statistics` is a file.
     budget : int, optional
         Kept tokens; 512 if there is no `ratio` either.
@@ -100,13 +101,16 @@ class SpectralKV(HFLM):
         budget: int | None = None,
         storage: str = "dense",
         every: int | None = None,
+        decode: str = "rescore",
         statistics: str | None = None,
         ratio: float | None = None,
         **settings: Any,
     ):
         if budget is None and ratio is None:
             budget = 512
-        self.setting = Setting(method, storage, budget, ratio, every, Path(statistics) if statistics else None)
+        self.setting = Setting(
+            method, storage, budget, ratio, every, decode, Path(statistics) if statistics else None
+        )  # fmt: skip
         super().__init__(pretrained, **settings)
         if self.backend != "causal":
             raise ValueError(f"a {self.backend} model has no cache of a context: give a causal one")
@@ -115,7 +119,7 @@ class SpectralKV(HFLM):
     def _cache(self, context: int) -> GenerationCache:
         s = self.setting
         return spectral_kv.cache(
-            self.model, s.method, s.tokens(context), s.storage, every=s.every, statistics=s.statistics
+            self.model, s.method, s.tokens(context), s.storage, every=s.every, decode=s.decode, statistics=s.statistics
         )
 
     def _read(self, kind: str, ids: torch.Tensor, mask: torch.Tensor) -> GenerationCache:
@@ -173,6 +177,7 @@ class SpectralKV(HFLM):
         mask = settings.get("attention_mask")
         mask = torch.ones_like(context) if mask is None else mask
         cache = self._read("generate_until", context, mask)
+        cache.batch_repeat_interleave(max(settings.get("num_beams", 1), settings.get("num_return_sequences", 1)))
         return super()._model_generate(context, max_length, stop, past_key_values=cache, **settings)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -187,6 +192,6 @@ class SpectralKV(HFLM):
     def get_model_info(self) -> dict[str, Any]:
         """That of `hf`, how caches were made, and what was evicted."""
         s = self.setting
-        made = {"method": s.method, "storage": s.storage, "budget": s.budget, "ratio": s.ratio, "every": s.every}
+        made = {name: getattr(s, name) for name in ("method", "storage", "budget", "ratio", "every", "decode")}
         counts = {kind: evicted.summary() for kind, evicted in s.evicted.items()}
         return super().get_model_info() | {"spectral_kv": made | counts}

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,9 +121,41 @@ def test_what_was_evicted_is_logged(checkpoint, caplog):
     assert evicted == seen - 80  # one context, whatever is asked of it
 
 
+def test_beams_and_appending_are_those_of_the_library(checkpoint):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from spectral_kv.lm_eval.model import SpectralKV
+
+    settings = dict(dtype="float32", device="cpu")
+    asked = [
+        Instance("generate_until", {}, ("one two three " * 40, {"until": ["\n"], "max_gen_toks": 6, "num_beams": 3}), 0)
+    ]
+    lm = SpectralKV(str(checkpoint), method="keydiff", budget=4000, decode="append", **settings)
+    assert lm.generate_until(asked, disable_tqdm=True) == HFLM(str(checkpoint), **settings).generate_until(
+        asked, disable_tqdm=True
+    )
+    assert (lm._cache(100).decode, lm._cache(100).every) == ("append", 1)
+    assert lm.get_model_info()["spectral_kv"]["decode"] == "append"
+
+
+@pytest.mark.parametrize("tasks", [["--tasks", "spectral_kv_choices"], ["--tasks=spectral_kv_choices"]])
+def test_the_command_knows_the_shipped_tasks(monkeypatch, tasks):
+    import lm_eval.__main__
+
+    from spectral_kv.lm_eval.__main__ import main
+
+    seen = []
+    monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", lambda: seen.extend(sys.argv))
+    monkeypatch.setattr(sys, "argv", ["spectral_kv.lm_eval", *tasks])
+    main()
+    assert seen[-2:] == ["--include_path", str(TASKS)]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (dict(decode="no"), "decode=no is not known"),
         (dict(ratio=1.5), "ratio=1.5"),
         (dict(ratio=0.5, budget=10), "one of them"),
         (dict(budget=0.25), "budget=0.25 must be a number of tokens"),

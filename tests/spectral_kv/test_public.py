@@ -446,6 +446,16 @@ def test_a_cache_of_another_model_text_or_version_is_refused(models, tmp_path, m
     ("settings", "message"),
     [
         (dict(method="no"), "method=no is not known"),
+        (dict(method=Knorm), "is no scorer"),
+        (dict(storage=None), "storage=None is no storage"),
+        (dict(storage=TurboQuantStorage), "is no storage"),
+        (dict(budget=0.25), r"budget=0\.25 must be a whole number"),
+        (dict(budget=512.0), r"budget=512\.0 must be a whole number"),
+        (dict(budget="512"), "budget='512' must be a whole number"),
+        (dict(budget=True), "budget=True must be a whole number"),
+        (dict(budget=None), "budget=None must be a whole number"),
+        (dict(budget=-5), "budget=-5 must be a whole number of tokens, at least 1"),
+        (dict(every=2.5), r"every=2\.5 must be a whole number"),
         (dict(storage="no"), "storage=no is not known"),
         (dict(storage=SpectralStorage("bases")), "keeps every token"),
         (dict(method="oracle_mass"), "is an oracle"),
@@ -457,8 +467,65 @@ def test_a_cache_of_another_model_text_or_version_is_refused(models, tmp_path, m
     ],
 )
 def test_what_can_not_be_is_refused(model, settings, message):
+    model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match=message):
         spectral_kv.cache(model, **settings)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_statistics_of_another_shape_or_of_nothing_are_refused(model):
+    text = prompt(100)[0].numpy()
+    for change, shape in (
+        (dict(num_attention_heads=2, num_key_value_heads=1), r"\[2, 2, 8\]"),
+        (dict(num_hidden_layers=1), r"\[1, 4, 8\]"),
+        (dict(num_hidden_layers=3), r"\[3, 4, 8\]"),
+    ):
+        other = Qwen2ForCausalLM(Qwen2Config(**SIZES | change)).eval()
+        with pytest.raises(ValueError, match=rf"bands\] = {shape}, this model has \[2, 4, 8\]"):
+            spectral_kv.cache(model, "tri", BUDGET, statistics=spectral_kv.calibrate(other, [text]))
+    statistics = spectral_kv.calibrate(model, [text])
+    statistics.modulus[1, 2, 3] = float("nan")
+    with pytest.raises(ValueError, match="statistics that no queries have"):
+        spectral_kv.cache(model, "tri", BUDGET, statistics=statistics)
+    for windows in ([], [[]], text):
+        with pytest.raises(ValueError, match="give \\[\\[ids of a text"):
+            spectral_kv.calibrate(model, windows)
+
+
+def test_a_model_without_a_folder_has_no_files(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spectral_kv.calibrate(model, [prompt(100)[0].numpy()]).save("query_statistics.safetensors")
+    with pytest.raises(ValueError, match="of a Qwen2ForCausalLM without a folder is not there"):
+        spectral_kv.cache(model, "tri", BUDGET)
+
+
+def test_a_models_rotation_is_looked_at_once(model, monkeypatch):
+    spectral_kv.cache(model, "fourier", BUDGET)
+    monkeypatch.setattr(TorchBackend, "prefill", None)
+    spectral_kv.cache(model, "fourier", BUDGET)
+
+
+@pytest.mark.parametrize("number", [np.int64(40), torch.tensor(40)])
+def test_whole_numbers_of_other_libraries_are_budgets(model, tmp_path, number):
+    cache = spectral_kv.cache(model, "fourier", number)
+    model(prompt(90), past_key_values=cache)
+    cache.save(tmp_path / "cache")
+    assert spectral_kv.load(tmp_path / "cache", model).held == 40
+
+
+def test_a_file_is_as_readable_as_any_other_and_knows_its_tokens_by_row(model, tmp_path):
+    ids = prompt(50, batch=2)
+    cache = spectral_kv.cache(model, "fourier", BUDGET)
+    model(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="it is a folder"):
+        cache.save(tmp_path)
+    cache.save(tmp_path / "cache", tokens=ids)
+    (tmp_path / "other").touch()
+    assert (tmp_path / "cache").stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "other"]
+    assert spectral_kv.load(tmp_path / "cache", model, tokens=ids.tolist()).position == 50
+    with pytest.raises(ValueError, match="another text"):
+        spectral_kv.load(tmp_path / "cache", model, tokens=ids.reshape(1, 100))
 
 
 def test_masked_tokens_after_the_padding_are_refused(model):

@@ -54,13 +54,6 @@ def test_it_measures_what_the_cache_of_the_library_does(job, checkpoint, method)
     assert metrics["decoding/resident_mb"] == pytest.approx(80 * 2 * 2 * 2 * 16 * 4 / 1e6)
 
 
-def test_a_budget_above_the_prompt_is_held_as_in_the_library(phase):
-    """Its evictions do not fall on the ends of stretches."""
-    budget = ["budget.tokens=215", "budget.recent=16"]
-    metrics = phase("method=streaming", "budget.above_prompt=keep", *budget, *EXACT).metrics
-    assert metrics["decoding/evictions"] == 1 and metrics["decoding/most_tokens"] == 235
-
-
 def test_the_full_cache_loses_nothing_and_grows(phase):
     metrics = phase("method=full", *EXACT).metrics
     for name in ("kl_mean", "kl_last", "aop_mean", "delta_nll_mean"):
