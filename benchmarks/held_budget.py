@@ -4,8 +4,9 @@
     python benchmarks/held_budget.py --tokens 10000 --layers 2 --every 16
 
 The embedded model (or its first layers) generates from a prompt of 1024 tokens; after every step the bytes of all that
-must live are counted. `allowed` is what budget + every tokens take in this storage, and with decode=append 4 bytes more
-for the place of every token and KV head. The exit status is 1 if a step exceeds it.
+must live and of the room to grow are counted. `allowed` is what budget + every tokens take in this storage, 4 bytes for
+the position of every token and KV head and, with decode=append, 4 more for its place. The exit status is 1 if a step
+exceeds it.
 """
 
 import argparse
@@ -26,7 +27,7 @@ class Sizes(StoppingCriteria):
         self.cache, self.nbytes, self.held = cache, [], []
 
     def __call__(self, input_ids, scores, **kwargs):
-        self.nbytes.append(self.cache.nbytes)
+        self.nbytes.append(self.cache.allocated)
         self.held.append(self.cache.held)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
@@ -60,6 +61,7 @@ def main() -> None:
             )  # fmt: skip
             shape, storage = cache.compressor.backend.shape, cache.compressor.storage
             allowed = storage.nbytes(arguments.budget + arguments.every, shape.kv_heads, shape.dim, 4)
+            allowed += 4 * shape.kv_heads * (arguments.budget + arguments.every)
             places = 4 * shape.kv_heads * arguments.budget if decode == "append" else 0
             rows.append({
                 "method": method, "decode": decode, "steps": len(seen.nbytes), "most held": max(seen.held),

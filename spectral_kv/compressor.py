@@ -218,8 +218,9 @@ class Compressor:
             more = {
                 name: given[layer] for name, given in (("queries", queries), ("future", future)) if given is not None
             }
+            evictable = self.protected.evictable(contents[layer][0].shape[-2])
             return self.view(
-                layer, *contents[layer], self.protected.evictable(contents[layer][0].shape[-2]), seed=(document, layer, *step),
+                layer, *contents[layer], evictable, seed=(document, layer, *step),
                 gathered=gathered[layer] if gathered else None, **more,
             )  # fmt: skip
 
@@ -228,7 +229,11 @@ class Compressor:
         return scores_of_layers(self.scorer, [view(layer) for layer in range(len(contents))])
 
     def _scores_by_head(
-        self, cached: Contents, document: int, queries: list[Array] | None, future: list[Array] | None,
+        self,
+        cached: Contents,
+        document: int,
+        queries: list[Array] | None,
+        future: list[Array] | None,
         step: tuple[int, ...] = (),
     ) -> list[list[Array]]:
         """`scores` where heads hold different numbers of rows: each on its own, `[rows]`."""

@@ -1,5 +1,6 @@
 """Decoding: a budget held while more and more tokens are fed, one by one."""
 
+import math
 import time
 from dataclasses import dataclass
 from typing import ClassVar
@@ -89,7 +90,7 @@ class Decoding:
         limit = prompt + self.tokens  # tokens that are held at most
         if self.every and compressor.scorer is not None:
             limit = compressor.budget.tokens + self.every
-        cache.reserve(min(limit - held, self.tokens))
+        cache.reserve(min(math.ceil(limit - held), self.tokens))
         rows: list[Row] = []
         kl, rise, same = [], [], []
         seconds, peak, most_bytes, most_held, evictions = 0.0, 0, cache.allocated, held, 0
@@ -111,7 +112,7 @@ class Decoding:
                     future = [q[:, at:] for q in fed.queries]
                     cache = context.recompressed(cache, queries, future, step=(prompt + at,))
                     held, evictions = compressor.budget.tokens, evictions + 1
-                    cache.reserve(min(limit - held, self.tokens - at))
+                    cache.reserve(min(math.ceil(limit - held), self.tokens - at))
                     kept = compressor.remembered(self.every, evicted=True)
                     queries = [q[:, max(q.shape[1] - kept, 0) :] for q in queries]
                     backend.synchronize()
