@@ -155,23 +155,19 @@ def turned(x: Array, cos: Array, sin: Array) -> Array:
     half = x.shape[-1] // 2
     a, b = x[..., :half], x[..., half:]
     if hasattr(x, "detach") and x.dtype == cos.dtype and not x.requires_grad:  # torch: with no temporary but the result
-        import torch
-
-        out = torch.empty_like(x)
-        torch.mul(a, cos, out=out[..., :half]).addcmul_(b, sin, value=-1)
-        torch.mul(b, cos, out=out[..., half:]).addcmul_(a, sin)
+        xp, out = namespace(x), x.new_empty(x.shape)
+        xp.multiply(a, cos, out=out[..., :half]).addcmul_(b, sin, value=-1)
+        xp.multiply(b, cos, out=out[..., half:]).addcmul_(a, sin)
         return out
     return namespace(x).concat([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
 def lengths(x: Array) -> Array:
     """Euclidean norms over the last axis, in single precision."""
-    if hasattr(x, "detach"):
-        import torch
-
-        narrowed = float32(x) if x.dtype == torch.float64 else x  # which the function refuses
-        return torch.linalg.vector_norm(narrowed, dim=-1, dtype=torch.float32)
     xp = namespace(x)
+    if hasattr(x, "detach"):
+        narrowed = float32(x) if x.dtype == xp.float64 else x  # which the method refuses
+        return narrowed.norm(dim=-1, dtype=xp.float32)
     return xp.sqrt(xp.sum(float32(x) ** 2, axis=-1))
 
 
