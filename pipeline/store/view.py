@@ -12,15 +12,16 @@ import zlib
 TAG = "mlflow.sharedViewState.methods"
 NAME = "Methods side by side"
 COLUMNS = (
-    "tags.`title`", "params.`budget.resolved`", "params.`storage.name`", "metrics.`memory/ratio`", "metrics.`aop/mean`",
+    "params.`budget.resolved`", "params.`storage.name`", "metrics.`memory/ratio`", "metrics.`aop/mean`",
     "metrics.`ppl/nd`", "metrics.`ppl/kl`", "metrics.`ppl/top1`",
 )  # fmt: skip
 
 
 def saved() -> str:
     """The view as the UI of MLflow 3.17 writes it; another release that can't read it shows its own list."""
+    # sorted by a metric the list is flat; by time, what was measured by a sweep is folded under it
     state = {
-        "searchFilter": "", "orderByKey": "attributes.start_time", "orderByAsc": False, "startTime": "ALL",
+        "searchFilter": "tags.method != ''", "orderByKey": "metrics.`ppl/kl`", "orderByAsc": True, "startTime": "ALL",
         "lifecycleFilter": "Active", "datasetsFilter": [], "modelVersionFilter": "All Runs",
         "selectedColumns": list(COLUMNS), "columnOrder": [], "columnWidths": {}, "runsHiddenMode": "FIRST_20_RUNS",
         "viewMaximized": False, "runListHidden": False, "isAccordionReordered": False,
