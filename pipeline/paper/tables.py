@@ -402,8 +402,9 @@ def refit(section: MeasuredSection) -> list[Table]:
         Column("time/compress_s", "s"),
     ]
     note = (
-        "A bias takes four bytes a token, layer and KV head. It is fitted to the prompt's last queries; AOP is that of "
-        "queries to come, which it has not seen. Differences to the same selection without a refit, paired."
+        "A bias takes four bytes a token, layer and KV head. Fitted to the prompt's last queries, turned on to the "
+        "positions after it; AOP is that of queries to come, which it has not seen. Differences to the same selection "
+        "without a refit, paired."
     )
     title = "Kept tokens refitted"
     return [listing("refit", title, section.runs, heads, columns, note, lambda run: plain.get(run.method))]
