@@ -197,7 +197,7 @@ def _bases(settings: Settings, checkpoint: Checkpoint | Weightless) -> Bases | N
             f"storage={name} reads bases that were measured on a model's text, and model={model} reads none: "
             "choose storage=turboquant_4bit, or another model"
         )
-    if settings.method.scorer is not None:
+    if settings.method.scorer is not None and not getattr(storage, "weighs", False):
         raise InputError(
             f"storage={name} keeps every token, and method={settings.method.name} evicts: "
             "choose method=full, or another storage"

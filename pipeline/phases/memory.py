@@ -6,7 +6,7 @@ from typing import ClassVar
 import numpy as np
 
 from pipeline.phases.base import Context, Row
-from pipeline.stages.compress import timed
+from pipeline.stages.compress import importance, timed
 from spectral_kv.codec.at_rest import AtRest
 
 
@@ -54,6 +54,8 @@ class Memory:
         backend, prefill, storage = context.backend, context.prefill, context.compressor.storage
         shape = (backend.shape.layers, backend.shape.kv_heads, backend.shape.dim)
         positions = np.arange(len(prefill.tokens))
+        if context.scores is not None:
+            storage = storage.weighing(importance(context.scores))
 
         def write() -> bytes:
             return storage.encode(prefill.keys, prefill.values, positions, backend.rope).to_bytes()

@@ -2,14 +2,19 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
+from scipy.ndimage import uniform_filter1d
 
 from pipeline.stages.prefill import FullRun
 from spectral_kv.backends.base import Cache
 from spectral_kv.compressor import Compressor, SharedScores, foresees, gathers, observed, repeats
 from spectral_kv.refit import Refitted
-from spectral_kv.xp import Array
+from spectral_kv.xp import Array, to_numpy
+
+NEIGHBOURS = 17  # tokens over which importance is averaged
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,8 @@ def compress(compressor: Compressor, full: FullRun, shared: SharedScores, docume
     """
     backend, prefill = compressor.backend, full.prefill
     kept, scores, scoring, repetition = None, None, 0.0, 0.0
-    if compressor.scorer is not None and compressor.keeps_all(prefill):
+    weighs = getattr(compressor.storage, "weighs", False)
+    if compressor.scorer is not None and compressor.keeps_all(prefill) and not weighs:
         kept = compressor.all_rows(prefill)
     elif compressor.scorer is not None:
         scores, scoring, repetition = shared.once(
@@ -53,13 +59,23 @@ def compress(compressor: Compressor, full: FullRun, shared: SharedScores, docume
         )
     backend.synchronize()
     start = time.perf_counter()
-    if scores is None:
+    refitted = None
+    if scores is not None and weighs:
+        weighing = compressor.storage.weighing(importance(scores))
+        cache = replace(compressor, storage=weighing).store(prefill, None)
+    elif scores is None:
         refitted = compressor.refitted(prefill, kept)
         cache = compressor.store(prefill, kept, refitted=refitted)
     else:
         cache, kept, refitted = compressor.select_and_store(prefill, scores)
     backend.synchronize()
     return Compressed(cache, kept, scoring + time.perf_counter() - start, scores, repetition, refitted)
+
+
+def importance(scores: list[Array]) -> np.ndarray:
+    """What scores `[kv_heads, tokens]` of all layers say of a token, `[tokens]`: their mean over a few neighbours."""
+    mean = np.mean([to_numpy(x).astype(np.float64).clip(0, None).mean(axis=0) for x in scores], axis=0)
+    return uniform_filter1d(mean, NEIGHBOURS, mode="nearest")
 
 
 def _scored(compressor: Compressor, full: FullRun, document: int) -> tuple[list[Array], float, float]:

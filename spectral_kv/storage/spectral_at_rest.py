@@ -1,6 +1,7 @@
 """Spectral storage at rest: caches that nobody attends to for a while, in as few bytes as an entropy coder needs."""
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import ClassVar
@@ -11,7 +12,7 @@ from spectral_kv.codec import along_tokens, exact
 from spectral_kv.codec.at_rest import AtRest
 from spectral_kv.codec.bases import Bases, Block, by_head, columns
 from spectral_kv.codec.entropy import EXTRA, Tables
-from spectral_kv.codec.variable_rate import CONTEXTS, Components, VariableRate
+from spectral_kv.codec.variable_rate import CONTEXTS, OCTAVE, Components, VariableRate
 from spectral_kv.rope import Rope
 from spectral_kv.storage.base import Pair
 from spectral_kv.storage.dense import DenseTokens
@@ -22,6 +23,7 @@ from spectral_kv.xp import Array, constant, float32, like, namespace, to_numpy
 SEARCHED = 512  # tokens of which bits are counted while a step is looked for
 CLOSE = 0.015  # of the logarithm to base 2 of what is met, where the search ends
 TURNS = 12  # at most
+FINEST = 2 * OCTAVE  # a factor of 4: 16 times the importance
 BESIDE = 1500  # bytes of names and sizes, about
 LEAST = 0.6  # share of their bytes that exact numbers take at least
 CHUNK = 24  # bytes a chunk takes beside its numbers, about
@@ -68,6 +70,8 @@ class SpectralAtRest:
     torch_only: ClassVar[bool] = True
     keeps_all: ClassVar[bool] = True
     at_rest: ClassVar[bool] = True
+    weighs: ClassVar[bool] = True  # scores of a method say how fine tokens are coded
+    importance: ClassVar[np.ndarray | None] = None
 
     def __post_init__(self):
         if not find_spec("constriction"):
@@ -98,6 +102,23 @@ class SpectralAtRest:
             If there is no file, or it is damaged, or belongs to another model.
         """
         return read(self.bases, shape, model, self.layers)
+
+    def weighing(self, importance: np.ndarray) -> "SpectralAtRest":
+        """The same with finer steps for tokens that matter: a squared error costs a token's `importance` `[tokens]`.
+
+        Only its proportions count, and no more than 16 times the median or less than a 16th of it (reverse
+        water-filling: steps go with the inverse root).
+        """
+        found = copy(self)
+        object.__setattr__(found, "importance", np.asarray(importance, dtype=np.float64))
+        return found
+
+    def _fineness(self, sinks: int, coded: int) -> np.ndarray | None:
+        """Logarithms of how much finer than the median tokens are coded, in quarters of a factor of 2."""
+        if self.importance is None:
+            return None
+        own = np.maximum(self.importance[sinks : sinks + coded], 1e-30)
+        return np.clip(np.rint(0.5 * OCTAVE * np.log2(own / np.median(own))), -FINEST, FINEST).astype(np.int8)
 
     def encode(self, keys: list[Array], values: list[Array], positions: np.ndarray, rope: Rope) -> AtRest:
         """Write down rotated keys and values `[kv_heads, tokens, dim]` of all layers.
@@ -133,6 +154,9 @@ class SpectralAtRest:
             where = np.asarray(positions)[sinks : sinks + coded]
             middle = [[part(x, sinks, sinks + coded) for x in pair] for pair in pairs]
             blocks = [components_of(block, middle, where, rope) for block in bases.blocks]
+            if (fineness := self._fineness(sinks, coded)) is not None:
+                tensors["fineness"] = fineness
+                blocks = [y * finer(fineness) for y in blocks]
             target = 2 * tokens * 2 * len(keys) * heads * dim, sum(x.nbytes for x in tensors.values()), bases.following
             components = Components(blocks)
             step = self._step(components, *target)
@@ -263,6 +287,8 @@ class SpectralAtRest:
             last = min(-(-high // coder.chunk) * coder.chunk, header["coded"])
             whole = along_tokens.backward(coder.decode(header["coded"], block_of, first, last), along)
             components = whole[low - first : high - first]
+        if "fineness" in written.tensors:
+            components = components / finer(written.tensors["fineness"][low:high])
         found, at = [], 0
         for block, width in zip(bases.blocks, widths, strict=True):
             z = like(np.ascontiguousarray(components[:, at : at + width]), template)
@@ -301,6 +327,11 @@ class SpectralAtRest:
                 "lower ratio, sinks or recent"
             )
         return 2 * layers * kv_heads * dim * tokens * itemsize
+
+
+def finer(fineness: np.ndarray) -> np.ndarray:
+    """Factors, float32 `[tokens, 1]`, of such logarithms."""
+    return (2.0 ** (fineness.astype(np.float32) / OCTAVE))[:, None]
 
 
 def root(function: Callable[[float], float], at: float, close: float) -> float:

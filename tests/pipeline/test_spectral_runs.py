@@ -44,6 +44,17 @@ def test_a_cache_at_rest_is_measured_apart_from_what_lives(run, file):
     assert finer["ppl/kl"] < coarser["ppl/kl"] and finer["memory/at_rest_mb"] > coarser["memory/at_rest_mb"]
 
 
+def test_a_method_says_which_tokens_are_coded_finer(run, file):
+    pytest.importorskip("constriction")
+    rest = ["storage=spectral_at_rest", "storage.recent=8", f"storage.bases={file}", "storage.ratio=6", "budget=60"]
+    rest += ["budget.recent=8"]
+    alike = run("method=full", *(o for o in rest if not o.startswith("budget"))).metrics
+    weighed = run("method=snapkv", "method.window=16", *rest).metrics
+    assert weighed["memory/tokens"] == 200  # none is evicted
+    assert weighed["memory/at_rest_ratio"] == pytest.approx(alike["memory/at_rest_ratio"], rel=0.04)
+    assert weighed["ppl/kl"] != alike["ppl/kl"]
+
+
 def test_a_run_is_known_by_its_bases_wherever_they_lie(small, file, tmp_path):
     def identity(path) -> str:
         return prepare(composed([*small, *SETTINGS, f"storage.bases={path}"])).digest

@@ -169,6 +169,25 @@ def test_a_transform_along_tokens_is_used_where_it_pays(backend, prefill, path):
         torch.testing.assert_close(some, k[:, 290:1480], atol=1e-4, rtol=1e-4)
 
 
+def test_tokens_that_matter_are_coded_finer_at_the_same_bytes(backend, prefill, path):
+    importance = np.ones(1500)
+    importance[300:600] = 8
+    plain = SpectralAtRest(path, 8, recent=20)
+    sizes, errors = [], []
+    for storage in (plain, plain.weighing(importance)):
+        content = written(backend, prefill, storage)
+        sizes.append(len(content.to_bytes()))
+        pairs = read(backend, prefill, plain, content)  # bytes say themselves how they are to be read
+        some = read(backend, prefill, plain, content, 500, 700)
+        torch.testing.assert_close(some[1][1], pairs[1][1][:, 500:700], atol=1e-4, rtol=1e-4)
+        squares = [(x - y) ** 2 for pair, v in zip(pairs, prefill.values, strict=True) for x, y in [(pair[1], v)]]
+        errors.append([float(np.mean([s[:, part].mean() for s in squares])) for part in (
+            slice(300, 600), slice(700, 1400))])  # fmt: skip
+    assert abs(sizes[0] - sizes[1]) < 0.02 * sizes[0]
+    assert errors[1][0] < 0.5 * errors[0][0] and errors[1][1] > 1.05 * errors[0][1]
+    assert plain.importance is None
+
+
 def test_mlx_writes_and_reads_the_same(backend, prefill, path):
     """Numbers differ only where a product that was rounded in another order falls to the other side."""
     mx = pytest.importorskip("mlx.core")
