@@ -99,11 +99,11 @@ def published_beside(spec: Published, models: list[ModelResults]) -> Table:
 
 
 def metrics_of(one: ModelResults, other: ModelResults) -> dict[str, list[str]]:
-    """The metrics that tell methods apart on two models, each with the methods that have it on both."""
+    """The metrics that tell methods apart on two models, each with the methods that have it on both; no bytes."""
     found: dict[str, list[str]] = {}
     for method in (m for m in one.runs if m in other.runs and m != "full"):
         for metric in one.runs[method].documents:
-            if metric in other.runs[method].documents and not metric.startswith(COUNTED):
+            if metric in other.runs[method].documents and not metric.startswith((COUNTED, "audit/")):
                 found.setdefault(metric, []).append(method)
     return {metric: methods for metric, methods in found.items() if len(methods) > 2}
 
