@@ -69,3 +69,13 @@ def test_corpus_filter_drops_what_the_evaluation_text_says():
     assert clean(f"{shared}\n\n{other}") == f"{other}\n"
     assert clean(other) == "\n"  # said before
     assert (clean.contaminated, clean.repeated) == (1, 1)
+
+
+def test_its_tokenizer_pads_with_a_token_that_it_has():
+    """Batches of another program would get a token behind the vocabulary otherwise."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
+    padded = tokenizer(["one", "one two three four"], padding=True)["input_ids"]
+    assert len(padded[0]) == len(padded[1]) and max(map(max, padded)) < 8192
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
