@@ -31,7 +31,12 @@ MUTANTS = [
     Mutant("storage/turboquant.py", '"renorm"', '"plain"', "storage/test_storage.py::test_keys_keep_their_norm"),
     Mutant("storage/turboquant.py", '"unbiased"', '"renorm"', "storage/test_storage.py::test_values_keep_their_share"),
     Mutant("storage/turboquant.py", "layer, 1)", "layer, 0)", "storage/test_storage.py::test_keys_and_values_rotate"),
-    Mutant("scorers/wavelet_fourier.py", "segments: int = 8", "segments: int = 2", f"{SPECTRAL}::test_nonstationarity"),
+    Mutant(
+        "scorers/wavelet_fourier.py",
+        "segments: int = SEGMENTS",
+        "segments: int = 2",
+        f"{SPECTRAL}::test_nonstationarity",
+    ),
     Mutant(
         "scorers/expected_attention.py",
         "turns = turns * layer.rope.attention_scaling",

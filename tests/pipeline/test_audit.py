@@ -61,7 +61,7 @@ def timed(monkeypatch, taken: dict[str, list[float]], document: int, **settings)
             return self
 
     class Machine:
-        def compress(self, prefill, kept, storage, batch):
+        def compress(self, prefill, kept, storage, batch, refitted=None):
             return Cache("full" if kept is None else "compressed")
 
         def generate(self, cache, token, count):
@@ -83,7 +83,7 @@ def timed(monkeypatch, taken: dict[str, list[float]], document: int, **settings)
             prefill, continuation, seconds = None, [0], 0.5
 
         class compressed:
-            kept, seconds = [], 0.1
+            kept, seconds, refitted = [], 0.1, None
 
         class compressor:
             storage = Dense()

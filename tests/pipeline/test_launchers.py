@@ -291,7 +291,7 @@ def ray_task(marker: str) -> psutil.Process | None:
     return None
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_ray_runs_eight_jobs_and_one_whose_process_is_killed_again(ray, small, tmp_path):
     outputs, slow = tmp_path / "o", ["document.count=12", "prefill_memory_gb=0", "prefill_cache_gb=0"]
     settings = [o for o in small if not o.startswith(("outputs=", "budget.tokens=", "document.count="))]

@@ -6,7 +6,7 @@ from pipeline import job, run, sources
 from pipeline.phases.memory import Memory
 from pipeline.sources import code_fingerprint, reached
 from spectral_kv.scorers.fourier import Fourier
-from spectral_kv.scorers.tri import TriAttention
+from spectral_kv.scorers.h2o import H2O
 from spectral_kv.scorers.wavelet import Wavelet
 from spectral_kv.storage.dense import Dense
 from spectral_kv.storage.quantized_cache import QuantizedCacheStorage
@@ -91,9 +91,9 @@ def test_the_source_of_a_users_backend_counts_before_it_is_imported(project):
 def test_a_method_does_not_hash_the_files_of_another():
     modules = reached({sources.RUNNER, Fourier.__module__})
     assert {"pipeline.run", "pipeline.stages.prefill", "spectral_kv.transforms.fourier", "spectral_kv.xp"} <= modules
-    assert not {"spectral_kv.scorers.tri", "spectral_kv.scorers.h2o", "pipeline.phases.drift"} & modules
+    assert not {"spectral_kv.scorers.kvzip", "spectral_kv.scorers.h2o", "pipeline.phases.drift"} & modules
     assert not any(name.startswith(("pipeline.paper", "pipeline.show", "pipeline.store")) for name in modules)
-    assert fingerprint(TORCH, Fourier(), Memory()) != fingerprint(TORCH, TriAttention(), Memory())
+    assert fingerprint(TORCH, Fourier(), Memory()) != fingerprint(TORCH, H2O(), Memory())
 
 
 @pytest.mark.parametrize("module", ["pipeline.stages.compress", "spectral_kv.transforms.wavelet", "spectral_kv.xp"])

@@ -18,8 +18,9 @@ with tracked(mlflow, "r", {"k": 1}, {}) as record:
 """
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(8, marks=pytest.mark.faults)])
-def test_processes_that_start_together_on_a_fresh_store_all_get_in(tmp_path, count):
+@pytest.mark.faults
+def test_processes_that_start_together_on_a_fresh_store_all_get_in(tmp_path):
+    count = 8
     processes = [
         subprocess.Popen([sys.executable, "-c", START, str(tmp_path)], stderr=subprocess.PIPE, text=True)
         for _ in range(count)
