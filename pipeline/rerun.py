@@ -21,6 +21,7 @@ from pipeline.settings.cli import reporting
 from pipeline.settings.compose import spelled_out
 from pipeline.settings.errors import InputError
 from pipeline.store import search
+from pipeline.store.tracking import CONFIGURATION
 
 TIMED = ("time/", "prefill/", "throughput/")  # what the clock and the caches of a machine decide
 TIMED_ENDS = ("tok_s", "peak_mb")
@@ -110,6 +111,10 @@ def repeated(begins: str, overrides: list[str]) -> tuple[object, object]:
     result = execute(prepare(cfg))
     client = mlflow.MlflowClient()
     client.set_tag(result.run_id, "rerun", first.info.run_id)
+    second = client.get_run(result.run_id)
+    if second.data.tags[CONFIGURATION] == first.data.tags[CONFIGURATION]:  # the newer one stands for both from now on
+        for tag in {"table", "sweep"} & set(first.data.tags):
+            client.set_tag(result.run_id, tag, first.data.tags[tag])
     return first, client.get_run(result.run_id)
 
 

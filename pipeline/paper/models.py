@@ -63,7 +63,7 @@ def verdict_matrix(models: list[ModelResults]) -> Table:
             line[f"{title}: decided by"] = verdict and verdict.deciding
             printed[title] = verdict.verdict if verdict else MISSING
         said = {verdict.verdict for verdict in by.values() if verdict}
-        printed["alike"] = MISSING if None in by.values() else "yes" if len(said) == 1 else "**no**"
+        printed["alike"] = MISSING if None in by.values() else "yes" if len(said) == 1 else "no"
         numbers.append(line)
         cells.append(printed)
     note = (

@@ -27,8 +27,9 @@ def _name(config: DictConfig) -> str:
 
 
 def _existing(mlflow, sweep: str) -> str | None:
-    found = tracking.runs(mlflow, f"tags.sweep = '{sweep}' and tags.{tracking.PARENT} = 'sweep'")
-    return found[0].info.run_id if found else None
+    """The run above a sweep, whose name may have quotes in it, which a filter can't."""
+    found = tracking.runs(mlflow, f"tags.{tracking.PARENT} = 'sweep'")
+    return next((run.info.run_id for run in found if run.data.tags.get("sweep") == sweep), None)
 
 
 def parent(mlflow, settings: TrackingConfig, outputs: Path) -> str | None:

@@ -18,6 +18,7 @@ def outputs(small) -> str:
 
 def test_all_metrics_but_times_come_out_again_in_every_digit(run, outputs, capsys, monkeypatch):
     first = run("method=wavelet_fourier", PHASES)
+    mlflow.MlflowClient().set_tag(first.run_id, "table", "budgets,paper")
     monkeypatch.setattr(sys, "argv", ["pipeline.rerun", first.run_id[:10], outputs])
     with pytest.raises(SystemExit) as end:
         main()
@@ -27,6 +28,7 @@ def test_all_metrics_but_times_come_out_again_in_every_digit(run, outputs, capsy
     (again,) = [r for r in found if r.data.tags.get("rerun") == first.run_id]
     assert first.run_id in said and again.info.run_id in said and "all of " in said
     assert again.data.tags["identity"] == mlflow.get_run(first.run_id).data.tags["identity"]
+    assert again.data.tags["table"] == "budgets,paper"  # the newest of an identity is the one that tables show
     compared = {name for name in first.metrics if not name.startswith(("time/", "prefill/"))}
     assert len(compared) > 25
     for name in compared:
@@ -48,7 +50,9 @@ def test_what_differs_is_named(run, outputs):
 
 def test_a_setting_of_the_command_line_goes_first(run, outputs):
     first = run("method=random")
+    mlflow.MlflowClient().set_tag(first.run_id, "table", "budgets")
     one, other = repeated(first.run_id, [outputs, "budget.tokens=100"])
+    assert "table" not in other.data.tags
     assert (one.data.params["budget.resolved"], other.data.params["budget.resolved"]) == ("60", "100")
     assert "aop/mean" in beside(one, other).differing
 

@@ -49,6 +49,13 @@ def test_a_sweep_is_one_run_above_its_own(sweep, small):
     assert above.info.run_id not in {run.info.run_id for run in chosen([next(o for o in small if "outputs=" in o)])}
 
 
+def test_a_name_with_quotes_is_a_name(sweep):
+    for budget in (60, 100):
+        (above,), below, status = sweep("method=streaming", f"budget={budget}", """tracking.sweep="bob's" """.strip())
+        assert status == 0 and above.data.tags["sweep"] == "bob's"
+    assert len(below) == 2
+
+
 def test_a_job_that_fails_fails_the_sweep_and_what_was_measured_makes_no_second_one(sweep):
     (above,), below, status = sweep("method=streaming", "budget=0,60")
     assert status == 2 and above.info.status == "FAILED" and len(below) == 1
