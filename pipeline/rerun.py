@@ -5,8 +5,8 @@
     python -m pipeline.rerun 3f0c9a41 model.path=/models/x with a path that is another one on this machine
 
 The second run is recorded beside the first, with the tag `rerun` naming it. Times are not compared. Exit status 0: all
-other metrics are equal in every digit; 1: some are not, and what else is not alike (versions, hardware, hashes of code,
-model and documents) is printed with them; 2: the run can't be repeated.
+other metrics are equal in every digit; 1: some are not, and what else is not alike (versions, hardware, settings, the
+hashes of code, model and documents) is printed with them; 2: the run can't be repeated.
 """
 
 import argparse
@@ -43,7 +43,7 @@ class Repetition:
     timed : list of str
         Metrics that are not compared.
     unlike : dict of str to (first, second)
-        Versions, hashes and hardware that differ.
+        Versions, hashes, hardware and settings that differ.
     """
 
     equal: list[str]
@@ -60,6 +60,8 @@ def beside(first, second) -> Repetition:
     values = {name: (theirs.get(name), ours.get(name)) for name in names if name not in timed}
     tags = sorted(t for t in {*first.data.tags, *second.data.tags} if t in ALIKE or t.startswith(ALIKE_BEGINS))
     about = {tag: (first.data.tags.get(tag), second.data.tags.get(tag)) for tag in tags}
+    before, after = first.data.params, second.data.params
+    about |= {key: (before.get(key), after.get(key)) for key in sorted({*before, *after})}
     return Repetition(
         [name for name, (a, b) in values.items() if a == b],
         {name: pair for name, pair in values.items() if pair[0] != pair[1]},
@@ -96,7 +98,7 @@ def repeated(begins: str, overrides: list[str]) -> tuple[object, object]:
     except (mlflow.MlflowException, OSError):
         raise InputError(f"run {first.info.run_id} has lost its config.yaml: measure with python -m pipeline") from None
     cfg = OmegaConf.create(stored)
-    cfg.outputs, cfg.force = str(outputs), True
+    cfg.outputs, cfg.force, cfg.prefill_cache_gb = str(outputs), True, 0  # prompts are run again, too
     cfg.tracking.uri, cfg.tracking.experiment = settings.uri, settings.experiment
     for override in (o for o in overrides if o not in general):
         key, given, value = override.partition("=")

@@ -55,6 +55,16 @@ def test_a_setting_of_the_command_line_goes_first(run, outputs):
     assert "table" not in other.data.tags
     assert (one.data.params["budget.resolved"], other.data.params["budget.resolved"]) == ("60", "100")
     assert "aop/mean" in beside(one, other).differing
+    assert beside(one, other).unlike["budget.resolved"] == ("60", "100")
+
+
+def test_prompts_are_run_again(run, outputs):
+    from pipeline import run as runner
+
+    first = run("method=streaming", "prefill_cache_least_s=0")
+    runner._full_runs.clear()  # as in another process
+    _, again = repeated(first.run_id, [outputs])
+    assert (again.data.metrics["prefill/computed"], again.data.metrics["prefill/loaded"]) == (3, 0)
 
 
 def test_refusals(run, outputs):
