@@ -3,7 +3,9 @@
 import os
 import re
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.settings import gpus
 from pipeline.settings.compose import composed, outermost, refuse_contradictions, refuse_empty, spelled_out, sweep
-from pipeline.settings.errors import DiskFull, Exhausted, InputError, Terminated, exhausted, suggestion
+from pipeline.settings.errors import DiskFull, Exhausted, InputError, Terminated, exhausted, suggestion, terminate
 from pipeline.settings.folders import conf_dir, register_resolvers
 
 PLUGINS = {"joblib": "launchers", "submitit_slurm": "launchers", "submitit_local": "launchers", "ray": "ray"}
@@ -243,9 +245,11 @@ class Begun(Callback):
 
 @contextmanager
 def closed() -> Iterator[None]:
-    """End the run above a sweep as the sweep itself ends."""
+    """End the run above a sweep as the sweep itself ends; SIGTERM ends it also between two jobs, and its processes."""
     Begun.config = None
     status = "FINISHED"
+    listens = threading.current_thread() is threading.main_thread()  # no other thread gets signals
+    before = signal.signal(signal.SIGTERM, terminate) if listens else None
     try:
         yield
     except KeyboardInterrupt:
@@ -255,6 +259,8 @@ def closed() -> Iterator[None]:
         status = "FAILED"
         raise
     finally:
+        if listens:
+            signal.signal(signal.SIGTERM, before)
         if Begun.config is not None:
             from pipeline.store import sweeps
 

@@ -23,6 +23,11 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM: from a scheduler, a shutdown or a person."""
 
 
+def terminate(signum: int, frame: object) -> None:
+    """What to do at SIGTERM."""
+    raise Terminated
+
+
 def exhausted(error: BaseException, outputs: object) -> Exhausted | None:
     """What the machine ran out of, if that is behind an error."""
     link: BaseException | None = error

@@ -9,17 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline.settings.errors import Terminated
+from pipeline.settings.errors import terminate
 from pipeline.store.tracking import experiment_id
 
 ROWS = "rows.json"  # artifact that holds the tidy rows of a run
 LONGEST = 5000  # characters of a parameter or tag
 BATCH = 1000  # metrics that a store takes at once
 PARAMS = 100  # and parameters
-
-
-def _terminate(signum, frame):
-    raise Terminated
 
 
 @contextmanager
@@ -30,7 +26,7 @@ def _signals() -> Iterator[Callable[[], None]]:
         return
     late: list[int] = []
     previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, terminate)
 
     def postpone() -> None:
         for number in previous:

@@ -1,5 +1,7 @@
 """The run above the runs of a sweep, and what a run says of itself in the UI."""
 
+import os
+import signal
 import sys
 
 import mlflow
@@ -54,6 +56,14 @@ def test_a_name_with_quotes_is_a_name(sweep):
         (above,), below, status = sweep("method=streaming", f"budget={budget}", """tracking.sweep="bob's" """.strip())
         assert status == 0 and above.data.tags["sweep"] == "bob's"
     assert len(below) == 2
+
+
+def test_a_sweep_that_is_terminated_between_two_jobs_is_killed(sweep, monkeypatch):
+    monkeypatch.setattr("pipeline.show.summary.show", lambda result: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    (above,), below, status = sweep("method=random,streaming", "budget=60")
+    assert (status, above.info.status, len(below)) == (143, "KILLED", 1)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_job_that_fails_fails_the_sweep_and_what_was_measured_makes_no_second_one(sweep):
