@@ -32,6 +32,12 @@ def saved() -> str:
 
 
 def offer(mlflow, experiment) -> None:
-    """Save the view in an experiment that does not have it."""
-    if TAG not in experiment.tags:
-        mlflow.MlflowClient().set_experiment_tag(experiment.experiment_id, TAG, saved())
+    """Save the view in an experiment that does not have it, as several processes may do at once."""
+    if TAG in experiment.tags:
+        return
+    client = mlflow.MlflowClient()
+    try:
+        client.set_experiment_tag(experiment.experiment_id, TAG, saved())
+    except mlflow.exceptions.MlflowException:  # a server's database refuses the second of two that insert it
+        if TAG not in client.get_experiment(experiment.experiment_id).tags:
+            raise

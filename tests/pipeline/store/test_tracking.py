@@ -50,3 +50,22 @@ def test_the_list_of_runs_has_a_view_with_metrics(tmp_path, outputs_in):
     tracking._connected = None
     tracking.connect(TrackingConfig(None, "x"), outputs)
     assert mlflow.get_experiment(tracking.experiment_id()).tags[view.TAG] == "changed"
+
+
+def test_of_two_processes_that_save_the_view_the_later_one_goes_on(tmp_path, outputs_in, monkeypatch):
+    """A server on PostgreSQL refuses the second insert; a store that refuses for good is still refused."""
+    from pipeline.store import view
+
+    mlflow = tracking.connect(TrackingConfig(None, "x"), outputs_in(tmp_path))
+    client = mlflow.MlflowClient()
+    seen_before = mlflow.get_experiment(client.create_experiment("raced"))
+    save = mlflow.MlflowClient.set_experiment_tag
+
+    def refused(self, *given):
+        raise mlflow.exceptions.MlflowException("duplicate key value violates unique constraint")
+
+    monkeypatch.setattr(mlflow.MlflowClient, "set_experiment_tag", refused)
+    with pytest.raises(mlflow.exceptions.MlflowException, match="duplicate"):
+        view.offer(mlflow, seen_before)
+    save(client, seen_before.experiment_id, view.TAG, view.saved())
+    view.offer(mlflow, seen_before)
