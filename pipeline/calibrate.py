@@ -66,7 +66,7 @@ def fit_kvzap(overrides: list[str], out: Path | None, strength: float = 1e-4) ->
             ridge.add(compressor.view(layer, *content, evictable), scores)
     path = out or settings.outputs / "calibration" / f"{settings.model.name}_kvzap.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    maps = ridge.fit(strength, model=job.checkpoint.hash, text=settings.documents.source, document=job.document_hash)
+    maps = ridge.fit(strength, model=job.checkpoint.hash, document=job.document_hash, **provenance(job))
     maps.save(path)
     print(
         f"{maps.metadata['tokens']} tokens in {len(job.windows)} windows of {settings.documents.source}; the maps "

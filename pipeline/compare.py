@@ -146,14 +146,15 @@ def show(
     metrics = [m for m in LABELS if any(m in e for e in estimates)]
     metrics += sorted({m for e in estimates for m in e} - set(metrics))
     table = Table(title=title, title_justify="left", title_style="bold")
-    names = ["method", "tokens", "storage"] + ["backend"] * (len({r.backend for r in results}) > 1)
+    further = ("allocation", "refit", "backend")
+    names = ["method", "tokens", "storage"] + [n for n in further if len({getattr(r, n) for r in results}) > 1]
     for name in (*names, *metrics):
-        table.add_column(name, justify="left" if name in ("method", "storage", "backend") else "right")
+        table.add_column(name, justify="left" if name in ("method", "storage", *further) else "right")
     marks = [{m: test.mark for m, test in own.items()} for own in tests or [{}] * len(results)]
     for result, row, mark in zip(results, estimates, marks, strict=True):
         cells = [spread(row[m], "{:+.3f}") + mark.get(m, "") if m in row else "-" for m in metrics]
-        about = [result.title, str(result.budget or "all"), result.storage, result.backend]
-        table.add_row(*about[: len(names)], *cells)
+        about = [result.title, str(result.budget or "all"), result.storage, *(getattr(result, n) for n in names[3:])]
+        table.add_row(*about, *cells)
     Console(highlight=False, width=200 if not sys.stdout.isatty() else None).print(table)
 
 
@@ -180,7 +181,7 @@ def compare(overrides: list[str], against: list[str], gap: bool) -> None:
     tables = [documents(result) for result in results]
     base = execute(reference)
     values = documents(base)
-    name = f"{reference.settings.method.name}-{base.budget or 'all'}-{base.storage}"
+    name = "-".join([reference.settings.method.name, str(base.budget or "all"), base.storage, *base.further])
     found = compared(tables, COMPARED, lambda table, m: paired(table[m], values[m]))
     tests = assessed(tables, values)
     place = f" on {base.backend}" if any(result.backend != base.backend for result in results) else ""

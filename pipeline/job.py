@@ -236,10 +236,10 @@ def _maps(settings: Settings, checkpoint: Checkpoint | Weightless) -> KVzapWeigh
         raise InputError(f"method.weights: {error}; {remedy}") from None
     if isinstance(checkpoint, Weightless) or maps.metadata.get("model") != checkpoint.hash:
         raise InputError(f"method.weights={scorer.weights} was fitted to other weights than model={model}: {remedy}")
-    if maps.metadata.get("text") == settings.documents.source:
+    if text := _measured_on(maps.metadata, settings.documents):
         raise InputError(
-            f"method.weights={scorer.weights} was fitted to {settings.documents.source}, which is also what the "
-            "documents are cut from: choose another document, or fit to another text"
+            f"method.weights={scorer.weights} was fitted to {text}, "
+            "which is also what the documents are cut from: choose another document, or fit to another text"
         )
     return maps
 
@@ -248,10 +248,15 @@ def _budget(settings: Settings, checkpoint: Checkpoint | Weightless) -> Budget |
     shape = checkpoint.shape
     itemsize = ITEMSIZE[settings.backend.cache_dtype]
 
+    given = 0 if settings.refit is None else settings.refit.token_nbytes * shape.layers * shape.kv_heads
+
     def held_in(storage: Storage) -> Callable[[int], int]:
         if together := getattr(storage, "nbytes_together", None):
             return lambda tokens: together(tokens, shape.layers, shape.kv_heads, shape.dim, itemsize)
         return lambda tokens: shape.layers * storage.nbytes(tokens, shape.kv_heads, shape.dim, itemsize)
+
+    def refitted(tokens: int) -> int:
+        return held_in(settings.storage)(tokens) + given * tokens
 
     try:
         held_in(settings.storage)(settings.documents.tokens)
@@ -259,7 +264,7 @@ def _budget(settings: Settings, checkpoint: Checkpoint | Weightless) -> Budget |
         raise InputError(prefixed(str(error), "storage", (f.name for f in fields(settings.storage)))) from None
     if settings.budget is None:
         return None
-    return settings.budget.resolve(settings.documents.tokens, held_in(Dense()), held_in(settings.storage))
+    return settings.budget.resolve(settings.documents.tokens, held_in(Dense()), refitted)
 
 
 def prepare(cfg: DictConfig) -> Job:

@@ -24,7 +24,7 @@ from pipeline.settings.errors import InputError, exhausted
 from pipeline.show.progress import progress
 from pipeline.stages.audit import audited
 from pipeline.stages.checkpoint import Checkpoint, Weightless
-from pipeline.stages.compress import compress
+from pipeline.stages.compress import compress, remembered
 from pipeline.stages.fast_blas import fast_blas
 from pipeline.stages.prefill import FullRuns
 from pipeline.stages.prefill_cache import PrefillCache
@@ -32,7 +32,7 @@ from pipeline.statistics import Estimate, aggregate, per_turn
 from pipeline.store import sweeps, tracking
 from pipeline.store.record import ROWS, tracked
 from spectral_kv.backends.measuring import MeasuredBackend
-from spectral_kv.compressor import Compressor, foresees, gathers, observed, repeats
+from spectral_kv.compressor import Compressor, foresees, repeats
 from spectral_kv.scorers.base import Scorer
 from spectral_kv.xp import to_numpy
 
@@ -59,6 +59,13 @@ class Result:
     store: str
     reused: bool
     timing_note: str | None = None
+    allocation: str = "uniform"
+    refit: str = "none"
+
+    @property
+    def further(self) -> list[str]:
+        """What its budget and its tokens have that is not the default."""
+        return [x for x, default in ((self.allocation, "uniform"), (self.refit, "none")) if x != default]
 
     def estimate(self, metric: str) -> Estimate | None:
         """A metric with its interval, or None if the run did not measure it."""
@@ -165,8 +172,14 @@ def _result(job: Job, run_id: str, metrics: dict[str, float], reused: bool) -> R
         job.budget.tokens if job.budget else None,
         settings.storage_name, settings.backend.name, settings.model.title, _documents(job),
         reads(settings.method.scorer), tracking.store_uri(settings.tracking, settings.outputs), reused,
-        timing_note(settings.backend),
+        timing_note(settings.backend), *_shared_out(job),
     )  # fmt: skip
+
+
+def _shared_out(job: Job) -> tuple[str, str]:
+    """Allocation of the budget and kind of the refit."""
+    refit = job.settings.refit
+    return job.budget.allocation if job.budget else "uniform", "none" if refit is None else refit.kind
 
 
 def _documents(job: Job) -> str:
@@ -230,9 +243,7 @@ def measure(job: Job) -> Measured:
         settings.refit,
     )  # fmt: skip
     chunk, disk = settings.backend.chunk, _disk(job)
-    observe = 0 if chunk and gathers(compressor.scorer) else observed(compressor.scorer, settings.documents.tokens)
-    if settings.refit is not None and settings.method.scorer is not None:
-        observe = max(observe, min(settings.refit.queries, settings.documents.tokens))
+    observe = remembered(compressor, settings.documents.tokens, chunk)
     for index, window in enumerate(progress(job.windows, label)):
         full, shared, origin = _full_runs.get(
             key, backend, window, settings.documents.tokens, observe, limit, disk, chunk
@@ -314,6 +325,8 @@ def _note(job: Job, metrics: dict[str, float]) -> str:
 
     settings = job.settings
     budget = "all tokens" if job.budget is None else f"{job.budget.tokens} of {settings.documents.tokens} tokens"
+    allocation, refit = _shared_out(job)
+    budget += f", allocation {allocation}" * (allocation != "uniform") + f", refit {refit}" * (refit != "none")
     return (
         f"**{settings.method.title}**, {budget}, storage {settings.storage_name}, model {settings.model.title}.\n\n"
         f"{described(metrics)}"

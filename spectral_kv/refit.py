@@ -4,6 +4,7 @@ Source: Attention Matching (arXiv 2602.16284): two least-squares problems for ev
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -54,6 +55,8 @@ class Refit:
     largest: float = 3.0
     strength: float = 0.1
     value_strength: float = 0.1
+
+    token_nbytes: ClassVar[int] = 4  # of a bias, in every layer and KV head
 
     def __post_init__(self):
         if self.kind not in KINDS:

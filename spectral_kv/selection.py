@@ -70,6 +70,11 @@ class Budget:
                 f"selection={self.selection} has all layers keep the same tokens, and allocation={self.allocation} "
                 "different numbers of them: leave one of the two at its default"
             )
+        if self.allocation != "uniform" and self.sinks + self.recent == 0:
+            raise ValueError(
+                f"sinks={self.sinks} and recent={self.recent} protect no token, and allocation={self.allocation} may "
+                "leave a KV head without any: protect one at least"
+            )
         if self.selection not in SELECTIONS:
             raise ValueError(f"selection={self.selection} is not known: choose one of {', '.join(SELECTIONS)}")
         if self.sinks < 0 or self.recent < 0:

@@ -90,7 +90,10 @@ def _measure(cfg: DictConfig) -> float | None:
     return result.metrics.get("ppl/delta_nll")
 
 
-PATHS = ("outputs", "checkpoints", "model.path", "model.calibration", "model.bases", "storage.bases", "document.path")
+PATHS = (
+    "outputs", "checkpoints", "model.path", "model.calibration", "model.bases", "model.kvzap", "storage.bases",
+    "method.weights", "document.path",
+)  # fmt: skip
 
 
 def _from_the_start(cfg: DictConfig) -> None:

@@ -117,6 +117,11 @@ class BudgetConfig:
                 f"budget.selection={self.selection} has all layers keep the same tokens, and "
                 f"budget.allocation={self.allocation} different numbers of them: leave one of the two at its default"
             )
+        if self.allocation != "uniform" and self.sinks + self.recent == 0:
+            raise ValueError(
+                f"budget.sinks={self.sinks} and budget.recent={self.recent} protect no token, and "
+                f"budget.allocation={self.allocation} may leave a KV head without any: protect one at least"
+            )
         if self.ratio is None and self.bytes is None:
             self._holds(self.tokens, f"budget.tokens={self.tokens}")
 

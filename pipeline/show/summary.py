@@ -84,7 +84,9 @@ def show(result: Result) -> None:
     console = Console(highlight=False)
     budget = "all tokens" if result.budget is None else f"{result.budget} tokens"
     table = Table(
-        title=f"{result.title}, {budget}, {result.storage}, model {result.model} on {result.backend}",
+        title=", ".join(
+            [result.title, budget, *result.further, result.storage, f"model {result.model} on {result.backend}"]
+        ),
         title_justify="left",
         title_style="bold",
     )

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pipeline.stages.compress import Compressed
+from pipeline.stages.compress import Compressed, remembered
 from pipeline.stages.prefill import FullRun
 from spectral_kv.compressor import Compressor
 from spectral_kv.heads import held
@@ -14,8 +14,9 @@ def audited(compressor: Compressor, full: FullRun, compressed: Compressed) -> di
 
     `audit/evicted_tokens` counts a token once for every layer and KV head that evicted it; `kept/gone_everywhere` is
     the share of the prompt's tokens that none of them holds; `audit/freed_mb` is what the cache takes less than the
-    full one. `audit/prefill_mb` is what lives when the prompt has run, and `audit/prefill_peak_mb`, where the device
-    counts it, the most that was allocated until then: a cache may be small and its prefill not.
+    full one. `audit/prefill_mb` is what lives when the prompt has run, of its queries those that the method wants, and
+    `audit/prefill_peak_mb`, where the device counts it, the most that was allocated until then: a cache may be small
+    and its prefill not. Jobs share prefills; one that remembers more than the method wants has no peak of it.
 
     Raises
     ------
@@ -43,12 +44,14 @@ def audited(compressor: Compressor, full: FullRun, compressed: Compressed) -> di
                 f"the method had to evict {due} tokens over layers and KV heads and evicted {evicted}, which freed "
                 f"{freed} bytes: the cache was not compressed"
             )
+    wanted = remembered(compressor, tokens, full.chunk)
+    too_many = sum(q.nbytes for q in prefill.queries) * (full.observed - wanted) // max(full.observed, 1)
     values = {
         "kept/gone_everywhere": gone,
         "audit/evicted_tokens": evicted,
         "audit/freed_mb": freed / 1e6,
-        "audit/prefill_mb": prefill.nbytes / 1e6,
+        "audit/prefill_mb": (prefill.nbytes - too_many) / 1e6,
     }
-    if full.peak is not None:
+    if full.peak is not None and full.observed == wanted:
         values["audit/prefill_peak_mb"] = full.peak / 1e6
     return {name: float(value) for name, value in values.items()}

@@ -43,6 +43,14 @@ def timed(backend, work: Callable[[], Any]) -> tuple[Any, float]:
     return result, time.perf_counter() - start
 
 
+def remembered(compressor: Compressor, tokens: int, chunk: int | None) -> int:
+    """How many of the last queries of a prompt of `tokens` have to be remembered for it to be compressed."""
+    count = 0 if chunk and gathers(compressor.scorer) else observed(compressor.scorer, tokens)
+    if compressor.refit is not None and compressor.scorer is not None:
+        count = max(count, min(compressor.refit.queries, tokens))
+    return count
+
+
 def compress(compressor: Compressor, full: FullRun, shared: SharedScores, document: int) -> Compressed:
     """Compress the prefill of a document.
 

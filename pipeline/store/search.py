@@ -94,6 +94,8 @@ def _described(run) -> dict[str, str]:
         "method": run.data.tags.get("title", "-"),
         "tokens": params.get("budget.resolved", "-"),
         "storage": params.get("storage.name", "-"),
+        "allocation": params.get("budget.allocation", "uniform"),
+        "refit": params.get("refit.name", "none"),
         "backend": params.get("backend.name", "-"),
         "model": params.get("model.name", "-"),
         "documents": f"{params.get('document.count')} x {params.get('document.tokens')} {params.get('document.name')}",

@@ -73,13 +73,16 @@ def close(config: DictConfig, status: str) -> None:
 def described(children: list) -> str:
     """A line of Markdown for every run: what it is, and its main metrics."""
     shown = [name for name in SHOWN if any(name in run.data.metrics for run in children)]
-    head = ["method", "tokens", "storage", "model", *shown]
+    about = {"tokens": (BUDGET, "-"), "storage": ("storage.name", "-"), "model": ("model.name", "-")}
+    further = {"allocation": ("budget.allocation", "uniform"), "refit": ("refit.name", "none")}
+    about |= {name: key for name, key in further.items() if len({run.data.params.get(*key) for run in children}) > 1}
+    head = ["method", *about, *shown]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for run in sorted(children, key=lambda run: run.info.start_time):
         params, metrics = run.data.params, run.data.metrics
-        about = [params.get(key, "-") for key in (BUDGET, "storage.name", "model.name")]
-        values = [f"{metrics[name]:.4g}" if name in metrics else "-" for name in shown]
-        lines.append(f"| {' | '.join([run.data.tags.get('title', '-'), *about, *values])} |")
+        cells = [run.data.tags.get("title", "-"), *(params.get(*key) for key in about.values())]
+        cells += [f"{metrics[name]:.4g}" if name in metrics else "-" for name in shown]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) if children else "Nothing was measured."
 
 

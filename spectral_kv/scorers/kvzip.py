@@ -10,7 +10,7 @@ from spectral_kv.attention import attention_logits
 from spectral_kv.scorers.base import LayerView, Repetition
 from spectral_kv.xp import Array, blocks, float32, like, namespace
 
-FIRST = "\n\nRepeat the previous context exactly.\n"
+FIRST = "\n\nRepeat the previous context exactly."
 LATER = "\n\nRepeat the part of the previous context exactly, starting with"
 
 
@@ -29,11 +29,14 @@ class KVzip:
         First tokens of the prompt, which stay in the softmax of later parts; they score 1.
     lead : int
         Last tokens of the part before, which end the instruction of later parts.
+    ending : str
+        Text between the instruction and the part; of a chat model what ends a user's turn and begins its own.
     """
 
     chunk: int = 2048
     sinks: int = 4
     lead: int = 8
+    ending: str = "\n"
 
     reads: ClassVar[tuple[str, ...]] = ("keys", "repetition")
 
@@ -49,10 +52,8 @@ class KVzip:
         """Every part of a prompt `[tokens]`, and the tokens that are fed after the prompt to have it repeated."""
         for start in range(0, len(tokens), self.chunk):
             span = slice(start, min(start + self.chunk, len(tokens)))
-            asked = [encode(FIRST)]
-            if start:
-                asked = [encode(LATER), tokens[max(start - self.lead, 0) : start], encode("\n")]
-            yield span, np.concatenate([*asked, tokens[span]]).astype(np.int64)
+            asked = [encode(LATER), tokens[max(start - self.lead, 0) : start]] if start else [encode(FIRST)]
+            yield span, np.concatenate([*asked, encode(self.ending), tokens[span]]).astype(np.int64)
 
     def repeated(self, seen: Repetition) -> Array:
         """Largest weights `[kv_heads, span]` of the tokens of a part, for `score`."""

@@ -120,5 +120,7 @@ def test_what_can_not_be_is_refused(rng):
         budget("some")
     with pytest.raises(ValueError, match="safeguard="):
         budget("head", 1.5)
+    with pytest.raises(ValueError, match="sinks=0 and recent=0 protect no token"):
+        Budget(20, 0, 0, allocation="head")
     with pytest.raises(ValueError, match="selection=per_head"):
         Budget(100, selection="per_head", allocation="head")

@@ -98,6 +98,10 @@ def test_curves_are_over_budgets_alone():
     assert curves(runs) == {"ppl/kl over budgets/A": {50: 0.2, 100: 0.1}}
     assert curves([*runs, Child("A", "50", 0.9)]) == {}  # something else was varied, too
     assert described([]) == "Nothing was measured."
+    assert "allocation" not in described(runs)
+    runs[1].data.params["budget.allocation"] = "head"
+    head, _, first, second, *_ = described(runs).split("\n")
+    assert (head.split(" | ")[4], first.split(" | ")[4], second.split(" | ")[4]) == ("allocation", "uniform", "head")
 
 
 def test_the_doctor_closes_a_sweep_whose_process_is_gone(sweep):

@@ -1,13 +1,13 @@
 """Caches whose layers and KV heads hold different numbers of tokens, or tokens with a bias."""
 
-import gc
-
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AutoModelForCausalLM
 
+from spectral_kv.backends import torch as of_models
+from spectral_kv.backends import torch_runs
 from spectral_kv.backends.torch_cache import CompressedLayer
 from spectral_kv.backends.torch_runs import RunsLayer, read
 from spectral_kv.compressor import Compressor
@@ -63,6 +63,44 @@ def test_a_ragged_cache_is_the_model_with_masked_attention(seed, backend, model,
     assert read.get() is None
 
 
+def one_by_one(query, keys, values, scaling: float, seen=slice(None)) -> torch.Tensor:
+    """What a query `[dim]` reads of the `seen` ones of `[tokens, dim]`; sums go from token to token.
+
+    So adding 0 for a token that is not seen is as if it were not there, to the last bit.
+    """
+    query, keys, values = (x.numpy() for x in (query, keys, values))
+    logits = (keys * query).sum(-1) * np.float32(scaling)
+    weights = np.zeros_like(logits)
+    weights[seen] = np.exp(logits[seen] - logits[seen].max())
+    return torch.from_numpy(np.cumsum(weights[:, None] * values, axis=0)[-1] / np.cumsum(weights)[-1])
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_decoding_is_masked_attention_bit_for_bit_if_sums_do_not_depend_on_zeros(
+    seed, backend, tokens, prefill, monkeypatch
+):
+    kept = ragged(backend, np.random.default_rng(seed))
+    apart, whole = backend.compress(prefill, kept, Dense()), backend.compress(prefill, None, Dense())
+
+    def of_run(query, keys, values, mask, scale, enable_gqa):
+        group = query.shape[1] // keys.shape[1]
+        found = [one_by_one(q[0], keys[0, h // group], values[0, h // group], scale) for h, q in enumerate(query[0])]
+        return torch.stack(found)[None, :, None]
+
+    def masked(module, query, keys, values, mask, scaling, **others):
+        found, group = [], query.shape[1] // keys.shape[1]
+        for head, q in enumerate(query[0]):
+            seen = np.append(kept[module.layer_idx][head // group].numpy(), np.arange(PROMPT, keys.shape[2]))
+            found.append(one_by_one(q[0], keys[0, head // group], values[0, head // group], scaling, seen))
+        return torch.stack(found)[None, None], None
+
+    monkeypatch.setattr(torch_runs, "scaled_dot_product_attention", of_run)
+    monkeypatch.setattr(of_models, "sdpa_attention_forward", masked)
+    for token in tokens[PROMPT : PROMPT + 3]:
+        ours, theirs = (backend.extend(cache, np.array([token])).logits for cache in (apart, whole))
+        assert torch.equal(ours, theirs)
+
+
 def test_attention_over_a_run_is_masked_attention_to_the_last_bits(rng):
     """What is evicted lies behind a mask in one and is not there in the other; float32, one token.
 
@@ -105,14 +143,16 @@ def test_equal_heads_in_runs_are_the_cache_as_it_was(storage, backend, tokens, p
 
 @pytest.mark.parametrize("allocation", ["layer", "head", "global"])
 def test_bytes_are_those_of_the_budget(allocation, backend, tokens, prefill):
-    """Counted, allocated and as the garbage collector finds them."""
+    """Counted, in the memory of its tensors, and as torch's allocator says: what it gave less what it took back."""
     budget = Budget(50, 2, 8, allocation=allocation)
     compressor = Compressor(backend, Random(), budget, Dense())
     kept = compressor.select([x * (i + 1) for i, x in enumerate(compressor.scores(prefill))])
     assert sum(map(held, kept)) == 2 * 2 * 50
-    cache = compressor.store(prefill, kept)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        cache = compressor.store(prefill, kept)
     due = 2 * 2 * 50 * 16 * 4 * 2  # layers, heads, tokens, channels, bytes, keys and values
     assert cache.nbytes == cache.allocated == due
+    assert sum(event.self_cpu_memory_usage for event in seen.events()) == due
     tensors = {
         x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
         for layer in cache.layers
@@ -120,8 +160,6 @@ def test_bytes_are_those_of_the_budget(allocation, backend, tokens, prefill):
         for x in run.stored.load()
     }
     assert sum(tensors.values()) == due
-    del prefill
-    gc.collect()
     backend.extend(cache, tokens[PROMPT : PROMPT + 7])
     assert cache.nbytes == due + 2 * 2 * 7 * 16 * 4 * 2
     assert cache.allocated >= cache.nbytes
