@@ -31,8 +31,10 @@ class Refit:
     """Fits the kept tokens of a prompt to what queries like its last would read from all of it, right after its end.
 
     With weights `w = exp(bias)` the kept tokens have the softmax's whole denominator, relative to it, for the reference
-    queries; then values are fitted to their attention outputs. Both are least squares that are drawn to what is there
-    (a weight of 1, the token's own value), so that nothing changes where nothing was evicted.
+    queries; then values are fitted to their attention outputs. Both are least squares. Weights are drawn to one factor
+    for all tokens, which makes up for what is evicted and leaves attention among those kept as it is: drawn to 1, what
+    is missing would go to the tokens that are looked at most, the sinks, whose values are near 0. Values are drawn to
+    the token's own. So nothing changes where nothing was evicted.
 
     Parameters
     ----------
@@ -45,15 +47,15 @@ class Refit:
     largest : float
         Bound of the bias, in nats, both ways.
     strength : float
-        How much weights are drawn to 1, in units of the mean diagonal of the normal equations.
+        How much attention that moves from token to token counts beside what the denominators miss, both squared.
     value_strength : float
-        The same of values.
+        How much values are drawn to the token's own, in units of the mean diagonal of the normal equations.
     """
 
     kind: str = "bias_values"
     queries: int = 256
     largest: float = 3.0
-    strength: float = 0.1
+    strength: float = 100.0
     value_strength: float = 0.1
 
     token_nbytes: ClassVar[int] = 4  # of a bias, in every layer and KV head
@@ -118,8 +120,7 @@ class Refit:
         weights /= weights.sum(axis=-1, keepdims=True)
         of_kept = weights[:, kept].astype(np.float64)
         evicted = np.delete(weights, kept, axis=-1).sum(axis=-1, dtype=np.float64)
-        factor = 1.0 + self._drawn(of_kept, evicted, self.strength)
-        bias = np.clip(np.log(np.maximum(factor, 1e-30)), -self.largest, self.largest)
+        bias = np.clip(np.log(self._factors(of_kept, evicted)), -self.largest, self.largest)
         if self.kind == "bias":
             return bias, None
         shares = of_kept * np.exp(bias)
@@ -127,6 +128,21 @@ class Refit:
         there = values[kept].astype(np.float64)
         missing = weights.astype(np.float64) @ values - shares @ there
         return bias, there + self._drawn(shares, missing, self.value_strength)
+
+    def _factors(self, of_kept: np.ndarray, evicted: np.ndarray) -> np.ndarray:
+        """Of kept tokens' weights `[queries, kept]`, by which they sum to what they did with the `evicted` `[queries]`.
+
+        A common factor, times what differs between tokens: `strength` times the squares of all changes of a weight by
+        that are added to those of the sums' errors.
+        """
+        held = of_kept.sum(axis=-1)
+        common = held @ (held + evicted) / max(held @ held, 1e-30)
+        scaled = common * of_kept
+        gram = scaled.T @ scaled
+        moved = self.strength * np.diag(gram)
+        penalty = np.diag(moved + np.finfo(np.float64).eps * max(moved.mean(), np.finfo(np.float64).tiny))
+        change = np.linalg.solve(gram + penalty, scaled.T @ (held + evicted - common * held))
+        return common * np.maximum(1.0 + change, 1e-30)
 
     @staticmethod
     def _drawn(x: np.ndarray, y: np.ndarray, strength: float) -> np.ndarray:
