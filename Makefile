@@ -16,7 +16,7 @@ setup: .venv/installed  ## Make .venv with the project and its tools.
 	touch $@
 
 paper: setup    ## Measure what is missing on the embedded model, write outputs/paper/index.html and paper.md, print the verdicts.
-	$(BIN)/python -m pipeline.paper
+	$(BIN)/python -m pipeline.paper --processes 2
 
 report: paper   ## The same, and open it as a page: outputs/paper/index.html.
 	$(BIN)/python -m webbrowser -t "file://$(CURDIR)/outputs/paper/index.html"
@@ -26,7 +26,7 @@ docs: setup     ## Build the pages as a site that needs no network: outputs/docs
 	$(BIN)/mkdocs build --quiet
 
 readme: setup   ## The same, and copy tables and figures into the README.
-	$(BIN)/python -m pipeline.paper --readme README.md
+	$(BIN)/python -m pipeline.paper --processes 2 --readme README.md
 
 smollm2: setup  ## Fetch a model of 135 M parameters (93 MB) and run WaveletTriAttn on it: 512 of 4096 tokens, two windows.
 	$(BIN)/python -m pipeline.fetch smollm2

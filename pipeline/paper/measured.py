@@ -1,13 +1,16 @@
 """From jobs to finished runs: what the store holds is read in one call, what it lacks is measured."""
 
+import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.job import Job
+from pipeline.job import NOT_IDENTITY, Job
 from pipeline.paper.finished import FinishedRun
 from pipeline.paper.placement import Placements
 from pipeline.paper.sections import Section
@@ -90,6 +93,40 @@ def _one_of(processes: int) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
 
 
+def _documents(job: Job) -> tuple[str, str]:
+    """What a prefill depends on: the model and the documents."""
+    return job.checkpoint.hash, job.document_hash
+
+
+def _next(left: list[Job], own: Hashable, others: set[Hashable]) -> Job:
+    """The job that suits a process: on its `own` documents, on those of no other process, or where most is left."""
+    held = Counter(_documents(job) for job in left)
+    of = own if own in held else next((d for d in held if d not in others), held.most_common(1)[0][0])
+    return next(job for job in left if _documents(job) == of)
+
+
+def _shared(jobs: list[Job], processes: int) -> Iterator[tuple[Job, Any]]:
+    """Execute jobs in several processes, each of which stays with its documents as long as there are jobs on them."""
+    from pipeline.run import execute
+
+    context = multiprocessing.get_context("spawn")  # a forked process can't use a GPU
+    left, busy, held = list(jobs), {}, {}
+    with ExitStack() as stack:
+        count = min(processes, len(jobs))
+        idle = [stack.enter_context(ProcessPoolExecutor(1, context, _one_of, (processes,))) for _ in range(count)]
+        while left or busy:
+            while left and idle:
+                pool = idle.pop(0)
+                job = _next(left, held.get(pool), {documents for other, documents in held.items() if other is not pool})
+                left = [other for other in left if other is not job]
+                held[pool] = _documents(job)
+                busy[pool.submit(execute, job)] = (pool, job)
+            for done in wait(busy, return_when=FIRST_COMPLETED).done:
+                pool, job = busy.pop(done)
+                idle.append(pool)
+                yield job, done.result()
+
+
 def _executed(jobs: list[Job], processes: int) -> Iterator[tuple[Job, Any]]:
     """Execute jobs, in order in this process or by several, and give each with its result when it is done.
 
@@ -98,15 +135,26 @@ def _executed(jobs: list[Job], processes: int) -> Iterator[tuple[Job, Any]]:
     from pipeline.run import execute
 
     shared = [job for job in jobs if processes > 1 and "throughput" not in job.settings.phases]
-    if shared:
-        context = multiprocessing.get_context("spawn")  # a forked process can't use a GPU
-        with ProcessPoolExecutor(min(processes, len(shared)), context, _one_of, (processes,)) as pool:
-            waiting = {pool.submit(execute, job): job for job in shared}
-            for done in as_completed(waiting):
-                yield waiting[done], done.result()
+    yield from _shared(shared, processes)
     for job in jobs:
         if not any(job is other for other in shared):
             yield job, execute(job)
+
+
+def served(jobs: dict[str, Job]) -> dict[str, str]:
+    """Of every job whose phases another one measures too, all else alike, whose run serves it; both by identity."""
+    alike: dict[str, list[str]] = {}
+    for name, job in jobs.items():
+        settings = {k: v for k, v in job.resolved.items() if k not in NOT_IDENTITY | {"phase"}}
+        alike.setdefault(json.dumps([settings, job.document_hash, job.checkpoint.hash], sort_keys=True), []).append(
+            name
+        )
+    found = {}
+    for names in alike.values():
+        most = max(names, key=lambda name: len(jobs[name].settings.phases))
+        phases = jobs[most].resolved["phase"].items()
+        found |= {n: most for n in names if n != most and all(x in phases for x in jobs[n].resolved["phase"].items())}
+    return found
 
 
 def measure(
@@ -114,7 +162,8 @@ def measure(
 ) -> tuple[list[MeasuredSection], int]:
     """Measure what is missing; the sections with their runs, and how many runs are new.
 
-    Jobs that several sections share are measured once. Jobs on the same documents follow one another, those first
+    Jobs that several sections share are measured once, and one whose phases are among those of another job not at all:
+    its section reads the other's run. Jobs on the same documents follow one another, those first
     that look at most queries of the prompt: their prefills serve the others.
 
     Parameters
@@ -136,16 +185,21 @@ def measure(
     if not set(jobs) <= set(there):  # frameworks are needed anyway
         placements.forget()
         jobs = identified()
-    missing = {i: job for i, job in jobs.items() if i not in there or job[1].settings.force}
+    serving = {
+        i: other
+        for i, other in served({i: job for i, (_, job) in jobs.items()}).items()
+        if i not in there or jobs[i][1].settings.force
+    }
+    missing = {i: job for i, job in jobs.items() if i not in serving and (i not in there or job[1].settings.force)}
     if missing:
         from spectral_kv.compressor import observed
 
-        order = list({(job.checkpoint.hash, job.document_hash): None for _, job in missing.values()})
+        order = list({_documents(job): None for _, job in missing.values()})
 
         def turn(item: tuple[str, tuple[str, Job]]) -> tuple[int, int]:
             job = item[1][1]
             seen = observed(job.settings.method.scorer, job.settings.documents.tokens)
-            return order.index((job.checkpoint.hash, job.document_hash)), -seen
+            return order.index(_documents(job)), -seen
 
         planned = [one for _, one in sorted(missing.items(), key=turn)]
         section_of = {id(job): experiment for experiment, job in planned}
@@ -159,7 +213,8 @@ def measure(
     for section in sections:
         runs = []
         for choice, job in zip(section.choices, section.jobs, strict=True):
-            run = there[identity(job, placements.of(job.settings.backend))]
+            name = identity(job, placements.of(job.settings.backend))
+            run = there[serving.get(name, name)]
             count, metrics, tags = len(job.windows), dict(run.data.metrics), dict(run.data.tags)
             runs.append(FinishedRun(run.info.run_id, choice, count, metrics, tags, _rows_of(run), run.info.start_time))
         measured.append(MeasuredSection(section.experiment, section.title, section.asked, section.narrowed, runs))

@@ -1,6 +1,9 @@
+from types import SimpleNamespace
+
 import pytest
 
-from pipeline.paper.measured import MeasuredSection
+from pipeline.paper.__main__ import regenerate
+from pipeline.paper.measured import MeasuredSection, _next, served
 
 
 @pytest.mark.parametrize(("recall", "said"), [(0.59, "the full cache itself finds 0.59"), (0.6, None)])
@@ -8,3 +11,46 @@ def test_a_task_that_the_full_cache_fails_has_no_table(made, recall, said):
     runs = [made("full", {"retrieval/full_recall": [recall] * 8}), made("tri", {"retrieval/full_recall": [recall] * 8})]
     withheld = MeasuredSection("retrieval", "What is still found", 8, [], runs).withheld
     assert withheld is None if said is None else said in withheld
+
+
+@pytest.fixture
+def job():
+    """Makes what planning asks of a job."""
+
+    def make(document: str, method: str = "tri", phases: dict | None = None) -> SimpleNamespace:
+        phases = {"memory": {"tokens": 1}} if phases is None else phases
+        resolved = {"method": method, "phase": phases, "tracking": {"table": document}}
+        return SimpleNamespace(
+            resolved=resolved, document_hash=document, checkpoint=SimpleNamespace(hash="model"),
+            settings=SimpleNamespace(phases=phases),
+        )  # fmt: skip
+
+    return make
+
+
+def test_a_job_is_served_by_one_that_measures_all_its_phases_and_more(job):
+    memory, drift = {"memory": {"tokens": 1}}, {"drift": {"turns": 5}}
+    jobs = {
+        "whole": job("d", phases=memory | drift), "part": job("d", phases=memory),
+        "other settings": job("d", phases={"memory": {"tokens": 2}}), "other phase": job("d", phases={"kept": {}}),
+        "other documents": job("e", phases=memory), "other method": job("d", "wavelet", memory),
+    }  # fmt: skip
+    assert served(jobs) == {"part": "whole"}
+
+
+def test_processes_stay_with_their_documents(job):
+    left = [job("a"), job("a"), job("b"), job("c"), job("c"), job("c")]
+    assert _next(left, None, set()) is left[0]
+    assert _next(left, ("model", "c"), {("model", "a")}) is left[3]  # its own
+    assert _next(left, None, {("model", "a")}) is left[2]  # nobody's
+    assert (
+        _next(left[:2] + left[3:], ("model", "b"), {("model", "a"), ("model", "c")}) is left[3]
+    )  # with somebody, where most is left
+
+
+@pytest.mark.slow
+def test_baselines_read_the_runs_of_the_published_comparison(small, capsys):
+    own = [o for o in small if not o.startswith(("document.count", "budget.tokens"))]
+    own = [*own, "budget.tokens=60", "phase.drift.tokens=8", "phase.drift.positions=4", "phase.match.tokens=4"]
+    regenerate(["paper", "baselines"], [*own, "method=streaming,wavelet"])
+    assert "2 configurations measured, 0 were there already" in capsys.readouterr().out

@@ -116,7 +116,7 @@ def test_every_section_is_an_experiment_with_tables():
 
 def test_sections_are_parts_of_experiments_unless_all_is_asked_for():
     assert brief("paper", []) == []
-    assert brief("seeds", []) == ["document.count=8"]
+    assert brief("seeds", []) == ["document.count=8", "method=random"]
     method, storage = brief("equal_bytes", ["budget=100"])
     assert method.startswith("method=full,") and storage == "storage=dense,turboquant_4bit,turboquant_2bit"
     assert brief("equal_bytes", ["method=tri"]) == [storage]  # what is given goes first
