@@ -114,11 +114,14 @@ class CompressedLayer(CacheLayerMixin):
         return self.stored.tokens
 
     @property
+    def kv_heads(self) -> int:
+        return len(self._stored_positions)
+
+    @property
     def positions(self) -> np.ndarray:
         """Logical positions `[kv_heads, held]` of all rows."""
         fed = np.arange(self._fed_from, self.seen)
-        heads = self._stored_positions.shape[0]
-        return np.concatenate([self._stored_positions, np.broadcast_to(fed, (heads, len(fed)))], axis=1)
+        return np.concatenate([self._stored_positions, np.broadcast_to(fed, (self.kv_heads, len(fed)))], axis=1)
 
     @property
     def nbytes(self) -> int:

@@ -96,7 +96,7 @@ class RunsLayer(CacheLayerMixin):
     @property
     def heads(self) -> list[int]:
         """KV heads of every run."""
-        return [len(run.positions) for run in self.runs]
+        return [run.kv_heads for run in self.runs]
 
     @property
     def held(self) -> int:
