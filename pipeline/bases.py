@@ -5,7 +5,8 @@
 
 Runs the model over calibration text (by default mixed: docstrings, source code, packages' descriptions, licences, a
 novel) and writes what `spectral_kv.storage.spectral.SpectralStorage` needs to code its cache. The file says how many
-runs of ten words the text shares with the documents that the project evaluates on.
+runs of ten words the text shares with the documents that the project evaluates on. A measurement that was broken off
+goes on where it was when the command is given again.
 """
 
 import argparse
@@ -37,14 +38,14 @@ def bases(overrides: list[str], out: Path | None, layers: int, share: float) -> 
     _, backend = loaded(settings, job.checkpoint)
     prompt = settings.documents.tokens
     texts = [job.checkpoint.tokenizer.decode(window.tolist()) for window in job.windows]
-    windows = progress(job.windows, f"measuring bases of {settings.model.name}")
+    path = out or settings.outputs / "bases" / f"{settings.model.name}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
     found = measure(
-        backend, windows, prompt, layers,
+        backend, job.windows, prompt, layers, sums=path.with_suffix(".sums"),
+        progress=lambda windows: progress(windows, f"measuring bases of {settings.model.name}", logged=True),
         model=job.checkpoint.hash, document=job.document_hash, **provenance(job),
         overlap=str(len(shared_with_evaluation(texts))),
     )  # fmt: skip
-    path = out or settings.outputs / "bases" / f"{settings.model.name}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
     found.truncated(share).save(path)
     return path
 

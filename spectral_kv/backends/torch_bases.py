@@ -1,12 +1,20 @@
 """Measuring the bases of a model on the torch backend, which alone gives gradients."""
 
-from collections.abc import Iterable
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from transformers import DynamicCache
 
 from spectral_kv.codec.bases import Bases, Moments, columns, groups
+
+OFTEN = 60  # seconds after which sums are kept in a file
 
 
 def gradients(backend, keys: list[torch.Tensor], values: list[torch.Tensor], tokens: np.ndarray, seed: int):
@@ -46,40 +54,88 @@ def gradients(backend, keys: list[torch.Tensor], values: list[torch.Tensor], tok
 
 def measure(
     backend,
-    windows: Iterable[np.ndarray],
+    windows: Sequence[np.ndarray],
     prompt: int,
     group: int,
     following: int = 512,
     sinks: int = 4,
+    sums: Path | None = None,
+    progress: Callable[[Sequence[np.ndarray]], Iterable[np.ndarray]] = iter,
     **metadata: str,
 ) -> Bases:
     """Bases of the model of a torch backend, in blocks of at most `group` layers.
 
     Parameters
     ----------
-    windows : iterable of np.ndarray of int, [at least prompt + 1]
+    windows : sequence of np.ndarray of int, [at least prompt + 1]
     prompt : int
         Tokens of every window whose keys and values are counted.
     following : int
         Tokens after them whose predictions the sensitivity is measured by, where a window has so many.
     sinks : int
         First tokens that are left out: their keys are like no others, and they stay exact.
+    sums : path, optional
+        File that keeps what was summed up every `OFTEN` seconds, and with which the same measurement goes on if it was
+        broken off; it is gone in the end.
+    progress : function of the windows
+        Yields them, and shows how far it is.
     metadata : str
         Kept with the bases.
     """
     shape = backend.shape
     moments = [Moments(layers) for layers in groups(shape.layers, group)]
-    counted, fed = np.arange(sinks, prompt), following
-    for seed, window in enumerate(windows):
+    counted, fed = np.arange(sinks, prompt), min(following, min(map(len, windows)) - prompt)
+    key = _key(windows, prompt, group, following, sinks, metadata)
+    done = _resumed(moments, sums, key, backend.device) if sums else 0
+    kept = time.monotonic()
+    for seed, window in enumerate(progress(windows)):
+        if seed < done:
+            continue
         prefill = backend.prefill(window[:prompt], 1)
-        fed = min(fed, len(window) - prompt)
         grads = gradients(backend, prefill.keys, prefill.values, window[prompt : prompt + following], seed)
-        for sums in moments:
+        for one in moments:
             parts = []
             for keys, values in ((prefill.keys, prefill.values), grads):
                 # A rotation keeps lengths, so gradients turn back as keys do
-                turned = [backend.rope.unrotate(keys[i].float()[:, sinks:], counted) for i in sums.layers]
-                parts.append(columns(turned, [values[i].float()[:, sinks:] for i in sums.layers]))
-            sums.add(*parts)
-    blocks = tuple(sums.block(shape.dim) for sums in moments)
+                turned = [backend.rope.unrotate(keys[i].float()[:, sinks:], counted) for i in one.layers]
+                parts.append(columns(turned, [values[i].float()[:, sinks:] for i in one.layers]))
+            one.add(*parts)
+        if sums and time.monotonic() - kept > OFTEN:
+            _keep(moments, sums, key, seed + 1)
+            kept = time.monotonic()
+    blocks = tuple(one.block(shape.dim) for one in moments)
+    if sums:
+        sums.unlink(missing_ok=True)
     return Bases(blocks, shape.dim, {"tokens": str(moments[0].tokens), "following": str(fed)} | metadata)
+
+
+def _key(windows: Sequence[np.ndarray], *settings: Any) -> str:
+    """Hash of all that sums depend on."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for window in windows:
+        digest.update(np.asarray(window, dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def _keep(moments: list[Moments], path: Path, key: str, done: int) -> None:
+    """Write sums over the first `done` windows, whole or not at all."""
+    tensors = {f"{i}.{name}": x for i, one in enumerate(moments) for name, x in one.tensors().items()}
+    new = path.with_name(f"{path.name}.new")
+    save_file(tensors, str(new), {"key": key, "done": str(done), "tokens": str(moments[0].tokens)})
+    new.replace(path)
+
+
+def _resumed(moments: list[Moments], path: Path, key: str, device: torch.device) -> int:
+    """How many windows the sums in a file are over, with which moments go on; 0 if it has those of something else."""
+    try:
+        with safe_open(str(path), framework="np") as file:
+            said = file.metadata() or {}
+            if said.get("key") != key:
+                return 0
+            held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return 0
+    for index, one in enumerate(moments):
+        own = {name: held[f"{index}.{name}"] for name in ("sum", "outer", "squares")}
+        one.resume(int(said["tokens"]), own, torch.empty(0, device=device))
+    return int(said["done"])

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spectral_kv.xp import Array, namespace, to_numpy
+from spectral_kv.xp import Array, like, namespace, to_numpy
 
 FORMAT = "spectral_kv bases 1"
 
@@ -68,7 +68,10 @@ class Block:
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in (self.mean, self.weights, self.basis, self.variances))
+        """Bytes that say the basis; one of channels as they are is said by their order."""
+        ordered = np.count_nonzero(self.basis) == self.basis.shape[1]
+        basis = 2 * self.basis.shape[1] if ordered else self.basis.nbytes
+        return basis + sum(x.nbytes for x in (self.mean, self.weights, self.variances))
 
     def part(self, layers: tuple[int, ...]) -> "Block":
         """The basis of some of the layers, from what this one knows of their covariance."""
@@ -116,6 +119,15 @@ class Moments:
         self.sum = self.sum + xp.sum(x, axis=0)
         self.outer = self.outer + xp.matmul(x.T, x)
         self.squares = self.squares + xp.sum(gradients**2, axis=0)
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The sums, to be taken up by `resume`."""
+        return {name: to_numpy(getattr(self, name)) for name in ("sum", "outer", "squares")}
+
+    def resume(self, tokens: int, tensors: dict[str, np.ndarray], beside: Array) -> None:
+        """Go on from sums over `tokens` tokens, on the device of `beside`."""
+        self.tokens = tokens
+        self.sum, self.outer, self.squares = (like(tensors[name], beside) for name in ("sum", "outer", "squares"))
 
     def block(self, dim: int) -> Block:
         """The basis that was measured, of heads of `dim` channels."""
@@ -188,7 +200,7 @@ class Bases:
     def truncated(self, components: float) -> "Bases":
         """With the given share of the components of all blocks, those of the largest variances."""
         pooled = np.sort(np.concatenate([block.variances for block in self.blocks]))[::-1]
-        least = pooled[min(round(components * len(pooled)), len(pooled)) - 1]
+        least = pooled[min(max(round(components * len(pooled)), 1), len(pooled)) - 1]
         kept = [max(8, -(-int((block.variances >= least).sum()) // 8) * 8) for block in self.blocks]
         return Bases(tuple(b.truncated(k) for b, k in zip(self.blocks, kept, strict=True)), self.dim, self.metadata)
 
@@ -265,20 +277,19 @@ class Bases:
             with safe_open(str(path), framework="np") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
-                    raise ValueError(f"{path} does not hold bases of caches: calibrate the model")
-                sizes = [int(n) for n in metadata["groups"].split()]
-                stops = np.cumsum(sizes)
+                    raise ValueError("another format")
+                stops = np.cumsum([int(n) for n in metadata["groups"].split()])
                 blocks = tuple(
                     Block(
-                        tuple(range(stop - size, stop)),
+                        tuple(range(start, stop)),
                         *(file.get_tensor(f"{i}.{name}") for name in ("mean", "weights", "basis", "variances")),
                     )
-                    for i, (size, stop) in enumerate(zip(sizes, stops, strict=True))
+                    for i, (start, stop) in enumerate(zip([0, *stops[:-1]], stops, strict=True))
                 )
-        except (SafetensorError, OSError, KeyError) as error:
+            bases = cls(blocks, int(metadata["dim"]), metadata)
+            found = (bases.layers, bases.kv_heads, bases.dim)
+        except (SafetensorError, OSError, KeyError, ValueError, IndexError, ZeroDivisionError) as error:
             raise ValueError(f"{path} does not hold bases of caches ({error}): calibrate the model") from None
-        bases = cls(blocks, int(metadata["dim"]), metadata)
-        found = (bases.layers, bases.kv_heads, bases.dim)
         if found != shape:
             raise ValueError(
                 f"{path} was calibrated for [layers, kv heads, dim] = {list(found)}, this model has {list(shape)}: "

@@ -86,6 +86,22 @@ def test_truncation_keeps_the_largest_variances(bases):
     assert half.blocks[0].basis.shape == (64, 32)
     np.testing.assert_array_equal(half.blocks[0].variances, bases.blocks[0].variances[:32])
     assert half.nbytes < bases.nbytes
+    assert bases.truncated(1e-6).blocks[0].basis.shape == (64, 8)
+
+
+def test_damaged_layouts_are_refused_in_one_sentence(bases, tmp_path):
+    path = tmp_path / "bases.safetensors"
+    bases.save(path)
+    whole = path.read_bytes()
+    for old, new in (
+        (b'"groups":"2"', b'"groups":"x"'),
+        (b'"groups":"2"', b'"groups":" "'),
+        (b'"dim":"8"', b'"dim":"0"'),
+    ):
+        assert old in whole
+        path.write_bytes(whole.replace(old, new))
+        with pytest.raises(ValueError, match=r"bases.safetensors does not hold bases of caches \(.*: calibrate"):
+            Bases.load(path, (2, 2, 8))
 
 
 def test_channels_keep_their_columns_and_pairs_share_their_variance(bases):
@@ -100,6 +116,7 @@ def test_channels_keep_their_columns_and_pairs_share_their_variance(bases):
         assert by_channel[0] == by_channel[4]
         np.testing.assert_allclose(by_channel[16:], energies[at][16:], rtol=0.02, atol=1e-3 * energies.max())
         assert (np.diff(block.variances) <= 0).all()
+        assert block.nbytes == (2 + 3 * 4) * 32  # an order, and three numbers a channel
 
 
 def test_groups_are_cut_where_the_bases_allow_it(bases):
