@@ -74,6 +74,11 @@ def cache(
     scorer, storage = names.method(method), names.storage(storage)
     if foresees(scorer):
         raise ValueError(f"method={method} is an oracle, which reads what is not generated yet: choose another method")
+    if getattr(storage, "at_rest", False):
+        raise ValueError(
+            f"{type(storage).__name__} is for caches that nobody attends to: choose storage=spectral, and give it to "
+            "cache.save(path, codec=...)"
+        )
     if getattr(storage, "keeps_all", False) and scorer is not None:
         raise ValueError(f"{type(storage).__name__} keeps every token, and {method} evicts: choose method=full")
     if repeats(scorer):

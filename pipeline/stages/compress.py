@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.ndimage import uniform_filter1d
 
+from pipeline.settings.errors import InputError
 from pipeline.stages.prefill import FullRun
 from spectral_kv.backends.base import Cache
 from spectral_kv.compressor import Compressor, SharedScores, foresees, gathers, observed, repeats
@@ -81,8 +82,19 @@ def compress(compressor: Compressor, full: FullRun, shared: SharedScores, docume
 
 
 def importance(scores: list[Array]) -> np.ndarray:
-    """What scores `[kv_heads, tokens]` of all layers say of a token, `[tokens]`: their mean over a few neighbours."""
+    """What scores `[kv_heads, tokens]` of all layers say of a token, `[tokens]`: their mean over a few neighbours.
+
+    Raises
+    ------
+    InputError
+        If none is above 0.
+    """
     mean = np.mean([to_numpy(x).astype(np.float64).clip(0, None).mean(axis=0) for x in scores], axis=0)
+    if not mean.any():
+        raise InputError(
+            "tokens at rest are coded as finely as a method's scores say, and none of these is above 0: "
+            "choose method=snapkv, h2o, tova, or full to code all alike"
+        )
     return uniform_filter1d(mean, NEIGHBOURS, mode="nearest")
 
 

@@ -1,6 +1,5 @@
 """Compressed caches at rest: what a file holds of them when a codec writes it."""
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,7 +28,7 @@ def settled(codec: str | SpectralAtRest | None, model: PreTrainedModel, layers: 
         codec = SpectralAtRest(ratio=None, distortion=EXPECTED, layers=layers)
     if not isinstance(codec, SpectralAtRest):
         raise ValueError(f"codec={codec} is not known: choose spectral, or leave it out")
-    return replace(codec, bases=bases_of(model, codec.bases))
+    return codec.at(bases_of(model, codec.bases))
 
 
 def written(

@@ -32,6 +32,12 @@ def histogram(numbers: np.ndarray, contexts: np.ndarray, count: int) -> np.ndarr
     return np.bincount(at, minlength=count * (CAP + 1)).reshape(count, CAP + 1)
 
 
+def with_zeros(frequencies: np.ndarray, often: np.ndarray) -> np.ndarray:
+    """A `histogram` of what is not zero as that of all numbers, of which every context `[count]` has so many."""
+    frequencies[:, 0] = often - frequencies[:, 1:].sum(axis=1)
+    return frequencies
+
+
 def entropy(frequencies: np.ndarray) -> float:
     """Bits of numbers with such a `histogram`, signs included, those beyond `CAP` in 32 bits more."""
     n = frequencies.astype(np.float64)
@@ -39,6 +45,11 @@ def entropy(frequencies: np.ndarray) -> float:
     with np.errstate(divide="ignore", invalid="ignore"):
         bits = -np.where(n > 0, n * np.log2(n / total), 0.0).sum()
     return float(bits + n[:, 1:].sum() + 32 * n[:, CAP].sum())
+
+
+def _edges(contexts: np.ndarray, count: int) -> np.ndarray:
+    """Where numbers of each of `count` contexts begin, and the last end, once they are in order, `[count + 1]`."""
+    return np.concatenate([[0], np.cumsum(np.bincount(contexts, minlength=count))])
 
 
 @dataclass(frozen=True)
@@ -87,11 +98,12 @@ class Tables:
     def encode(self, numbers: np.ndarray, contexts: np.ndarray) -> np.ndarray:
         """Words, uint32, of numbers `[n]` in contexts `[n]`."""
         coder = _library().stack.AnsCoder()
-        order = np.argsort(contexts, kind="stable")
-        ordered = numbers[order].astype(np.int32)
-        far = ordered[np.abs(ordered) >= CAP]
-        ordered = np.clip(ordered, -CAP, CAP)
-        edges = np.searchsorted(contexts[order], np.arange(len(self.lengths) + 1))
+        ordered = numbers.take(np.argsort(contexts, kind="stable")).astype(np.int32, copy=False)
+        far = ordered[:0]
+        if len(ordered) and max(ordered.max(), -int(ordered.min())) >= CAP:
+            far = ordered[np.abs(ordered) >= CAP]
+            ordered = np.clip(ordered, -CAP, CAP)
+        edges = _edges(contexts, len(self.lengths))
         for index in reversed(range(len(self.lengths))):
             part = ordered[edges[index] : edges[index + 1]]
             if len(part):
@@ -104,9 +116,7 @@ class Tables:
         count = int(words[0])
         beyond = words[1 : 1 + count].astype(np.int64)
         coder = _library().stack.AnsCoder(np.ascontiguousarray(words[1 + count :]))
-        order = np.argsort(contexts, kind="stable")
-        edges = np.searchsorted(contexts[order], np.arange(len(self.lengths) + 1))
-        parts = []
+        order, edges, parts = np.argsort(contexts, kind="stable"), _edges(contexts, len(self.lengths)), []
         for index, length in enumerate(self.lengths):
             if (many := int(edges[index + 1] - edges[index])) > 0:
                 parts.append(coder.decode(self.models[index], many) - np.int32(length - 1))

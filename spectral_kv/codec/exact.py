@@ -34,8 +34,8 @@ def decode(tensors: dict[str, np.ndarray], shapes: list[tuple[int, ...]]) -> lis
     """The arrays of such shapes that the tensors stand for."""
     sizes = [int(np.prod(shape)) for shape in shapes]
     itemsize, count = (int(x) for x in tensors["itemsize"])
-    kept, stored = tensors["planes"][:count], tensors["planes"][count:].reshape(count, -1)
     planes = np.zeros((sum(sizes), itemsize), dtype=np.uint8)
+    kept, stored = tensors["planes"][:count], tensors["planes"][count:].reshape(count, len(planes))
     planes[:, kept] = stored.T
     signed = Tables(tensors["codes"], tensors["lengths"]).decode(tensors["words"], _contexts(sizes))
     planes[:, -1] = (np.abs(signed) - 1) | np.where(signed < 0, 128, 0)

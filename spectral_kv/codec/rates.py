@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from weakref import WeakValueDictionary
 
 from spectral_kv.codec.allocation import water_filling
 from spectral_kv.codec.bases import Bases
@@ -20,7 +21,7 @@ class Rate:
         return sum(coder.token_bytes for coder in self.coders)
 
 
-_bases: dict[str, Bases] = {}
+_bases: WeakValueDictionary[str, Bases] = WeakValueDictionary()  # for as long as somebody has them
 
 
 def rate(bases: Bases, token_bytes: int) -> Rate:

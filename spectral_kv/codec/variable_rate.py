@@ -12,13 +12,14 @@ from functools import cached_property
 
 import numpy as np
 
-from spectral_kv.codec.entropy import Tables, entropy, histogram
+from spectral_kv.codec.entropy import Tables, entropy, histogram, with_zeros
 
 OCTAVE = 4  # steps of a scale a factor of 2
 CONTEXTS = 64
 ZERO = 28  # level of components whose deviation is the step
 GAIN = 12  # largest logarithm of a token's scale in a band: a factor of 8
 SLOPE = np.log(2) / 6  # squared error, in squares of the step, that a bit is worth where rounding is at its best
+FINEST = 2**24  # whole numbers that single precision tells apart
 MEANS = 240  # of what is rounded to a number, in 8 bits: from 0.5 below it to 0.5625 above
 
 
@@ -47,8 +48,23 @@ class Sizes:
 
     def contexts(self) -> np.ndarray:
         """Of the components that are there, uint8 `[tokens, there]`."""
-        sums = self.levels.astype(np.int8)[self.there] + self.gains.take(self.block[self.there], axis=1)
-        return np.clip(sums, 0, CONTEXTS - 1).astype(np.uint8)
+        sums = np.empty((len(self.gains), len(self.there)), dtype=np.int8)
+        edges = np.searchsorted(self.block[self.there], np.arange(self.gains.shape[1] + 1))
+        levels = self.levels.astype(np.int8)[self.there]
+        for index, part in enumerate(map(slice, edges[:-1], edges[1:])):
+            np.add(levels[part], self.gains[:, index : index + 1], out=sums[:, part])
+        return np.clip(sums, 0, CONTEXTS - 1, out=sums).view(np.uint8)
+
+    @cached_property
+    def often(self) -> np.ndarray:
+        """How often every context is met, `[contexts]`."""
+        found = np.zeros(CONTEXTS, dtype=np.int64)
+        for index, gains in enumerate(self.gains.T):
+            own = self.levels[self.there][self.block[self.there] == index]
+            levels = np.bincount(own, minlength=CONTEXTS)
+            for gain, count in enumerate(np.bincount(gains + GAIN, minlength=2 * GAIN + 1), -GAIN):
+                np.add.at(found, np.clip(np.arange(CONTEXTS) + gain, 0, CONTEXTS - 1), levels * count)
+        return found
 
 
 class Rounding:
@@ -66,13 +82,25 @@ class Rounding:
         self.least = (0.5 + 0.5 * SLOPE * np.clip(bits[:, 1] - bits[:, 0], 0, 9)).astype(np.float32)
         self.below = (0.5 - 0.5 * SLOPE * np.clip(bits[:, 2] - bits[:, 1], 0, 3)).astype(np.float32)
 
-    def __call__(self, components: np.ndarray, step: float, levels: np.ndarray) -> np.ndarray:
-        """Whole numbers, int32 `[tokens, components]`."""
-        size = np.abs(components)
-        size *= np.float32(1 / step)
-        number = np.floor(size + self.below[levels])
-        number *= size >= self.least[levels]
-        return np.copysign(number, components, out=number).astype(np.int32)
+    def __call__(self, magnitudes: np.ndarray, step: float, levels: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Rows and columns where magnitudes `[tokens, components]` are not rounded to 0, and the numbers there.
+
+        Most are: the others are found by one comparison. All are whose component is of level 0.
+        """
+        inverse, slightly = np.float32(1 / step), np.float32(1 - 1e-5)  # what follows is rounded itself
+        least = np.where(levels, self.least[levels] * slightly / inverse, np.inf).astype(np.float32)
+        at = np.flatnonzero(magnitudes >= least)
+        row, column = taken_apart(at, len(levels))
+        size, level = magnitudes.ravel()[at] * inverse, levels[column]
+        number = np.floor(size + self.below[level])
+        there = (size >= self.least[level]) & (number > 0)
+        return row[there], column[there], number[there].astype(np.int32)
+
+
+def taken_apart(at: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of places in an array with rows of a width."""
+    row = at // width
+    return row, at - row * width
 
 
 class Components:
@@ -90,32 +118,45 @@ class Components:
         self._last: tuple[float, Rounded] | None = None
 
     @cached_property
-    def _logarithms(self) -> np.ndarray:
-        """Of the root mean square of every component."""
-        return OCTAVE * 0.5 * np.log2(np.maximum((self.values**2).mean(axis=0), 1e-30))
+    def _sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Logarithms of the root mean square of every component, and of every token over each block's."""
+        squares = self.values**2
+        logarithms = OCTAVE * 0.5 * np.log2(np.maximum(squares.mean(axis=0), 1e-30))
+        weights = np.zeros((len(self.block), self.block.max() + 1), dtype=np.float32)
+        weights[np.arange(len(self.block)), self.block] = 2.0 ** (-2 * logarithms / OCTAVE)
+        power = squares @ (weights / np.bincount(self.block)).astype(np.float32)
+        gains = np.clip(np.rint(OCTAVE * 0.5 * np.log2(np.maximum(power, 1e-9))), -GAIN, GAIN)
+        return logarithms, gains.astype(np.int8)
+
+    @property
+    def deviations(self) -> np.ndarray:
+        """Root mean square of every component."""
+        return 2.0 ** (self._sizes[0] / OCTAVE)
+
+    @cached_property
+    def _magnitudes(self) -> np.ndarray:
+        return np.abs(self.values)
 
     @cached_property
     def _largest(self) -> np.ndarray:
         """Of every component."""
-        return np.maximum(self.values.max(axis=0), -self.values.min(axis=0))
-
-    @cached_property
-    def _gains(self) -> np.ndarray:
-        weights = np.zeros((len(self.block), self.block.max() + 1), dtype=np.float32)
-        weights[np.arange(len(self.block)), self.block] = 2.0 ** (-2 * self._logarithms / OCTAVE)
-        power = (self.values**2) @ (weights / np.bincount(self.block)).astype(np.float32)
-        return np.clip(np.rint(OCTAVE * 0.5 * np.log2(np.maximum(power, 1e-9))), -GAIN, GAIN).astype(np.int8)
+        largest = self._magnitudes.max(axis=0)
+        if not np.isfinite(largest).all():
+            raise ValueError("some keys or values are not finite: run the model in bfloat16 or float32")
+        return largest
 
     def every(self, stride: int) -> "Components":
         """Every so many tokens alone, with the sizes that all have."""
         part = Components([self.values[::stride]])
-        part.block, part._largest = self.block, self._largest
-        part._logarithms, part._gains = self._logarithms, self._gains[::stride]
+        logarithms, gains = self._sizes
+        part.block, part._largest, part._sizes = self.block, self._largest, (logarithms, gains[::stride])
         return part
 
     def levels(self, step: float) -> np.ndarray:
         """Logarithms of the sizes of components, uint8 `[components]`; 0 for those that are nothing in such steps."""
-        levels = np.clip(np.rint(self._logarithms - OCTAVE * np.log2(step)) + ZERO, 1, CONTEXTS - 1)
+        if self._largest.max() >= FINEST * step:
+            raise ValueError(f"step={step:.3g} is finer than single precision: give a larger step, distortion or ratio")
+        levels = np.clip(np.rint(self._sizes[0] - OCTAVE * np.log2(step)) + ZERO, 1, CONTEXTS - 1)
         return np.where(self._largest < 0.5 * step, 0, levels).astype(np.uint8)
 
     def cost(self, step: float) -> float:
@@ -131,36 +172,44 @@ class Components:
         return self._last[1]
 
     def _rounded(self, step: float) -> "Rounded":
-        sizes, rounding = Sizes(self.levels(step), self._gains, self.block), Rounding()
-        components, levels = self.values.take(sizes.there, axis=1), sizes.levels[sizes.there]
-        few = slice(None, None, len(components) // 256 | 1)  # enough to learn from
-        each = np.broadcast_to(levels, components[few].shape)
+        sizes, rounding = Sizes(self.levels(step), self._sizes[1], self.block), Rounding()
+        levels, there = sizes.levels, sizes.there
+        few = slice(None, None, len(self.values) // 256 | 1)  # enough to learn from
+        some = self._magnitudes[few]
+        often = np.bincount(levels[there], minlength=CONTEXTS) * len(some)
         for _ in range(2):
-            numbers = rounding(components[few], step, levels)
-            rounding.learn(histogram(numbers, each, CONTEXTS))
-        numbers = rounding(components, step, levels)
-        return Rounded(sizes, numbers, means(components[few], numbers[few], levels, step))
+            _, column, number = rounding(some, step, levels)
+            rounding.learn(with_zeros(histogram(number, levels[column], CONTEXTS), often))
+        row, column, number = rounding(self._magnitudes, step, levels)
+        signed = np.copysign(number, self.values.ravel()[row * len(levels) + column]).astype(np.int32)
+        own = np.flatnonzero(row // few.step * few.step == row)
+        size = self._magnitudes.ravel()[row[own] * len(levels) + column[own]] * np.float32(1 / step)
+        place = np.cumsum(levels > 0) - 1
+        return Rounded(sizes, row, place[column], signed, means(size, number[own], levels[column[own]]))
 
 
-def means(components: np.ndarray, numbers: np.ndarray, levels: np.ndarray, step: float) -> np.ndarray:
-    """How much the mean of what is rounded to 1, and to larger numbers, lies above them, in steps.
+def means(sizes: np.ndarray, numbers: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """How much the mean of the sizes that are rounded to 1, and to larger numbers, lies above them, all in steps.
 
     In 8 bits by level, uint8 `[2, contexts]`.
     """
     found = np.zeros((2, CONTEXTS))
-    number = np.abs(numbers)
-    beyond = np.abs(components) * np.float32(1 / step) - number
-    for row, there in enumerate((number == 1, number > 1)):
-        sums, counts = ((x * there).sum(axis=0) for x in (beyond, there))
-        found[row] = np.bincount(levels, sums, CONTEXTS) / np.maximum(np.bincount(levels, counts, CONTEXTS), 1)
+    for row, there in enumerate((numbers == 1, numbers > 1)):
+        sums, counts = (np.bincount(levels[there], x, CONTEXTS) for x in ((sizes - numbers)[there], None))
+        found[row] = sums / np.maximum(counts, 1)
     return np.clip(np.rint((found + 0.5) * MEANS), 0, 255).astype(np.uint8)
 
 
-def values(numbers: np.ndarray, levels: np.ndarray, means: np.ndarray, step: float) -> np.ndarray:
-    """Components, float32 `[tokens, components]`, that numbers stand for."""
-    of_one, of_more = means.astype(np.float32)[:, levels] / MEANS - 0.5
+def values(
+    sizes: Sizes, row: np.ndarray, column: np.ndarray, numbers: np.ndarray, means: np.ndarray, step: float
+) -> np.ndarray:
+    """Components, float32 `[tokens, components]`, that are 0 but for what numbers stand for: see `Rounded`."""
+    component = sizes.there[column]
+    of_one, of_more = means.astype(np.float32)[:, sizes.levels[component]] / MEANS - 0.5
     beyond = np.where(np.abs(numbers) == 1, of_one, of_more)
-    return (numbers + np.sign(numbers) * beyond) * np.float32(step)
+    found = np.zeros((len(sizes.gains), len(sizes.levels)), dtype=np.float32)
+    found[row, component] = (numbers + np.sign(numbers) * beyond) * np.float32(step)
+    return found
 
 
 @dataclass(frozen=True)
@@ -170,23 +219,34 @@ class Rounded:
     Parameters
     ----------
     sizes : Sizes
-    numbers : np.ndarray of int32, [tokens, there]
-        Of the components whose level is not 0.
+    row, column : np.ndarray of int
+        Tokens, and components among those that are there, where a number is not 0.
+    nonzero : np.ndarray of int32
+        The numbers.
     means : np.ndarray of uint8, [2, contexts]
         See `means`.
     """
 
     sizes: Sizes
-    numbers: np.ndarray
+    row: np.ndarray
+    column: np.ndarray
+    nonzero: np.ndarray
     means: np.ndarray
 
     @cached_property
-    def contexts(self) -> np.ndarray:
-        return self.sizes.contexts()
+    def numbers(self) -> np.ndarray:
+        """All of the components that are there, int32 `[tokens, there]`."""
+        found = np.zeros((len(self.sizes.gains), len(self.sizes.there)), dtype=np.int32)
+        found.ravel()[self.row * found.shape[1] + self.column] = self.nonzero
+        return found
 
     @cached_property
     def frequencies(self) -> np.ndarray:
-        return histogram(self.numbers, self.contexts, CONTEXTS)
+        levels, gains = self.sizes.levels.astype(np.int8)[self.sizes.there], self.sizes.gains
+        block = self.sizes.block[self.sizes.there]
+        sums = levels[self.column] + gains.ravel()[self.row * gains.shape[1] + block[self.column]]
+        contexts = np.clip(sums, 0, CONTEXTS - 1)
+        return with_zeros(histogram(self.nonzero, contexts, CONTEXTS), self.sizes.often)
 
     @cached_property
     def gain_frequencies(self) -> np.ndarray:
@@ -201,13 +261,13 @@ class Rounded:
     @property
     def order_0(self) -> float:
         """Bits if every component were coded on its own, each with its own frequencies."""
-        columns = np.broadcast_to(np.arange(self.numbers.shape[1]), self.numbers.shape)
-        return entropy(histogram(self.numbers, columns, self.numbers.shape[1]))
+        count = len(self.sizes.there)
+        found = histogram(self.nonzero, self.column, count)
+        return entropy(with_zeros(found, np.full(count, len(self.sizes.gains))))
 
     def distortion(self, components: np.ndarray, step: float) -> float:
         """Mean squared error of a token's components `[tokens, components]`."""
-        found = np.zeros_like(components)
-        found[:, self.sizes.there] = values(self.numbers, self.sizes.levels[self.sizes.there], self.means, step)
+        found = values(self.sizes, self.row, self.column, self.nonzero, self.means, step)
         return float(((components - found) ** 2).sum(axis=1).mean())
 
 
@@ -242,11 +302,11 @@ class VariableRate:
     def of(cls, components: Components, step: float, chunk: int) -> "VariableRate":
         rounded = components.rounded(step)
         tables, gain_tables = Tables.of(rounded.frequencies), Tables.of(rounded.gain_frequencies)
-        words, gains = [], rounded.sizes.gains
+        words, gains, contexts = [], rounded.sizes.gains, rounded.sizes.contexts()
         for start in range(0, len(gains), chunk):
             part = slice(start, start + chunk)
             words.append(gain_tables.encode(gains[part].ravel(), np.zeros(gains[part].size, dtype=np.uint8)))
-            words.append(tables.encode(rounded.numbers[part].ravel(), rounded.contexts[part].ravel()))
+            words.append(tables.encode(rounded.numbers[part].ravel(), contexts[part].ravel()))
         ends = np.cumsum([len(w) for w in words]).astype(np.uint32).reshape(-1, 2)
         levels = rounded.sizes.levels
         return cls(step, chunk, levels, rounded.means, tables, gain_tables, np.concatenate(words), ends)
@@ -266,8 +326,9 @@ class VariableRate:
             gains = self.gain_tables.decode(self.words[begin:middle], none).reshape(count, -1)
             sizes = Sizes(self.levels, gains.astype(np.int8), block)
             contexts = sizes.contexts()
-            numbers = self.tables.decode(self.words[middle:end], contexts.ravel()).reshape(contexts.shape)
-            part = np.zeros((count, len(self.levels)), dtype=np.float32)
-            part[:, sizes.there] = values(numbers, self.levels[sizes.there], self.means, self.step)
+            numbers = self.tables.decode(self.words[middle:end], contexts.ravel())
+            at = np.flatnonzero(numbers)
+            row, column = taken_apart(at, contexts.shape[1])
+            part = values(sizes, row, column, numbers[at], self.means, self.step)
             parts.append(part[max(start - first, 0) : stop - first])
         return np.concatenate(parts)

@@ -22,6 +22,9 @@ from spectral_kv.xp import Array, constant, float32, like, namespace, to_numpy
 
 SEARCHED = 512  # tokens of which bits are counted while a step is looked for
 CLOSE = 0.015  # of the logarithm to base 2 of what is met, where the search ends
+FINE = 2 * np.pi * np.e  # squares of the step that a variance is, where a number takes no bits if steps were fine
+SPARSE = 0.2  # the same, where it takes half of them as most are rounded to 0: where to look first, within a tenth
+MISSED = np.log2(1.02)  # what is left by then and is not good enough
 TURNS = 12  # at most
 FINEST = 2 * OCTAVE  # a factor of 4: 16 times the importance
 BESIDE = 1500  # bytes of names and sizes, about
@@ -108,9 +111,25 @@ class SpectralAtRest:
 
         Only its proportions count, and no more than 16 times the median or less than a 16th of it (reverse
         water-filling: steps go with the inverse root).
+
+        Raises
+        ------
+        ValueError
+            If it has numbers below 0 or that are none, or nothing above 0.
         """
+        own = np.asarray(importance, dtype=np.float64)
+        if own.ndim != 1 or not np.isfinite(own).all() or own.min(initial=0) < 0 or not own.any():
+            raise ValueError(
+                "importance must be one number a token, none below 0 and not all of them 0: take shares of attention"
+            )
         found = copy(self)
-        object.__setattr__(found, "importance", np.asarray(importance, dtype=np.float64))
+        object.__setattr__(found, "importance", own)
+        return found
+
+    def at(self, bases: str) -> "SpectralAtRest":
+        """The same with the bases of a file."""
+        found = copy(self)
+        object.__setattr__(found, "bases", bases)
         return found
 
     def _fineness(self, sinks: int, coded: int) -> np.ndarray | None:
@@ -131,9 +150,11 @@ class SpectralAtRest:
         Raises
         ------
         ValueError
-            If a ratio can't be met.
+            If a ratio can't be met, or keys or values are not finite.
         """
         heads, tokens, dim = keys[0].shape
+        if self.importance is not None and len(self.importance) != tokens:
+            raise ValueError(f"importance is that of {len(self.importance)} tokens, and the cache has {tokens}")
         bases = self.read((len(keys), heads, dim))
         sinks = min(self.sinks, tokens)
         coded = max(tokens - sinks - self.recent, 0)
@@ -206,10 +227,24 @@ class SpectralAtRest:
             tables = 8 * (Tables.of(rounded.frequencies).nbytes + 2 * CONTEXTS) * len(some.values)
             return np.log2(wanted * len(some.values) / max(tokens * rounded.bits + tables, 1.0))
 
+        def expected(logarithm: float) -> float:
+            relative = (components.deviations / 2.0**logarithm) ** 2
+            if self.ratio is None:
+                lost = (components.deviations**2 / (1 + 6 * relative)).sum()
+                return 0.5 * np.log2(max(lost, 1e-30) / allowed)
+            bits = 0.5 * np.log2(1 + FINE * relative) * relative / (relative + SPARSE)
+            return np.log2(wanted / max(tokens * bits.sum(), 1.0))
+
         few = components.every(tokens // SEARCHED | 1)
-        about = 0.5 * np.log2(float((few.values**2).mean()) + 1e-24)
-        about = root(lambda at: beyond(few, at), about, CLOSE / 2)
-        return float(np.float32(2.0 ** root(lambda at: beyond(components, at), about, CLOSE)))
+        about = 0.5 * np.log2(float((components.deviations**2).mean()) + 1e-24)
+        about, _ = root(expected, about, CLOSE)
+        about, _ = root(lambda at: beyond(few, at), about, CLOSE / 2)
+        found, off = root(lambda at: beyond(components, at), about, CLOSE)
+        if self.ratio is not None and off > MISSED:
+            raise ValueError(
+                f"ratio={self.ratio:g} can't be met within 2 %, no step does: choose another, or give a step"
+            )
+        return float(np.float32(2.0**found))
 
     def decode(
         self,
@@ -334,17 +369,23 @@ def finer(fineness: np.ndarray) -> np.ndarray:
     return (2.0 ** (fineness.astype(np.float32) / OCTAVE))[:, None]
 
 
-def root(function: Callable[[float], float], at: float, close: float) -> float:
-    """Where a rising function of about unit slope is within `close` of zero, by the secant method."""
-    value, slope = function(at), 1.0
+def root(function: Callable[[float], float], at: float, close: float) -> tuple[float, float]:
+    """Where a rising function of about unit slope is within `close` of zero, and how far it is there.
+
+    By the secant method, or the middle of what is known to lie on either side where that would leave it.
+    """
+    value, slope, below, above = function(at), 0.8, -np.inf, np.inf
     for _ in range(TURNS):
         if abs(value) < close:
             break
-        step = float(np.clip(-value / slope, -2, 2))
-        new = function(at + step)
-        slope = float(np.clip((new - value) / step, 0.3, 3.0))
-        at, value = at + step, new
-    return at
+        below, above = (at, above) if value < 0 else (below, at)
+        new = at + float(np.clip(-value / slope, -2, 2))
+        if not below < new < above:
+            new = (below + above) / 2
+        other = function(new)
+        slope = float(np.clip((other - value) / (new - at), 0.3, 3.0))
+        at, value = new, other
+    return at, abs(value)
 
 
 def components_of(block: Block, pairs: list[Pair], positions: np.ndarray, rope: Rope) -> np.ndarray:

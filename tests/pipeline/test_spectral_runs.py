@@ -53,6 +53,8 @@ def test_a_method_says_which_tokens_are_coded_finer(run, file):
     assert weighed["memory/tokens"] == 200  # none is evicted
     assert weighed["memory/at_rest_ratio"] == pytest.approx(alike["memory/at_rest_ratio"], rel=0.04)
     assert weighed["ppl/kl"] != alike["ppl/kl"]
+    with pytest.raises(InputError, match="none of these is above 0: choose method=snapkv"):
+        run("method=knorm", *rest)
 
 
 def test_a_run_is_known_by_its_bases_wherever_they_lie(small, file, tmp_path):

@@ -2,35 +2,20 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
+from transformers import DynamicCache
 
 import spectral_kv
 from spectral_kv.backends.torch import TorchBackend
 from spectral_kv.storage.spectral import SpectralStorage
+from tests.spectral_kv.coded_qwen import qwen, text
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """Three layers in groups of two and one, with bases in the model's folder."""
-    torch.manual_seed(1)
-    config = Qwen2Config(
-        vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=4096, initializer_range=0.2, bos_token_id=0,
-        eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    made = Qwen2ForCausalLM(config).eval()
-    folder = tmp_path_factory.mktemp("model")
-    made.config._name_or_path = str(folder)
-    found = spectral_kv.bases(made, [text(300, seed)[0].numpy() for seed in range(4)], layers=2)
-    found.save(folder / "bases.safetensors")
-    return made
-
-
-def text(tokens: int, seed: int = 0, batch: int = 1) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).integers(1, 512, (batch, tokens)))
+    return qwen(tmp_path_factory.mktemp("model"), 3)
 
 
 def fed(model, cache, *parts, mask=None):

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from spectral_kv.backends.torch_bases import measure
 from spectral_kv.codec.at_rest import AtRest
 from spectral_kv.storage.spectral import SpectralStorage
 from spectral_kv.storage.spectral_at_rest import SpectralAtRest
@@ -14,23 +13,14 @@ SHAPE = (2, 2, 16)
 
 
 @pytest.fixture(scope="module")
-def path(backend, tmp_path_factory):
-    rng = np.random.default_rng(1)
-    windows = [rng.integers(2, 8000, size=440) for _ in range(3)]
-    file = tmp_path_factory.mktemp("bases") / "bases.safetensors"
-    measure(backend, windows, prompt=400, group=2, following=40).save(file)
-    return str(file)
-
-
-@pytest.fixture(scope="module")
 def prefills(backend):
     """Keys and values, the same on the CPU and on the GPU."""
     prefill = backend.prefill(np.random.default_rng(0).integers(2, 8000, size=900), 1)
     return [([x.to(d) for x in prefill.keys], [x.to(d) for x in prefill.values]) for d in ("cpu", "cuda")]
 
 
-def test_codes_that_live_are_alike(backend, path, prefills):
-    storage, positions = SpectralStorage(path, None, 3, recent=20), np.arange(900)
+def test_codes_that_live_are_alike(backend, bases_path, prefills):
+    storage, positions = SpectralStorage(bases_path, None, 3, recent=20), np.arange(900)
     stored = [
         storage.store_together([x[None] for x in k], [x[None] for x in v], positions, 900, backend.rope)
         for k, v in prefills
@@ -42,9 +32,9 @@ def test_codes_that_live_are_alike(backend, path, prefills):
             assert ((x - y.cpu()) ** 2).mean() < 1e-4 * (x**2).mean()
 
 
-def test_bytes_at_rest_are_read_alike_on_both(backend, path, prefills):
+def test_bytes_at_rest_are_read_alike_on_both(backend, bases_path, prefills):
     """Whole numbers are, bit for bit; the products that follow are rounded in another order."""
-    storage, positions = SpectralAtRest(path, 8), np.arange(900)
+    storage, positions = SpectralAtRest(bases_path, 8), np.arange(900)
     sizes = []
     for keys, values in prefills:
         content = storage.encode(keys, values, positions, backend.rope).to_bytes()

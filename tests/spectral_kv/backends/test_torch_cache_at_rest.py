@@ -5,31 +5,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
 import spectral_kv
 from spectral_kv.storage.spectral_at_rest import SpectralAtRest
+from tests.spectral_kv.coded_qwen import qwen, text
 
 pytest.importorskip("constriction")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    torch.manual_seed(1)
-    config = Qwen2Config(
-        vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=4096, initializer_range=0.2, bos_token_id=0,
-        eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    made = Qwen2ForCausalLM(config).eval()
-    folder = tmp_path_factory.mktemp("model")
-    made.config._name_or_path = str(folder)
-    spectral_kv.bases(made, [text(400, seed)[0].numpy() for seed in range(3)]).save(folder / "bases.safetensors")
-    return made
-
-
-def text(tokens: int, seed: int = 0, batch: int = 1) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).integers(1, 512, (batch, tokens)))
+    return qwen(tmp_path_factory.mktemp("model"), 2)
 
 
 def filled(model, tokens=900, batch=1, method="full", **more):
@@ -58,6 +45,20 @@ def test_a_loaded_cache_goes_on_and_its_file_is_smaller(model, tmp_path):
     assert sizes[0] > 3 * sizes[3]
 
 
+def test_tokens_that_matter_are_written_finer(model, tmp_path):
+    cache, importance = filled(model), np.ones(900)
+    importance[300:600] = 16
+    codec, errors = SpectralAtRest(ratio=8, recent=16), []
+    for one in (codec, codec.weighing(importance)):
+        cache.save(tmp_path / "cache", codec=one)
+        pairs = zip(cache.layers, spectral_kv.load(tmp_path / "cache", model).layers, strict=True)
+        values = [[layer.sequences[0].stored.load()[1] for layer in pair] for pair in pairs]
+        errors.append(sum(float(((a - b)[..., 300:600, :] ** 2).sum()) for a, b in values))
+    assert errors[1] < 0.5 * errors[0]
+    with pytest.raises(ValueError, match="importance is that of 900 tokens, and the cache has 500"):
+        filled(model, 500).save(tmp_path / "cache", codec=codec.weighing(importance))
+
+
 def test_evicted_tokens_are_written_where_all_heads_agree(model, tmp_path):
     cache = filled(model, method="streaming", budget=300)
     cache.save(tmp_path / "cache", codec=SpectralAtRest(ratio=None, step=1e-3))
@@ -73,6 +74,8 @@ def test_what_can_not_be_written_is_refused(model, tmp_path):
         filled(model, method="random", budget=100).save(path, codec="spectral")
     with pytest.raises(ValueError, match=r"storage=TurboQuantStorage.*leave codec out"):
         filled(model, storage="turboquant_4bit").save(path, codec="spectral")
+    with pytest.raises(ValueError, match="SpectralAtRest is for caches that nobody attends to"):
+        spectral_kv.cache(model, "full", storage=SpectralAtRest())
     with pytest.raises(ValueError, match="codec=zip is not known"):
         filled(model).save(path, codec="zip")
     with pytest.raises(ValueError, match="ratio=99 can't be met"):

@@ -19,3 +19,9 @@ def test_numbers_come_back_bit_for_bit(rng, dtype):
 def test_exponents_take_less_than_their_bits(rng):
     x = torch.from_numpy(rng.normal(size=(4, 500, 16))).to(torch.bfloat16)
     assert sum(t.nbytes for t in exact.encode([x]).values()) < 0.8 * x.nbytes
+
+
+@pytest.mark.parametrize("arrays", [[torch.zeros(2, 3, 8)], [torch.zeros(2, 0, 8)] * 2])
+def test_nothing_and_zeros_alone(arrays):
+    found = exact.decode(exact.encode(arrays), [tuple(x.shape) for x in arrays])
+    assert all(torch.equal(torch.from_numpy(y), x) for x, y in zip(arrays, found, strict=True))

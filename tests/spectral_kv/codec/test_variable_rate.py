@@ -1,6 +1,9 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from spectral_kv.codec.entropy import histogram
 from spectral_kv.codec.variable_rate import Components, Rounded, Rounding, VariableRate, means
 
 pytest.importorskip("constriction")
@@ -37,6 +40,36 @@ def test_bytes_are_within_3_percent_of_the_order_0_entropy(rng):
         assert abs(8 * written.words.nbytes - rounded.bits) < 0.005 * rounded.bits + 256
 
 
+def test_most_numbers_are_zero_and_are_counted_without_being_looked_at(blocks):
+    """What is found by comparisons is what the definition says of every number."""
+    components = Components(blocks)
+    rounded = components.rounded(2.0)
+    contexts, numbers = rounded.sizes.contexts(), rounded.numbers
+    levels, gains = rounded.sizes.levels[rounded.sizes.there], rounded.sizes.gains
+    sums = levels.astype(int) + gains[:, components.block[rounded.sizes.there]]
+    np.testing.assert_array_equal(contexts, sums.clip(0, 63))
+    np.testing.assert_array_equal(rounded.sizes.often, np.bincount(contexts.ravel(), minlength=64))
+    np.testing.assert_array_equal(rounded.frequencies, histogram(numbers, contexts, 64))
+    rounding = Rounding()
+    rounding.learn(rounded.frequencies)
+    size = np.abs(components.values) * np.float32(0.5)
+    own = rounded.sizes.levels
+    expected = np.floor(size + rounding.below[own]) * (size >= rounding.least[own]) * (own > 0)
+    row, column, number = rounding(np.abs(components.values), 2.0, own)
+    found = np.zeros_like(expected)
+    found[row, column] = number
+    np.testing.assert_array_equal(found, expected)
+    assert 0 < (found > 0).mean() < 0.5
+
+
+def test_what_has_no_size_is_refused(blocks):
+    with pytest.raises(ValueError, match=r"step=1e-09 is finer than single precision"):
+        Components(blocks).rounded(1e-9)
+    blocks[1][5, 3] = np.nan
+    with pytest.raises(ValueError, match="not finite"):
+        Components(blocks).rounded(1.0)
+
+
 def test_sizes_of_tokens_save_bits(blocks, rng):
     rounded = Components(blocks).rounded(0.5)
     shuffled = Components([rng.permuted(y, axis=0) for y in blocks]).rounded(0.5)
@@ -58,9 +91,10 @@ def test_numbers_give_way_where_they_cost_more_than_they_are_worth(blocks):
     components = Components(blocks)
     rounded = components.rounded(1.0)
     there = components.values[:, rounded.sizes.there]
-    plain = np.rint(there).astype(np.int32)
-    levels = rounded.sizes.levels[rounded.sizes.there]
-    nearest = Rounded(rounded.sizes, plain, means(there, plain, levels, 1.0))
+    row, column = np.nonzero(np.rint(there))
+    plain = np.rint(there)[row, column].astype(np.int32)
+    levels = rounded.sizes.levels[rounded.sizes.there][column]
+    nearest = Rounded(rounded.sizes, row, column, plain, means(np.abs(there)[row, column], np.abs(plain), levels))
     cost = [r.distortion(components.values, 1.0) + 0.1155 * r.bits / 3000 for r in (rounded, nearest)]
     assert cost[0] < 0.99 * cost[1]
     assert rounded.bits < nearest.bits
@@ -70,7 +104,7 @@ def test_numbers_give_way_where_they_cost_more_than_they_are_worth(blocks):
 def test_numbers_stand_for_the_mean_of_what_was_rounded_to_them(blocks):
     components = Components(blocks)
     rounded = components.rounded(1.0)
-    bare = Rounded(rounded.sizes, rounded.numbers, np.full((2, 64), 120, dtype=np.uint8))  # as they are
+    bare = replace(rounded, means=np.full((2, 64), 120, dtype=np.uint8))  # as they are
     assert rounded.distortion(components.values, 1.0) < 0.999 * bare.distortion(components.values, 1.0)
 
 

@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 import torch
 
-from spectral_kv.backends.torch_bases import measure
 from spectral_kv.codec.at_rest import AtRest
 from spectral_kv.storage.dense import Dense, DenseTokens
 from spectral_kv.storage.spectral_at_rest import SpectralAtRest, root
@@ -10,16 +9,6 @@ from spectral_kv.storage.spectral_at_rest import SpectralAtRest, root
 pytest.importorskip("constriction")
 
 SHAPE = (2, 2, 16)  # layers, kv_heads, dim
-
-
-@pytest.fixture(scope="module")
-def path(backend, tmp_path_factory):
-    """Bases of the random model, its two layers in one block."""
-    rng = np.random.default_rng(1)
-    windows = [rng.integers(2, 8000, size=440) for _ in range(3)]
-    file = tmp_path_factory.mktemp("bases") / "bases.safetensors"
-    measure(backend, windows, prompt=400, group=2, following=40).save(file)
-    return str(file)
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +33,17 @@ def error(prefill, pairs) -> float:
     return float(np.mean([(d**2).mean() / (y**2).mean() for d, y in found]))
 
 
-@pytest.mark.parametrize("ratio", [5, 9])
-def test_a_ratio_is_met_by_all_that_is_written(backend, prefill, path, ratio):
-    content = written(backend, prefill, SpectralAtRest(path, ratio, recent=20)).to_bytes()
+@pytest.mark.parametrize("ratio", [2, 5, 9])
+def test_a_ratio_is_met_by_all_that_is_written(backend, prefill, bases_path, ratio):
+    content = written(backend, prefill, SpectralAtRest(bases_path, ratio, recent=20)).to_bytes()
     in_16_bits = 1500 * 2 * 2 * 2 * 16 * 2
     assert abs(in_16_bits / len(content) / ratio - 1) < 0.02
 
 
-def test_errors_grow_with_the_ratio_and_ends_stay_as_they_are(backend, prefill, path):
+def test_errors_grow_with_the_ratio_and_ends_stay_as_they_are(backend, prefill, bases_path):
     errors = []
     for ratio in (4, 8):
-        storage = SpectralAtRest(path, ratio, recent=20)
+        storage = SpectralAtRest(bases_path, ratio, recent=20)
         pairs = read(backend, prefill, storage, written(backend, prefill, storage))
         for pair, *own in zip(pairs, prefill.keys, prefill.values, strict=True):
             for x, y in zip(pair, own, strict=True):
@@ -64,10 +53,10 @@ def test_errors_grow_with_the_ratio_and_ends_stay_as_they_are(backend, prefill, 
     assert 0 < errors[0] < 0.1 and 2 * errors[0] < errors[1] < 0.5
 
 
-def test_a_distortion_is_met_and_a_step_is_taken(backend, prefill, path):
+def test_a_distortion_is_met_and_a_step_is_taken(backend, prefill, bases_path):
     losses = []
     for distortion in (0.05, 0.2):
-        storage = SpectralAtRest(path, None, distortion=distortion, recent=20)
+        storage = SpectralAtRest(bases_path, None, distortion=distortion, recent=20)
         content = written(backend, prefill, storage)
         weights = storage.read(SHAPE).blocks[0].weights
         lost = 0.0
@@ -81,12 +70,12 @@ def test_a_distortion_is_met_and_a_step_is_taken(backend, prefill, path):
         losses.append(lost / 40)  # predictions that the bases were measured by
     np.testing.assert_allclose(losses, [0.05, 0.2], rtol=0.1)
     step = content.header["step"]
-    again = written(backend, prefill, SpectralAtRest(path, None, step, recent=20))
+    again = written(backend, prefill, SpectralAtRest(bases_path, None, step, recent=20))
     assert again.to_bytes() == content.to_bytes()
 
 
-def test_some_tokens_are_read_alone(backend, prefill, path):
-    storage = SpectralAtRest(path, 8, recent=20, chunk=100)
+def test_some_tokens_are_read_alone(backend, prefill, bases_path):
+    storage = SpectralAtRest(bases_path, 8, recent=20, chunk=100)
     content = written(backend, prefill, storage)
     whole = read(backend, prefill, storage, content)
     for span in ((0, 3), (2, 5), (350, 420), (1400, 1490), (1485, 1500)):
@@ -97,39 +86,39 @@ def test_some_tokens_are_read_alone(backend, prefill, path):
         read(backend, prefill, storage, content, 1400, 1600)
 
 
-def test_positions_of_chosen_tokens_are_kept(backend, prefill, path):
+def test_positions_of_chosen_tokens_are_kept(backend, prefill, bases_path):
     positions = np.r_[0:10, 400:1500]
     keys, values = ([x[:, positions] for x in part] for part in (prefill.keys, prefill.values))
-    storage = SpectralAtRest(path, None, 1e-4, recent=20)
+    storage = SpectralAtRest(bases_path, None, 1e-4, recent=20)
     content = storage.encode(keys, values, positions, backend.rope)
     for (x, _), y in zip(storage.decode(content, SHAPE, backend.rope, keys[0]), keys, strict=True):
         assert ((x - y) ** 2).mean() < 0.01 * (y**2).mean()
 
 
-def test_bytes_give_the_same_cache(backend, prefill, path):
-    storage = SpectralAtRest(path, 8)
+def test_bytes_give_the_same_cache(backend, prefill, bases_path):
+    storage = SpectralAtRest(bases_path, 8)
     content = written(backend, prefill, storage).to_bytes()
     assert content == written(backend, prefill, storage).to_bytes()
     once, again = (read(backend, prefill, storage, AtRest.from_bytes(content)) for _ in range(2))
     assert all(torch.equal(x, y) for a, b in zip(once, again, strict=True) for x, y in zip(a, b, strict=True))
 
 
-def test_a_cache_that_was_at_rest_goes_on(backend, prefill, path):
+def test_a_cache_that_was_at_rest_goes_on(backend, prefill, bases_path):
     fed = np.arange(10, 20)
     full = backend.extend(backend.compress(prefill, None, Dense()), fed).logits
     logits = []
     for step in (1e-4, 1e-2):
-        cache = backend.compress(prefill, None, SpectralAtRest(path, None, step))
+        cache = backend.compress(prefill, None, SpectralAtRest(bases_path, None, step))
         assert isinstance(cache.layers[0].stored, DenseTokens) and cache.position == 1500
-        assert cache.nbytes == SpectralAtRest(path).nbytes_together(1500, *SHAPE, 4)
+        assert cache.nbytes == SpectralAtRest(bases_path).nbytes_together(1500, *SHAPE, 4)
         logits.append(backend.extend(cache, fed).logits)
     near, far = ((x - full).norm() for x in logits)
     assert near < 0.2 * far
 
 
-def test_smaller_groups_follow_from_larger_ones(backend, prefill, path):
+def test_smaller_groups_follow_from_larger_ones(backend, prefill, bases_path):
     """In one basis for both layers is all that is known of either."""
-    pair, single = SpectralAtRest(path, 6).read(SHAPE), SpectralAtRest(path, 6, layers=1).read(SHAPE)
+    pair, single = SpectralAtRest(bases_path, 6).read(SHAPE), SpectralAtRest(bases_path, 6, layers=1).read(SHAPE)
     assert [block.layers for block in single.blocks] == [(0,), (1,)]
     for block in single.blocks:
         covariance = lambda b: (b.basis.astype(float) * b.variances) @ b.basis.T.astype(float)  # noqa: E731
@@ -141,12 +130,12 @@ def test_smaller_groups_follow_from_larger_ones(backend, prefill, path):
         single.regrouped(2)
     errors = [
         error(prefill, read(backend, prefill, s, written(backend, prefill, s)))
-        for s in (SpectralAtRest(path, 8), SpectralAtRest(path, 8, layers=1))
+        for s in (SpectralAtRest(bases_path, 8), SpectralAtRest(bases_path, 8, layers=1))
     ]
     assert errors[0] != errors[1] and max(errors) < 0.6
 
 
-def test_a_transform_along_tokens_is_used_where_it_pays(backend, prefill, path):
+def test_a_transform_along_tokens_is_used_where_it_pays(backend, prefill, bases_path):
     """Tokens that are held for a while are smooth; tokens of very different sizes are not."""
     sizes = torch.from_numpy(np.random.default_rng(2).lognormal(0, 1.5, (1500, 1)).astype(np.float32))
     rough = [[x * sizes for x in part] for part in (prefill.keys, prefill.values)]
@@ -156,7 +145,7 @@ def test_a_transform_along_tokens_is_used_where_it_pays(backend, prefill, path):
          for x in part]
         for kind, part in enumerate((prefill.keys, prefill.values))
     ]  # fmt: skip
-    plain, along = (SpectralAtRest(path, None, 2e-3, along=a, recent=20) for a in (None, 64))
+    plain, along = (SpectralAtRest(bases_path, None, 2e-3, along=a, recent=20) for a in (None, 64))
     assert "along" not in along.encode(*rough, np.arange(1500), backend.rope).header
     held, less = (s.encode(*smooth, np.arange(1500), backend.rope) for s in (plain, along))
     assert less.header["along"] == 64
@@ -169,10 +158,10 @@ def test_a_transform_along_tokens_is_used_where_it_pays(backend, prefill, path):
         torch.testing.assert_close(some, k[:, 290:1480], atol=1e-4, rtol=1e-4)
 
 
-def test_tokens_that_matter_are_coded_finer_at_the_same_bytes(backend, prefill, path):
+def test_tokens_that_matter_are_coded_finer_at_the_same_bytes(backend, prefill, bases_path):
     importance = np.ones(1500)
     importance[300:600] = 8
-    plain = SpectralAtRest(path, 8, recent=20)
+    plain = SpectralAtRest(bases_path, 8, recent=20)
     sizes, errors = [], []
     for storage in (plain, plain.weighing(importance)):
         content = written(backend, prefill, storage)
@@ -188,11 +177,23 @@ def test_tokens_that_matter_are_coded_finer_at_the_same_bytes(backend, prefill, 
     assert plain.importance is None
 
 
-def test_mlx_writes_and_reads_the_same(backend, prefill, path):
+@pytest.mark.parametrize("importance", [np.zeros(1500), np.full(1500, -1.0), np.full(1500, np.nan), np.ones((2, 1500))])
+def test_importance_that_says_nothing_is_refused(importance):
+    with pytest.raises(ValueError, match="importance must be one number a token"):
+        SpectralAtRest("bases.safetensors").weighing(importance)
+
+
+def test_nothing_need_be_exact(backend, prefill, bases_path):
+    storage = SpectralAtRest(bases_path, 8, sinks=0, recent=0)
+    content = written(backend, prefill, storage)
+    assert 0 < error(prefill, read(backend, prefill, storage, AtRest.from_bytes(content.to_bytes()))) < 0.5
+
+
+def test_mlx_writes_and_reads_the_same(backend, prefill, bases_path):
     """Numbers differ only where a product that was rounded in another order falls to the other side."""
     mx = pytest.importorskip("mlx.core")
     keys, values = ([mx.array(x.numpy()) for x in part] for part in (prefill.keys, prefill.values))
-    storage = SpectralAtRest(path, 8)
+    storage = SpectralAtRest(bases_path, 8)
     ours = written(backend, prefill, storage)
     theirs = storage.encode(keys, values, np.arange(1500), backend.rope)
     assert abs(len(ours.to_bytes()) - len(theirs.to_bytes())) < 0.01 * len(ours.to_bytes())
@@ -211,17 +212,17 @@ def test_mlx_writes_and_reads_the_same(backend, prefill, path):
     assert errors[1] == pytest.approx(errors[0], rel=0.01)
 
 
-def test_short_prompts_stay_as_they_are(backend, path):
+def test_short_prompts_stay_as_they_are(backend, bases_path):
     prefill = backend.prefill(np.arange(5, 55), 1)
-    storage = SpectralAtRest(path, None, distortion=0.01)
+    storage = SpectralAtRest(bases_path, None, distortion=0.01)
     content = storage.encode(prefill.keys, prefill.values, np.arange(50), backend.rope)
     for pair, *own in zip(read(backend, prefill, storage, content), prefill.keys, prefill.values, strict=True):
         assert torch.equal(pair[0], own[0]) and torch.equal(pair[1], own[1])
 
 
-def test_other_bases_are_refused(backend, prefill, path, tmp_path):
-    content = written(backend, prefill, SpectralAtRest(path, 8))
-    SpectralAtRest(path).read(SHAPE).truncated(0.9).save(tmp_path / "other")
+def test_other_bases_are_refused(backend, prefill, bases_path, tmp_path):
+    content = written(backend, prefill, SpectralAtRest(bases_path, 8))
+    SpectralAtRest(bases_path).read(SHAPE).truncated(0.9).save(tmp_path / "other")
     with pytest.raises(ValueError, match="other bases"):
         read(backend, prefill, SpectralAtRest(str(tmp_path / "other")), content)
 
@@ -244,12 +245,15 @@ def test_impossible_settings_are_refused(settings, sentence):
         SpectralAtRest("bases.safetensors", **settings)
 
 
-def test_targets_that_can_not_be_met_are_refused(backend, prefill, path):
+def test_targets_that_can_not_be_met_are_refused(backend, prefill, bases_path):
     with pytest.raises(ValueError, match="ratio=40 can't be met"):
-        written(backend, prefill, SpectralAtRest(path, 40))
+        written(backend, prefill, SpectralAtRest(bases_path, 40))
     with pytest.raises(ValueError, match="losing all coded tokens"):
-        written(backend, prefill, SpectralAtRest(path, None, distortion=1e9))
+        written(backend, prefill, SpectralAtRest(bases_path, None, distortion=1e9))
 
 
 def test_a_root_is_found():
-    assert root(lambda x: 0.7 * x + 0.1 * np.tanh(x) - 2, 9.0, 1e-6) == pytest.approx(2.7156, abs=1e-3)
+    found, off = root(lambda x: 0.7 * x + 0.1 * np.tanh(x) - 2, 9.0, 1e-6)
+    assert found == pytest.approx(2.7156, abs=1e-3) and off < 1e-6
+    found, off = root(lambda x: -1.0 if x < 3.2 else 0.4, 0.0, 1e-6)
+    assert found == pytest.approx(3.2, abs=0.1) and off >= 0.4  # jumps over what is wanted

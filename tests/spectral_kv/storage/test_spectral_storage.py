@@ -2,19 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from spectral_kv.backends.torch_bases import gradients, measure
+from spectral_kv.backends.torch_bases import gradients
 from spectral_kv.storage.dense import Dense
 from spectral_kv.storage.spectral import SpectralStorage
-
-
-@pytest.fixture(scope="module")
-def path(backend, tmp_path_factory):
-    """Bases of the random model, its two layers in one block."""
-    rng = np.random.default_rng(1)
-    windows = [rng.integers(2, 8000, size=440) for _ in range(3)]
-    file = tmp_path_factory.mktemp("bases") / "bases.safetensors"
-    measure(backend, windows, prompt=400, group=2, following=40).save(file)
-    return str(file)
 
 
 @pytest.fixture
@@ -37,9 +27,10 @@ def test_gradients_are_those_of_the_predictions(backend, prefill):
     torch.testing.assert_close(again[0], keys[0])
 
 
-def test_sinks_and_recent_window_stay_as_they_are(backend, prefill, path):
+def test_sinks_and_recent_window_stay_as_they_are(backend, prefill, bases_path):
     dense, coded = (
-        backend.contents(backend.compress(prefill, None, s)) for s in (Dense(), SpectralStorage(path, 5, recent=20))
+        backend.contents(backend.compress(prefill, None, s))
+        for s in (Dense(), SpectralStorage(bases_path, 5, recent=20))
     )
     for a, b in zip(dense.keys + dense.values, coded.keys + coded.values, strict=True):
         np.testing.assert_array_equal(a[:, :4], b[:, :4])
@@ -47,23 +38,23 @@ def test_sinks_and_recent_window_stay_as_they_are(backend, prefill, path):
         assert not torch.equal(a[:, 4:-20], b[:, 4:-20])
 
 
-def test_a_higher_ratio_costs_precision_and_none_is_wrong(backend, prefill, path):
-    errors = [error(backend, prefill, SpectralStorage(path, None, bits, recent=20)) for bits in (5, 3, 1.5)]
+def test_a_higher_ratio_costs_precision_and_none_is_wrong(backend, prefill, bases_path):
+    errors = [error(backend, prefill, SpectralStorage(bases_path, None, bits, recent=20)) for bits in (5, 3, 1.5)]
     assert errors[0] < 0.02
     assert errors[0] < errors[1] < errors[2] < 0.8
 
 
 @pytest.mark.parametrize("ratio", [3, 5])
-def test_the_ratio_is_met_by_the_bytes_of_the_buffers(backend, prefill, path, ratio):
-    storage = SpectralStorage(path, ratio, recent=20)
+def test_the_ratio_is_met_by_the_bytes_of_the_buffers(backend, prefill, bases_path, ratio):
+    storage = SpectralStorage(bases_path, ratio, recent=20)
     cache = backend.compress(prefill, None, storage)
     assert cache.nbytes == storage.nbytes_together(300, 2, 2, 16, 4)
     in_16_bits = sum(x.nbytes for x in (*prefill.keys, *prefill.values)) / 2  # they are in 32 here
     assert 0.95 * in_16_bits / ratio < cache.nbytes <= in_16_bits / ratio
 
 
-def test_results_do_not_depend_on_how_tokens_came(backend, prefill, path, rng):
-    storage = SpectralStorage(path, None, 3, recent=20, flush=16)
+def test_results_do_not_depend_on_how_tokens_came(backend, prefill, bases_path, rng):
+    storage = SpectralStorage(bases_path, None, 3, recent=20, flush=16)
     fed = rng.integers(2, 8000, size=40)
     caches = [backend.compress(prefill, None, storage) for _ in range(2)]
     positions = []
@@ -78,8 +69,8 @@ def test_results_do_not_depend_on_how_tokens_came(backend, prefill, path, rng):
     assert caches[0].nbytes == caches[1].nbytes
 
 
-def test_a_copy_goes_its_own_way(backend, prefill, path, rng):
-    cache = backend.compress(prefill, None, SpectralStorage(path, None, 3, recent=20, flush=16))
+def test_a_copy_goes_its_own_way(backend, prefill, bases_path, rng):
+    cache = backend.compress(prefill, None, SpectralStorage(bases_path, None, 3, recent=20, flush=16))
     fed = rng.integers(2, 8000, size=60)
     twin = cache.copy()
     ours = [backend.extend(cache, fed[:30]).logits]
@@ -89,27 +80,27 @@ def test_a_copy_goes_its_own_way(backend, prefill, path, rng):
     torch.testing.assert_close(ours, theirs)
 
 
-def test_logits_follow_the_full_cache_at_high_rate(backend, prefill, path):
+def test_logits_follow_the_full_cache_at_high_rate(backend, prefill, bases_path):
     fed = np.arange(10, 20)
     full = backend.extend(backend.compress(prefill, None, Dense()), fed).logits
     near, far = (
-        backend.extend(backend.compress(prefill, None, SpectralStorage(path, None, bits, recent=20)), fed).logits
+        backend.extend(backend.compress(prefill, None, SpectralStorage(bases_path, None, bits, recent=20)), fed).logits
         for bits in (5, 1.5)
     )
     assert (near - full).norm() < 0.5 * (far - full).norm()
 
 
-def test_equal_sequences_are_coded_alike(backend, prefill, path):
-    cache = backend.compress(prefill, None, SpectralStorage(path, 5, recent=20), batch=2)
+def test_equal_sequences_are_coded_alike(backend, prefill, bases_path):
+    cache = backend.compress(prefill, None, SpectralStorage(bases_path, 5, recent=20), batch=2)
     keys, _ = cache.layers[1].stored.load()
     assert keys.shape[0] == 2
     torch.testing.assert_close(keys[0], keys[1])
 
 
-def test_eviction_is_refused(backend, prefill, path):
+def test_eviction_is_refused(backend, prefill, bases_path):
     kept = [torch.arange(50).expand(2, 50)] * 2
     with pytest.raises(ValueError, match="keeps every token"):
-        backend.compress(prefill, kept, SpectralStorage(path))
+        backend.compress(prefill, kept, SpectralStorage(bases_path))
 
 
 @pytest.mark.parametrize(
@@ -126,6 +117,6 @@ def test_impossible_settings_are_refused(settings, sentence):
         SpectralStorage("bases.safetensors", **settings)
 
 
-def test_a_ratio_that_the_exact_tokens_rule_out_is_refused(backend, prefill, path):
+def test_a_ratio_that_the_exact_tokens_rule_out_is_refused(backend, prefill, bases_path):
     with pytest.raises(ValueError, match="can't be met"):
-        backend.compress(prefill, None, SpectralStorage(path, 30))
+        backend.compress(prefill, None, SpectralStorage(bases_path, 30))
