@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.settings import gpus
@@ -238,12 +238,19 @@ def reporting(overrides: list[str]) -> Iterator[None]:
 
 
 class Begun(Callback):
-    """Remembers the sweep that this process launches, so that the run above its runs can be ended as it ends."""
+    """Remembers the sweep that this process launches, so that the run above its runs can be ended as it ends.
+
+    Every job is told which process that is, wherever a launcher has it run: the sweep lasts as long.
+    """
 
     config: ClassVar[DictConfig | None] = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
+        from pipeline.store import sweeps
+
         Begun.config = config
+        with read_write(config.hydra.overrides):
+            config.hydra.overrides.hydra.append(sweeps.launched())  # each job composes its configuration from these
 
 
 @contextmanager

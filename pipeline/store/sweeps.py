@@ -1,5 +1,6 @@
 """The run above the runs of a sweep: it holds them together in the UI, with their results and curves over budgets."""
 
+import os
 import sys
 import time
 from collections import defaultdict
@@ -18,8 +19,22 @@ NESTED = "mlflow.parentRunId"
 SHOWN = ("memory/ratio", "aop/mean", "ppl/nd", "ppl/kl", "retrieval/recall", "throughput/speedup")  # in the description
 CURVES = ("aop/mean", "ppl/nd", "ppl/kl", "retrieval/recall")
 BUDGET = "budget.resolved"
+LAUNCHER = "SPECTRAL_KV_LAUNCHER"  # what jobs find in their environment: host, id and start of the process above them
+PROCESS = ("process.host", "process.pid", "process.started")
 
 _parents: dict[tuple[str, str], str] = {}  # by store and sweep
+
+
+def launched() -> str:
+    """An override that tells every job of a sweep which process launches it: this one."""
+    own = tracking.process(os.getpid())
+    return f"++hydra.job.env_set.{LAUNCHER}='{' '.join(own[tag] for tag in PROCESS)}'"
+
+
+def _launcher() -> dict[str, str]:
+    """Tags of the process that launched this job: when that is gone the sweep is over, and not with any of its jobs."""
+    told = os.environ.get(LAUNCHER)
+    return dict(zip(PROCESS, told.split(" "), strict=True)) if told else tracking.process(os.getpid())
 
 
 def _name(config: DictConfig) -> str:
@@ -46,7 +61,8 @@ def parent(mlflow, settings: TrackingConfig, outputs: Path) -> str | None:
 
 
 def _made(mlflow, about: dict[str, str]) -> str:
-    tags = tracking.environment() | about | {tracking.PARENT: "sweep"}
+    own = {tag: value for tag, value in tracking.environment().items() if not tag.startswith("process.")}
+    tags = own | _launcher() | about | {tracking.PARENT: "sweep"}
     name = " ".join(["sweep", *([about["table"]] if "table" in about else []), about["sweep"]])
     return mlflow.MlflowClient().create_run(tracking.experiment_id(), run_name=name, tags=tags).info.run_id
 
@@ -67,6 +83,8 @@ def close(config: DictConfig, status: str) -> None:
     note = f"`python -m pipeline {' '.join(sys.argv[1:])}`\n\n{described(children)}"
     client.set_tag(run_id, "mlflow.note.content", note[:LONGEST])
     _draw(client, run_id, children)
+    if "failure" in client.get_run(run_id).data.tags:  # the doctor of another machine was told to close it
+        client.delete_tag(run_id, "failure")
     client.set_terminated(run_id, status)
 
 

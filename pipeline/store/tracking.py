@@ -261,7 +261,8 @@ def revision(folder: Path) -> dict[str, str]:
 
 
 @cache
-def _process(pid: int) -> dict[str, str]:
+def process(pid: int) -> dict[str, str]:
+    """Tags by which the doctor knows whether a process of this machine is still there, and where it was placed."""
     tags = {"process.slurm": "SLURM_JOB_ID", "process.gpu": "CUDA_VISIBLE_DEVICES"}
     placed = {tag: os.environ[name] for tag, name in tags.items() if os.environ.get(name)}
     return {
@@ -305,5 +306,5 @@ def environment() -> dict[str, str]:
         "mlflow.source.name": Path(sys.argv[0]).name,
         "mlflow.user": getpass.getuser(),
         **revision(Path(__file__).resolve().parent),
-        **_process(os.getpid()),
+        **process(os.getpid()),
     }

@@ -16,7 +16,8 @@ import pytest
 
 from pipeline.settings.compose import composed
 from pipeline.settings.folders import conf_dir
-from pipeline.store.search import chosen
+from pipeline.store import tracking
+from pipeline.store.search import chosen, opened
 
 NUMBERS = ("aop/mean", "ppl/kl", "memory/bytes")
 
@@ -54,6 +55,14 @@ def numbers(outputs: Path) -> dict[tuple, list[float]]:
     found = {(r.data.params["method.name"], r.data.params["budget.resolved"]): r.data.metrics for r in runs}
     assert len(found) == len(runs)
     return {key: [metrics[name] for name in NUMBERS] for key, metrics in found.items()}
+
+
+def above_and_below(outputs: Path) -> tuple:
+    """The run above a sweep, and its own."""
+    mlflow, _, _ = opened([f"outputs={outputs}"])
+    found = tracking.runs(mlflow)
+    (above,) = (run for run in found if tracking.PARENT in run.data.tags)
+    return above, [run for run in found if run is not above]
 
 
 def test_presets_do_not_collide_with_the_plugins():
@@ -115,6 +124,9 @@ def test_four_workers_on_a_fresh_store_find_what_one_process_finds(small, tmp_pa
     assert (alone.returncode, together.returncode) == (0, 0), together.stderr
     expected = numbers(tmp_path / "alone")
     assert len(expected) == 5 and numbers(tmp_path / "together") == expected
+    above, below = above_and_below(tmp_path / "together")
+    assert above.info.status == "FINISHED"
+    assert above.data.tags["process.pid"] not in {run.data.tags["process.pid"] for run in below}  # of the command
 
 
 @pytest.mark.faults
@@ -265,6 +277,8 @@ def test_a_real_slurm_runs_eight_tasks_and_one_that_is_killed_again(slurm, small
     assert len(runs) == 8 and len({run.data.tags["process.pid"] for run in runs}) == 8
     assert {run.data.params["budget.resolved"] for run in runs} == {"60", "70", "80", "90"}
     assert "Restarts=1" in slurm("scontrol", "show", "job", running[-1])
+    above, _ = above_and_below(outputs)  # it lasts as long as the command that waits, not as long as one of the tasks
+    assert above.data.tags["process.pid"] == str(process.pid) and "process.slurm" not in above.data.tags
 
 
 @pytest.fixture(scope="module")

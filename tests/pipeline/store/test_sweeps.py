@@ -51,6 +51,24 @@ def test_a_sweep_is_one_run_above_its_own(sweep, small):
     assert above.info.run_id not in {run.info.run_id for run in chosen([next(o for o in small if "outputs=" in o)])}
 
 
+def test_the_run_above_names_the_process_that_launched_the_sweep(sweep, monkeypatch):
+    """Whichever machine its first job ran on: the doctor may not close it when that job has ended."""
+
+    def closed_by_mistake(result) -> None:
+        client = mlflow.MlflowClient()
+        above = client.get_run(client.get_run(result.run_id).data.tags[NESTED])
+        client.set_tag(above.info.run_id, "failure", "is RUNNING but its process is gone")
+
+    told = "++hydra.job.env_set.SPECTRAL_KV_LAUNCHER='login-host 4711 12.50'"
+    monkeypatch.setattr("pipeline.store.sweeps.launched", lambda: told)
+    monkeypatch.setattr("pipeline.show.summary.show", closed_by_mistake)
+    (above,), (below,), status = sweep("method=streaming", "budget=60")
+    assert status == 0 and above.info.status == "FINISHED" and "failure" not in above.data.tags
+    named = [above.data.tags[f"process.{name}"] for name in ("host", "pid", "started")]
+    assert named == ["login-host", "4711", "12.50"] and below.data.tags["process.pid"] == str(os.getpid())
+    assert "SPECTRAL_KV_LAUNCHER" not in os.environ
+
+
 def test_a_name_with_quotes_is_a_name(sweep):
     for budget in (60, 100):
         (above,), below, status = sweep("method=streaming", f"budget={budget}", """tracking.sweep="bob's" """.strip())
