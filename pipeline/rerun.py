@@ -13,21 +13,27 @@ import argparse
 import sys
 from dataclasses import dataclass
 
-from omegaconf import OmegaConf
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.job import prepare
 from pipeline.settings.cli import reporting
-from pipeline.settings.compose import spelled_out
+from pipeline.settings.compose import composed, spelled_out
 from pipeline.settings.errors import InputError
 from pipeline.store import search
+from pipeline.store.record import marked
 from pipeline.store.tracking import CONFIGURATION
 
-TIMED = ("time/", "prefill/", "throughput/")  # what the clock and the caches of a machine decide
+TIMED = ("time/", "prefill/", "throughput/", "system/")  # what the clock and the caches of a machine decide
 TIMED_ENDS = ("tok_s", "peak_mb")
 ADDED = ("_vs_", "_gap")  # metrics that `python -m pipeline.compare` gave to a run afterwards
 ALIKE = ("git.revision", "git.changed", "hardware", "platform")
 ALIKE_BEGINS = ("hash.", "version.")
+DECIDING = ("method", "model", "document", "phase", "storage", "backend", "seed")  # no default may stand in for these
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,49 @@ def _found(mlflow, begins: str):
     return found[0]
 
 
+def _stored(mlflow, first, general: list[str]) -> DictConfig:
+    """The configuration of a run, with the defaults of groups and settings that it was too early to have."""
+    run_id = first.info.run_id
+    try:
+        text = mlflow.artifacts.load_text(f"{first.info.artifact_uri}/config.yaml")
+    except (mlflow.MlflowException, OSError):
+        raise InputError(f"run {run_id} has lost its config.yaml: measure with python -m pipeline") from None
+    try:
+        stored = yaml.safe_load(text)
+    except yaml.YAMLError:
+        stored = None
+    if not isinstance(stored, dict) or not set(DECIDING) <= set(stored):
+        raise InputError(f"the config.yaml of run {run_id} is damaged: measure with python -m pipeline")
+    defaults = composed(general)
+    for key in stored.keys() - {"tracking"}:
+        defaults[key] = stored[key]  # whole: other options of a group have other settings
+    defaults.tracking = {**defaults.tracking, **stored.get("tracking", {})}
+    return defaults
+
+
+def _change(cfg: DictConfig, override: str, run_id: str) -> None:
+    """Give a setting of a stored configuration another value, written as for `python -m pipeline`."""
+    try:
+        (parsed,) = OverridesParser.create().parse_overrides([override])
+    except HydraException:
+        raise InputError(f"{override} can't be read: write setting=value") from None
+    key, plain = parsed.key_or_group, parsed.type == OverrideType.CHANGE
+    before = OmegaConf.select(cfg, key, default=search) if plain else search
+    if before is search:
+        raise InputError(f"{override} is no setting of run {run_id}: write one of its config.yaml")
+    if parsed.is_sweep_override():
+        raise InputError(f"{override} has several values: a run is measured again with one")
+    if isinstance(before, DictConfig):
+        raise InputError(
+            f"{override} chooses another option than run {run_id} has: change single settings of it, as "
+            f"{key}.{next(iter(before), 'x')}=..., or measure with python -m pipeline {override}"
+        )
+    try:
+        OmegaConf.update(cfg, key, parsed.value())
+    except OmegaConfBaseException as error:
+        raise InputError(f"{override} can't be used ({str(error).splitlines()[0]}): write another value") from None
+
+
 def repeated(begins: str, overrides: list[str]) -> tuple[object, object]:
     """Measure a run again; both as MLflow holds them.
 
@@ -90,34 +139,24 @@ def repeated(begins: str, overrides: list[str]) -> tuple[object, object]:
     InputError
         If there is no such run, or its configuration means nothing here.
     """
-    general = [o for o in overrides if o.partition("=")[0].partition(".")[0] in search.STORE]
+    overrides = spelled_out(overrides)
+    general = search.stores(overrides)
     mlflow, settings, outputs = search.opened(general)
     first = _found(mlflow, begins)
-    try:
-        stored = mlflow.artifacts.load_text(f"{first.info.artifact_uri}/config.yaml")
-    except (mlflow.MlflowException, OSError):
-        raise InputError(f"run {first.info.run_id} has lost its config.yaml: measure with python -m pipeline") from None
-    cfg = OmegaConf.create(stored)
+    cfg = _stored(mlflow, first, general)
     cfg.outputs, cfg.force, cfg.prefill_cache_gb = str(outputs), True, 0  # prompts are run again, too
     cfg.tracking.uri, cfg.tracking.experiment = settings.uri, settings.experiment
     for override in (o for o in overrides if o not in general):
-        key, given, value = override.partition("=")
-        if not given or OmegaConf.select(cfg, key, default=search) is search:
-            raise InputError(f"{override} is no setting of run {first.info.run_id}: write one of its config.yaml")
-        try:
-            OmegaConf.update(cfg, key, OmegaConf.create(f"value: {value}").value)
-        except OmegaConfBaseException as error:
-            raise InputError(f"{override} can't be read ({error}): write setting=value") from None
-    from pipeline.run import execute
+        _change(cfg, override, first.info.run_id)
+    job = prepare(cfg)
+    from pipeline.run import execute, identity
 
-    result = execute(prepare(cfg))
-    client = mlflow.MlflowClient()
-    client.set_tag(result.run_id, "rerun", first.info.run_id)
-    second = client.get_run(result.run_id)
-    if second.data.tags[CONFIGURATION] == first.data.tags[CONFIGURATION]:  # the newer one stands for both from now on
-        for tag in {"table", "sweep"} & set(first.data.tags):
-            client.set_tag(result.run_id, tag, first.data.tags[tag])
-    return first, client.get_run(result.run_id)
+    marks = {"rerun": first.info.run_id}
+    if identity(job) == first.data.tags.get(CONFIGURATION):  # the newer one stands for both from now on
+        marks |= {tag: first.data.tags[tag] for tag in ("table", "sweep") if tag in first.data.tags}
+    with marked(marks):
+        result = execute(job)
+    return first, mlflow.MlflowClient().get_run(result.run_id)
 
 
 def said(first, second, found: Repetition) -> str:
@@ -142,9 +181,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="SETTING", help="outputs, tracking, and what has to be another")
     arguments = parser.parse_intermixed_args()
     begins = arguments.run
-    overrides = spelled_out(arguments.overrides)
+    overrides = arguments.overrides
     if "=" in begins:  # settings may come first
-        begins, overrides = (overrides or [""])[-1], spelled_out([begins, *overrides[:-1]])
+        begins, overrides = (overrides or [""])[-1], [begins, *overrides[:-1]]
     with reporting(overrides):
         first, second = repeated(begins, overrides)
         found = beside(first, second)

@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 from pipeline.settings.errors import terminate
@@ -16,6 +17,36 @@ ROWS = "rows.json"  # artifact that holds the tidy rows of a run
 LONGEST = 5000  # characters of a parameter or tag
 BATCH = 1000  # metrics that a store takes at once
 PARAMS = 100  # and parameters
+
+_marks: ContextVar[dict[str, str] | None] = ContextVar("marks", default=None)
+
+
+@contextmanager
+def marked(tags: dict[str, str]) -> Iterator[None]:
+    """Give tags to every run that is begun while it lasts, however that ends; they go before the run's own."""
+    token = _marks.set((_marks.get() or {}) | tags)
+    try:
+        yield
+    finally:
+        _marks.reset(token)
+
+
+@contextmanager
+def _observed(run_id: str) -> Iterator[None]:
+    """Have MLflow record the load of the machine, if its own setting `MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING` asks."""
+    from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
+
+    if not MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get():
+        yield
+        return
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(run_id)
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
 
 
 @contextmanager
@@ -95,11 +126,12 @@ def tracked(mlflow, name: str, params: dict, tags: dict) -> Iterator[Record]:
     with _signals() as postpone:
         run_id, status = None, "FAILED"
         try:
-            run_id = client.create_run(experiment_id(), run_name=name, tags=tags).info.run_id
+            run_id = client.create_run(experiment_id(), run_name=name, tags=tags | (_marks.get() or {})).info.run_id
             logged = [Param(key, str(value)[:LONGEST]) for key, value in params.items()]
             for start in range(0, len(logged), PARAMS):
                 client.log_batch(run_id, params=logged[start : start + PARAMS])
-            yield Record(client, run_id)
+            with _observed(run_id):
+                yield Record(client, run_id)
             postpone()
             client.set_terminated(run_id, "FINISHED")
             status = None

@@ -52,16 +52,32 @@ def opened(overrides: list[str]) -> tuple[ModuleType, TrackingConfig, Path]:
     cfg = composed(overrides)
     settings = typed(TrackingConfig, cfg.tracking, "tracking")
     outputs = Path(OmegaConf.select(cfg, "outputs")).resolve()
+    return existing(settings, outputs), settings, outputs
+
+
+def existing(settings: TrackingConfig, outputs: Path) -> ModuleType:
+    """MLflow pointed at a store, which must be there.
+
+    Raises
+    ------
+    InputError
+        If there is none.
+    """
     file = tracking.database(settings, outputs)
     if file is not None and not file.is_file():
         raise InputError(f"there is no store at {file}: set outputs=<the folder of your runs>")
-    return tracking.connect(settings, outputs), settings, outputs
+    return tracking.connect(settings, outputs)
 
 
 def finished(mlflow: ModuleType) -> list:
     """All finished runs of a store, the newest first, without those that only hold others together."""
     runs = tracking.runs(mlflow, "attributes.status = 'FINISHED'")
     return [run for run in runs if tracking.PARENT not in run.data.tags]
+
+
+def stores(overrides: list[str]) -> list[str]:
+    """Those of some settings that say which store to look in."""
+    return [override for override in overrides if override.partition("=")[0].partition(".")[0] in STORE]
 
 
 def chosen(overrides: list[str]) -> list:
@@ -75,7 +91,7 @@ def chosen(overrides: list[str]) -> list:
     pairs = [override.split("=", 1) for override in spelled_out(overrides)]
     if bad := [pair[0] for pair in pairs if len(pair) < 2]:
         raise InputError(f"{bad[0]} can't be read: write setting=value or setting=value,value")
-    mlflow, _, _ = opened([f"{k}={v}" for k, v in pairs if k.partition(".")[0] in STORE])
+    mlflow, _, _ = opened(stores(overrides))
     newest = {run.data.tags.get(tracking.CONFIGURATION, run.info.run_id): run for run in reversed(finished(mlflow))}
     found = sorted(newest.values(), key=lambda run: run.info.start_time)
     for key, value in pairs:

@@ -4,6 +4,7 @@ import sys
 
 import mlflow
 import pytest
+from omegaconf import OmegaConf
 
 from pipeline.rerun import beside, main, repeated
 from pipeline.settings.errors import InputError
@@ -67,12 +68,63 @@ def test_prompts_are_run_again(run, outputs):
     assert (again.data.metrics["prefill/computed"], again.data.metrics["prefill/loaded"]) == (3, 0)
 
 
+def test_a_setting_may_be_spelled_as_for_a_run(run, outputs):
+    first = run("method=random")
+    _, other = repeated(first.run_id, [outputs, "budget=100", "document.count=2"])
+    assert (other.data.params["budget.resolved"], other.data.params["document.count"]) == ("100", "2")
+
+
+def rewritten(first, text: str) -> None:
+    """The stored configuration of a run, with other text in it."""
+    mlflow.MlflowClient().log_text(first.run_id, text, "config.yaml")
+
+
+def test_a_configuration_of_before_a_setting_was_there_has_its_default(run, outputs):
+    first = run("method=streaming")
+    stored = OmegaConf.create(mlflow.artifacts.load_text(f"runs:/{first.run_id}/config.yaml"))
+    for key in ("refit", "prefill_cache_least_s", "grid"):
+        del stored[key]
+    del stored.tracking["figures"]
+    rewritten(first, OmegaConf.to_yaml(stored))
+    assert beside(*repeated(first.run_id, [outputs])).differing == {}
+
+
+def test_a_repetition_that_fails_says_of_what_it_was_one(run, outputs, monkeypatch):
+    from pipeline.phases.memory import Memory
+
+    def broken(self, context):
+        raise RuntimeError("the phase broke")
+
+    first = run("method=streaming")
+    mlflow.MlflowClient().set_tag(first.run_id, "sweep", "mine")
+    monkeypatch.setattr(Memory, "measure", broken)
+    with pytest.raises(RuntimeError, match="the phase broke"):
+        repeated(first.run_id, [outputs])
+    failed, _ = mlflow.search_runs(experiment_names=["spectral-kv"], output_format="list")
+    assert (failed.info.status, failed.data.tags["rerun"]) == ("FAILED", first.run_id)
+    assert failed.data.tags["sweep"] == "mine"
+
+
 def test_refusals(run, outputs):
     first = run("method=streaming")
     with pytest.raises(InputError, match="no finished run has an id that begins with zzz"):
         repeated("zzz", [outputs])
-    with pytest.raises(InputError, match=r"budget\.tokns=1 is no setting of run"):
-        repeated(first.run_id, [outputs, "budget.tokns=1"])
+    for override, words in (
+        ("budget.tokns=1", r"budget\.tokns=1 is no setting of run"),
+        ("+budget.tokns=1", "is no setting of run"),
+        ("method=random", "method=random chooses another option than run .* python -m pipeline method=random"),
+        ("budget.tokens=[1", r"budget\.tokens=\[1 can't be read: write setting=value"),
+        ("budget.tokens", "can't be read: write setting=value"),
+        ("budget=60,100", "budget.tokens=60,100 has several values"),
+        ("budget.tokens=many", "budget.tokens=many can't be used"),
+        ("seed=[1]", "seed=.* can't be used"),
+    ):
+        with pytest.raises(InputError, match=words):
+            repeated(first.run_id, [outputs, override])
+    for text in ("method: [", "just words", "method: {name: x}"):
+        rewritten(first, text)
+        with pytest.raises(InputError, match=f"the config.yaml of run {first.run_id} is damaged"):
+            repeated(first.run_id, [outputs])
     run("method=knorm")
     with pytest.raises(InputError, match="2 finished runs have ids that begin with : write more"):
         repeated("", [outputs])

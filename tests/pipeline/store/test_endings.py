@@ -144,6 +144,20 @@ def test_runs_carry_what_people_and_the_doctor_look_for(run):
     assert composed(["experiment=paper"]).tracking.table == "paper" and composed([]).tracking.table is None
 
 
+def test_the_load_of_the_machine_is_recorded_where_mlflow_is_told_to(run, monkeypatch):
+    import mlflow
+
+    found = []
+    for wanted in ("false", "true"):
+        monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", wanted)
+        monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+        result = run("method=random", f"seed={len(found)}")
+        metrics = mlflow.MlflowClient().get_run(result.run_id).data.metrics
+        found.append({name for name in metrics if name.startswith("system/")})
+        assert {name for name in result.metrics if name.startswith("system/")} == set()  # they are none of the run's
+    assert found[0] == set() and "system/cpu_utilization_percentage" in found[1]
+
+
 def test_turns_are_curves(run):
     options = [
         "phase=[memory,perturbation,perplexity,drift]",

@@ -18,6 +18,10 @@ def test_runs_and_their_rows_as_frames(run, small):
         assert frame.loc[run_id, "budget.resolved"] == result.budget  # a number
     assert frame["started"].is_monotonic_increasing and str(frame["started"].dt.tz) == "UTC"
     assert list(pipeline.runs(outputs, "method=snapkv")["method.name"]) == ["snapkv"]
+    run("method=full")
+    every = pipeline.runs(outputs)  # all 200 tokens of the prompt are a number, too
+    assert every["budget.resolved"].tolist() == [60, 100, 200]
+    assert every.pivot_table(columns="budget.resolved", values="ppl/kl").columns.tolist() == [60, 100, 200]
 
     rows = pipeline.rows(frame)
     whole = rows[(rows["metric"] == "ppl/kl") & rows["layer"].isna()]
@@ -26,6 +30,25 @@ def test_runs_and_their_rows_as_frames(run, small):
         assert means[run_id] == pytest.approx(result.metrics["ppl/kl"])
     assert set(rows.loc[rows["metric"] == "aop/mean", "layer"].dropna()) == {0, 1}
     assert set(rows["title"]) == {result.title for result in found.values()}
+
+
+def test_rows_are_of_the_store_that_a_frame_is_from(run, small, small_in, tmp_path):
+    outputs = next(o for o in small if o.startswith("outputs="))
+    kept = run("method=streaming")
+    frame = pipeline.runs(outputs)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    other = next(o for o in small_in(elsewhere) if o.startswith("outputs="))
+    assert pipeline.runs(other).empty  # another store is the one that was opened last
+    assert set(pipeline.rows(frame)["run_id"]) == {kept.run_id}
+    assert set(pipeline.rows(frame[frame["ppl/kl"] >= 0])["title"]) == {"StreamingLLM"}
+    foreign = pd.DataFrame({"title": ["x"]}, index=["0123456789abcdef"])
+    with pytest.raises(InputError, match="does not say which store it is from"):
+        pipeline.rows(foreign)
+    mixed = pd.concat([frame[["title"]], foreign])
+    mixed.attrs = frame.attrs
+    with pytest.raises(InputError, match="run 0123456789abcdef is not in the store of"):
+        pipeline.rows(mixed)
 
 
 def test_nothing_fits_and_nothing_is_there(run, small, tmp_path):
