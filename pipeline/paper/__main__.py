@@ -16,6 +16,7 @@ goes on. That holds for speeds, too, which the document dates: `--sections speed
 """
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -113,7 +114,7 @@ def regenerate(
 
 def _origin(sections: list[Section], where: list[str]) -> "Origin":
     """What a model's document is about; `where` are the settings that lead to its store."""
-    from pipeline.paper.provenance import Origin
+    from pipeline.paper.provenance import Origin, portable
     from pipeline.store import tracking
 
     first = next((s for s in sections if s.experiment == "paper"), sections[0]).jobs[0].settings
@@ -121,9 +122,9 @@ def _origin(sections: list[Section], where: list[str]) -> "Origin":
     return Origin(
         first.model.title,
         f"windows of {documents.tokens} + {documents.continuation} tokens of {documents.source}",
-        tracking.store_uri(first.tracking, first.outputs),
-        " ".join(["python -m pipeline.paper", *sys.argv[1:]]),
-        " ".join(where),
+        portable(tracking.store_uri(first.tracking, first.outputs)),
+        shlex.join(["python", "-m", "pipeline.paper", *map(portable, sys.argv[1:])]),
+        shlex.join(map(portable, where)),
     )
 
 

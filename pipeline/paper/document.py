@@ -123,6 +123,11 @@ class Document:
         )  # fmt: skip
 
     @property
+    def measured(self) -> list[MeasuredSection]:
+        """The sections of all models."""
+        return [s for model in self.over.models for s in model.sections] if self.over else self.sections
+
+    @property
     def tables(self) -> list[Table]:
         beside = [self.beside_recency] if self.beside_recency else []
         beside += self.over.tables if self.over else []

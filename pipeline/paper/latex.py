@@ -10,7 +10,7 @@ LATEX = {
     ">": r"\textgreater{}",
 }  # fmt: skip
 OPEN = {
-    "strong_open": r"\textbf{", "em_open": r"\emph{", "link_open": r"\emph{", "bullet_list_open": "\\begin{itemize}\n",
+    "strong_open": r"\textbf{", "em_open": r"\emph{", "bullet_list_open": "\\begin{itemize}\n",
     "list_item_open": r"\item ", "paragraph_open": "",
 }  # fmt: skip
 CLOSE = {
@@ -33,7 +33,12 @@ def _written(token) -> str:
         return rf"\texttt{{{latex_text(token.content)}}}"
     if token.type in ("softbreak", "hardbreak"):
         return "\n"
-    return OPEN.get(token.type) or CLOSE.get(token.type, "")
+    if token.type == "link_open":
+        return rf"\href{{{re.sub('[%#]', lambda found: chr(92) + found.group(), token.attrGet('href'))}}}{{"
+    written = (OPEN | CLOSE).get(token.type)
+    if written is None:
+        raise ValueError(f"{token.type} of Markdown has no LaTeX here: {token.content!r}")
+    return written
 
 
 def latex(markdown: str) -> str:

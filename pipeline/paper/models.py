@@ -81,7 +81,7 @@ def published_beside(spec: Published, models: list[ModelResults]) -> Table:
         (m for m in theirs if m in there and spec.column in theirs[m]),
         key=lambda m: theirs[m][spec.column] * (-1 if spec.higher else 1),
     )
-    numbers, cells = [], []
+    numbers, cells, origins = [], [], []
     for method in [*ordered, *(m for m in there if m not in ordered)]:
         value = theirs.get(method, {}).get(spec.column)
         name = next(model.runs[method].title for model in models if method in model.runs)
@@ -94,8 +94,9 @@ def published_beside(spec: Published, models: list[ModelResults]) -> Table:
             printed[model.title] = cell(found, spec.pattern)
         numbers.append(line)
         cells.append(printed)
+        origins.append({model.title: model.runs[method].run_id for model in models if method in model.runs})
     note = f"{spec.metric} of each model on its own windows; published: {published.card()['source']['setting']}."
-    return Table(f"models_{spec.name}", spec.title, pd.DataFrame(numbers), pd.DataFrame(cells), note)
+    return Table(f"models_{spec.name}", spec.title, pd.DataFrame(numbers), pd.DataFrame(cells), note, origins)
 
 
 def metrics_of(one: ModelResults, other: ModelResults) -> dict[str, list[str]]:
@@ -141,7 +142,7 @@ def established(ours: np.ndarray, theirs: np.ndarray, methods: list[str]) -> Pai
 
 def ranks(models: list[ModelResults]) -> Table:
     """Kendall's tau between the orders of every two models, for every metric that tells methods apart."""
-    numbers, cells = [], []
+    numbers, cells, origins = [], [], []
     for one, other in combinations(models, 2):
         for metric, methods in metrics_of(one, other).items():
             ours, theirs = (model.values(metric, methods) for model in (one, other))
@@ -159,6 +160,8 @@ def ranks(models: list[ModelResults]) -> Table:
                     "sure pairs: alike, opposite": f"{len(pairs.alike)}, {len(pairs.opposite)} of {count}",
                 }
             )  # fmt: skip
+            behind = " ".join(model.runs[method].run_id for model in (one, other) for method in methods)
+            origins.append(dict.fromkeys(cells[-1].keys() - about.keys(), behind))
     table = pd.DataFrame(cells)
     if len(models) == 2 and len(table):
         table = table.drop(columns="models")
@@ -167,7 +170,8 @@ def ranks(models: list[ModelResults]) -> Table:
         "the windows of both, p of no relation, not corrected. Sure pairs: two methods whose order is established on "
         "both models, by paired t-tests after Holm over the metric's."
     )
-    return Table("models_ranks", "Do both models order the methods alike?", pd.DataFrame(numbers), table, note)
+    title = "Do both models order the methods alike?"
+    return Table("models_ranks", title, pd.DataFrame(numbers), table, note, origins)
 
 
 def changes(models: list[ModelResults]) -> list[str]:

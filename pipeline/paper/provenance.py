@@ -1,7 +1,9 @@
 """Where the numbers of a document come from: its runs, their hashes, the machine, the time."""
 
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 from pipeline.paper.finished import FinishedRun
 from pipeline.paper.measured import MeasuredSection
@@ -18,7 +20,12 @@ class Origin:
     documents: str
     store: str
     command: str
-    where: str = ""  # settings that lead other commands to the store
+    where: str = ""  # settings that lead other commands to the store, as a shell reads them
+
+
+def portable(words: str) -> str:
+    """A setting or an address as others can read it: a path below the working folder is written from there."""
+    return re.sub(rf"(^|=|:///){re.escape(str(Path.cwd()))}/(?=.)", r"\1", words)
 
 
 def by_choice(section: MeasuredSection) -> dict[str, FinishedRun]:

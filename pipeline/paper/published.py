@@ -1,5 +1,6 @@
 """The published numbers and where they come from."""
 
+import re
 from functools import cache
 from importlib.resources import files
 
@@ -17,9 +18,11 @@ def card() -> dict:
 
 
 def references(methods: set[str]) -> list[str]:
-    """What is cited, one line a work: the sources of the methods, then those of the statistics."""
+    """What is cited, one line of Markdown a work: the sources of the methods, then those of the statistics."""
     cited = yaml.safe_load(files("pipeline.paper").joinpath("references.yaml").read_text(encoding="utf-8"))
-    return [one["work"] for one in cited if not one.get("methods") or methods & set(one["methods"])]
+    works = [one["work"] for one in cited if not one.get("methods") or methods & set(one["methods"])]
+    linked = [re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", work) for work in works]
+    return [re.sub(r"(?<!\()https?://[^\s)]*[^\s).,]", r"<\g<0>>", work) for work in linked]
 
 
 def table(name: str) -> dict[str, dict[str, float]]:

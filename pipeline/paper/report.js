@@ -21,14 +21,18 @@ function sort(head) {
 all("th[aria-sort] button").forEach((button) => button.addEventListener("click", () => sort(button.parentElement)));
 
 // every word that is typed must be in what stays
-function filter(input, items) {
+function filter(input, items, said = (item) => item.textContent) {
   input.addEventListener("input", () => {
     const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
-    items.forEach((item) => (item.hidden = !words.every((word) => item.textContent.toLowerCase().includes(word))));
+    items.forEach((item) => {
+      const text = said(item).toLowerCase();
+      item.hidden = !words.every((word) => text.includes(word));
+    });
   });
 }
 all("figure.table").forEach((figure) => all("input", figure).forEach((input) => filter(input, all("tbody tr", figure))));
-filter(document.getElementById("find-run"), all("details.run"));
+filter(document.getElementById("find-run"), all("details.run"),
+  (run) => all("summary, .facts", run).map((part) => part.textContent).join(" ")); // all runs have the same metrics
 
 all("[data-show]").forEach((button) => button.addEventListener("click", () => {
   const wanted = button.dataset.show;

@@ -1,6 +1,7 @@
 """The document as one page to open: the parts of `paper.md`, where every number leads to the runs that it is from."""
 
 import re
+import shlex
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
@@ -21,6 +22,7 @@ from pipeline.paper.table import MISSING, Table
 if TYPE_CHECKING:  # which writes this page beside its other files
     from pipeline.paper.document import Document
 
+INTERVAL = re.compile(r"^\[([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?), ")
 NUMBER = re.compile(r"^([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)( [^\[*]*)?( \[[^\]]*\])?( \*)?$")
 MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table")
 
@@ -42,6 +44,8 @@ def cell(text: str, runs: list[str]) -> Cell:
     if found := NUMBER.match(text):
         number, unit, interval, star = found.groups(default="")
         return Cell(number, unit, interval.strip(), bool(star), float(number), runs)
+    if found := INTERVAL.match(text):  # sorted by where it begins
+        return Cell(text, "", "", False, float(found[1]), runs)
     return Cell(text, "", "", False, None, runs if text != MISSING else [])
 
 
@@ -150,10 +154,10 @@ def page(document: "Document", figures: Path) -> str:
         loader=PackageLoader("pipeline.paper", "."), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         autoescape=True,
     )  # fmt: skip
-    environment.filters |= {"prose": prose, "words": words, "listed": listed}
+    environment.filters |= {"prose": prose, "words": words, "listed": listed, "shell": shlex.quote}
     there = files("pipeline.paper")
-    runs = {run.run_id: run for section in document.sections for run in section.runs}
-    lines = traced(document.sections)
+    runs = {run.run_id: run for section in document.measured for run in section.runs}
+    lines = _lines(document)
     drawn = {
         figure.name: Markup(
             inline((figures / f"{figure.name}.svg").read_text(encoding="utf-8"), figure.name, figure.caption)
@@ -177,8 +181,19 @@ def page(document: "Document", figures: Path) -> str:
     )  # fmt: skip
 
 
+def _lines(document: "Document") -> list[dict[str, str]]:
+    """One line a run, of several models with the name of its own."""
+    if document.over is None:
+        return traced(document.sections)
+    return [
+        line | {"what": f"{model.title}, {line['what']}"}
+        for model in document.over.models
+        for line in traced(model.sections)
+    ]
+
+
 def _colours(document: "Document") -> dict[str, str]:
     """The colour of every method by its title, as in the figures."""
     from pipeline.paper.figures import look
 
-    return {run.title: look(run.method)["color"] for section in document.sections for run in section.runs}
+    return {run.title: look(run.method)["color"] for section in document.measured for run in section.runs}

@@ -1,14 +1,20 @@
 """The document from a small store whose runs are made up, so that every number can be computed by hand."""
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import kendalltau
 
+from pipeline.paper.__main__ import _origin
+from pipeline.paper.latex import latex_text
+from pipeline.paper.provenance import portable
 from pipeline.paper.sections import plan
+from pipeline.settings.config import TrackingConfig
 from tests.pipeline.paper.made_up import AOP
 
 
@@ -82,6 +88,33 @@ def test_files_and_origin(regenerated):
     assert "- platform: a machine" in text and "- version.python: 3.11" in text
 
 
+def test_the_tex_has_what_the_verdicts_are_controlled_by(regenerated):
+    folder, _ = regenerated
+    tex = (folder / "paper.tex").read_text()
+    for claim in json.loads((folder / "results.json").read_text())["claims"]:
+        assert not claim["control"] or latex_text(claim["control"]) in tex
+    assert "drift/aop\\_line of Random: 0.120 [" in tex
+
+
+def test_paths_below_the_working_folder_are_written_from_there(monkeypatch, tmp_path):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert portable(f"sqlite:///{here}/outputs/mlflow.db") == "sqlite:///outputs/mlflow.db"
+    assert portable(f"model.path={here}/a b") == "model.path=a b" and portable(f"{here}/x.md") == "x.md"
+    for elsewhere in (f"outputs=/mnt{here}/x", f"outputs={here}-2/x", f"outputs={here}", "outputs=x"):
+        assert portable(elsewhere) == elsewhere
+    general = [f"outputs={here}/my runs"]
+    first = SimpleNamespace(
+        model=SimpleNamespace(title="m"), documents=SimpleNamespace(tokens=1, continuation=1, source="s"),
+        tracking=TrackingConfig(None, "x"), outputs=here / "my runs",
+    )  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["paper", *general])
+    origin = _origin([SimpleNamespace(experiment="paper", jobs=[SimpleNamespace(settings=first)])], general)
+    assert origin.store == "sqlite:///my runs/mlflow.db" and origin.where == "'outputs=my runs'"
+    assert origin.command == "python -m pipeline.paper 'outputs=my runs'"
+
+
 def test_the_main_result_is_said_first(regenerated):
     """All five beat StreamingLLM by exactly the same in every window, which says nothing of windows to come."""
     folder, printed = regenerated
@@ -143,7 +176,14 @@ def test_two_models_side_by_side(store, record, folder, tmp_path, monkeypatch, c
     assert "Verdicts of first and second: " in printed.replace("**", "")
     first, second = ((paper / path).read_text() for path in ("paper.md", "second/paper.md"))
     assert "## Over models" in first and "Model first, unless" in first
-    assert "<h2>Over models</h2>" in (paper / "index.html").read_text()
+    page = (paper / "index.html").read_text()
+    assert "<h2>Over models</h2>" in page
+    found = pd.read_csv(paper / "tables" / "models_perturbation.csv", index_col="option")
+    for model in ("first", "second"):  # its numbers lead to its runs, which are there
+        run = found.loc["tri", f"{model}: run"]
+        assert f'data-runs="{run}"' in page and f'id="run-{run}"' in page and f"{model}, paper: method tri" in page
+    links = {run for runs in re.findall('data-runs="([^"]+)"', page) for run in runs.split()}
+    assert len(links) == 18 and links == set(re.findall('id="run-([^"]+)"', page))
     assert "\\section{Over models}" in (paper / "paper.tex").read_text()
     assert "## Over models" not in second and "Model second;" in second
     tau = kendalltau([AOP[m] for m in other if m != "full"], [other[m] for m in other if m != "full"]).statistic

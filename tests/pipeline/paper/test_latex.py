@@ -16,6 +16,12 @@ def test_emphasis_lists_and_code():
     assert found.count(r"\item") == 2 and "z\ngoes on" in found and found.endswith(r"\end{itemize}")
 
 
+def test_links_keep_their_addresses_and_nothing_is_lost_in_silence():
+    assert latex("[a_b](https://x.org/a_b%20c#d)") == r"\href{https://x.org/a_b\%20c\#d}{a\_b}"
+    with pytest.raises(ValueError, match="heading_open of Markdown has no LaTeX"):
+        latex("# A head")
+
+
 @pytest.mark.faults
 def test_the_document_compiles_and_has_everything(regenerated, tmp_path):
     if shutil.which("pdflatex") is None:

@@ -77,3 +77,11 @@ def test_the_key_findings_are_those_of_the_card():
     assert [text.split()[0] for text in found] == ["WaveletKV", "WaveletTriAttention", "All", "WaveletFourierKV", "No"]
     assert "18% lower than TurboQuant" in found[0] and "86% memory savings" in found[2]
     assert published.card()["source"]["address"].endswith("chriskz/spectral-kv-benchmark")
+
+
+def test_works_that_are_cited_are_linked():
+    from pipeline.paper.report import words
+
+    cited = published.references({"tri"})
+    assert "[arXiv:2604.04921](https://arxiv.org/abs/2604.04921), equations" in cited[1] and len(cited) > 2
+    assert 'href="https://huggingface.co/chriskz/spectral-kv-benchmark"' in words(cited[0])

@@ -79,6 +79,26 @@ def test_a_click_sorts_numbers_as_numbers_and_dashes_last(opened):
     assert column(page, name, "method") == sorted(column(page, name, "method"), key=str.lower)
 
 
+def test_differences_are_sorted_by_their_sign(opened):
+    page = opened()
+    found = numbers(column(page, "beside_recency", "- StreamingLLM"))
+    assert min(found) < 0 < max(found) and found != sorted(found)
+    for order in (sorted(found), sorted(found, reverse=True)):
+        sort_by(page, "beside_recency", "- StreamingLLM")
+        assert numbers(column(page, "beside_recency", "- StreamingLLM")) == order
+
+
+def test_runs_are_found_by_what_tells_them_apart(opened, regenerated):
+    folder, _ = regenerated
+    run = pd.read_csv(folder / "tables" / "published_perturbation.csv", index_col="option").loc["tri", "run_id"]
+    page = opened()
+    box, shown = page.locator("#find-run"), page.locator("details.run:visible")
+    assert shown.count() == 9
+    for words, count in (("ppl/kl", 0), ("aop", 0), ("triattentionkv", 1), (run[:12], 1), ("wavelet paper", 3)):
+        box.fill(words)
+        assert shown.count() == count, words
+
+
 def test_a_word_leaves_the_lines_that_have_it(opened):
     page = opened()
     box = page.locator("#table-published_perturbation input")
