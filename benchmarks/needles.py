@@ -1,15 +1,15 @@
 """Needle recall of every method on several models and lengths, as a table that says where the task measures nothing.
 
     python benchmarks/needles.py
-    python benchmarks/needles.py --models reference,smollm2 --tokens 2048,4096 --tasks single,multikey,chain
-    python benchmarks/needles.py --models smollm2 --tokens 2048 --forms chat method=fourier,full
+    python benchmarks/needles.py --tokens 2048,4096 --tasks single,multikey,chain --out docs/results/needles_h100
+    python benchmarks/needles.py --models smollm2 --tokens 2048 --forms chat --documents 4 method=fourier,full
 
 Further arguments are settings of `python -m pipeline experiment=retrieval`. Every row is a run: 16 documents of four
 planted facts, the question hidden at compression, 512 tokens kept. Runs that MLflow holds are not measured again, so
 that several processes may each measure a part before one of them writes the whole. Where the full cache finds fewer
 than 60 % of what is asked for, the task is left out of the Markdown table, and a line says so; the CSV has everything.
-Writes <out>/needles.csv, <out>/needles.md and, of every layer and KV head, <out>/needles_heads.csv: how much of the
-planted sentences it keeps, and how much of its attention they get.
+Writes <out>.csv, <out>.md and, of every layer and KV head, <out>_heads.csv: how much of the planted sentences it keeps,
+and how much of its attention they get.
 """
 
 import argparse
@@ -25,7 +25,11 @@ from pipeline.phases.retrieval import LEAST_FULL_RECALL
 from pipeline.run import execute
 from pipeline.settings.compose import composed, sweep
 
-DOCUMENTS = 16
+# the methods that look at all queries of the prompt first: their prefills serve the others
+METHODS = (
+    "h2o,observed_attention,expected_attention,full,turboquant,fourier,wavelet,wavelet_fourier,wavelet_tri,tri,snapkv,"
+    "tova,keydiff,knorm,random,streaming"
+)
 FORMS = {"plain": "continued text", "chat": "a turn of a conversation"}
 
 
@@ -54,6 +58,12 @@ def cell(metrics: dict[str, float]) -> str:
     return f"{metrics['retrieval/recall']:.2f} [{low:.2f}, {high:.2f}] ({shares})"
 
 
+def hardware(run_id: str) -> dict[str, str]:
+    """What a run was measured on."""
+    tags = mlflow.get_run(run_id).data.tags
+    return {name: tags.get(name, "") for name in ("hardware", "version.torch", "git.revision")}
+
+
 def heads(run_id: str) -> pd.DataFrame:
     """Means over documents by layer and KV head: `kept` and `mass` of the planted sentences."""
     rows = json.loads(mlflow.artifacts.load_text(f"runs:/{run_id}/rows.json"))
@@ -71,15 +81,18 @@ def main() -> None:
         "--tasks", default="single", help="single, multikey, chain; of all but single the full cache alone"
     )
     parser.add_argument("--forms", default="plain,chat", help="how a model with a chat template is asked")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the files")
+    parser.add_argument("--documents", type=int, default=16, help="prompts of every model, length and form")
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/needles"), help="path of the three files without ending"
+    )
     arguments = parser.parse_intermixed_args()
     rows, by_head = [], []
     for model, task in product(arguments.models.split(","), arguments.tasks.split(",")):
         for form in arguments.forms.split(",") if model != "reference" else ["plain"]:
             given = [f"model={model}", f"document.tokens={arguments.tokens}", f"document.form={form}"]
-            given += [f"document.task={task}", f"document.count={DOCUMENTS}"]
-            if task != "single":
-                given.append("method=full")  # whether the model can do it at all
+            given += [f"document.task={task}", f"document.count={arguments.documents}"]
+            # whether the model can do it at all
+            given.append(f"method={METHODS if task == 'single' else 'full'}")
             for overrides in sweep("retrieval", [*given, *arguments.overrides]):
                 job = prepare(composed(overrides))
                 result = execute(job)
@@ -104,16 +117,19 @@ def main() -> None:
                         "hash_model": job.checkpoint.hash,
                         "hash_document": job.document_hash,
                         "code": job.code_hash,
+                        **hardware(result.run_id),
                         "run": result.run_id,
                     }
                 )
                 by_head.append(heads(result.run_id).assign(**about))
                 print(about | {k: rows[-1][k] for k in ("cell", "full_recall")}, flush=True)
     found = pd.DataFrame(rows)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    found.drop(columns="cell").to_csv(arguments.out / "needles.csv", index=False, float_format="%.6g")
-    pd.concat(by_head).to_csv(arguments.out / "needles_heads.csv", index=False, float_format="%.4g")
-    (arguments.out / "needles.md").write_text(table(found) + "\n")
+    out = arguments.out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    found.drop(columns="cell").to_csv(out.with_suffix(".csv"), index=False, float_format="%.6g")
+    by_layer = out.with_name(f"{out.name}_heads.csv")
+    pd.concat(by_head).to_csv(by_layer, index=False, float_format="%.4g")
+    out.with_suffix(".md").write_text(table(found) + "\n")
     print(table(found))
 
 

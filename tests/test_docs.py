@@ -18,6 +18,14 @@ def test_links_lead_somewhere(page):
     assert missing == []
 
 
+def test_commands_that_write_results_name_those_that_are_there():
+    """So that who runs one again can compare."""
+    text = "\n".join(page.read_text() for page in PAGES)
+    written = set(re.findall(r"--(?:results|out) (docs/results/\w+)", text))
+    results = {str(file.relative_to(ROOT).with_suffix("")) for file in (ROOT / "docs" / "results").glob("*.md")}
+    assert written == results
+
+
 def test_the_readme_stays_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 

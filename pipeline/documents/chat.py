@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from datetime import datetime
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pipeline.settings.errors import InputError
@@ -13,6 +15,16 @@ PLACE = "\N{WHITE SQUARE}THE DOCUMENT\N{WHITE SQUARE}"  # in no template
 
 def _refused(message: str) -> None:
     raise TemplateError(message)
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what a model is trained to say; here it stands for what is in it."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,9 @@ class Chat:
         InputError
             If the template can't be rendered, or changes what a user says.
         """
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)  # as transformers renders
+        environment = ImmutableSandboxedEnvironment(  # as transformers renders
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+        )
         environment.globals |= {
             "raise_exception": _refused,
             "strftime_now": lambda form: datetime(2024, 7, 26).strftime(form),

@@ -59,10 +59,12 @@ def regenerate(
     Raises
     ------
     InputError
-        If the overrides and `models` both choose.
+        If the overrides and `models` both choose, or a model is named twice.
     """
     if models and (given := [o for o in overrides if o.startswith(("model=", "model."))]):
         raise InputError(f"--models chooses the models, and so does {given[0]}: leave one of them out")
+    if twice := [model for model in models or [] if models.count(model) > 1 or not model]:
+        raise InputError(f"--models names '{twice[0]}' twice or no model: write each option of model once, with commas")
     if results is not None and len(models or []) < 2:
         raise InputError("--results writes the section over models: name at least two with --models")
     general = [o for o in overrides if o.partition("=")[0] in ("outputs", "tracking.uri", "tracking.experiment")]

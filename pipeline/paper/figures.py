@@ -156,6 +156,11 @@ def _over_storages(axes: Axes, runs: list[FinishedRun]) -> None:
     axes.set_xticks(range(len(stored)), [STORAGES[storage] for storage in stored])
 
 
+def _few(count: int) -> range:
+    """Which of so many layers or heads get a tick: at most ten."""
+    return range(0, count, -(-count // 10))
+
+
 def _maps(
     runs: list[FinishedRun], draw: Callable[[Axes, FinishedRun], object], width: float, height: float
 ) -> tuple[Figure, object]:
@@ -212,7 +217,7 @@ def layers_and_heads(sections: dict[str, MeasuredSection]) -> Figure | None:
     def draw(axes: Axes, run: FinishedRun):
         image = axes.imshow(grids[run.method], vmin=0, vmax=top, cmap="viridis", aspect="auto", origin="lower")
         lines, columns = grids[run.method].shape
-        axes.set(xticks=range(columns), yticks=range(lines))
+        axes.set(xticks=_few(columns), yticks=_few(lines))
         values = grids[run.method].to_numpy()
         words = [
             [f"{run.title}, layer {i}, head {j}: {v:.3f}" for j, v in enumerate(line)] for i, line in enumerate(values)
@@ -262,7 +267,7 @@ def kept_tokens(sections: dict[str, MeasuredSection]) -> Figure | None:
         grid = rows.pivot(index="layer", columns="position", values="value")
         width = np.diff(grid.columns[:2])[0]
         extent = (0, grid.columns[-1] + width, -0.5, len(grid) - 0.5)
-        axes.set(yticks=range(len(grid)))
+        axes.set(yticks=_few(len(grid)))
         _say_stretches(axes, run.title, grid, width)
         return axes.imshow(
             grid, vmin=0, vmax=1, cmap="cividis", aspect="auto", origin="lower", extent=extent, interpolation="nearest"
@@ -375,7 +380,8 @@ def spectra(sections: dict[str, MeasuredSection]) -> Figure | None:
     layers = powers(any_run, "spectrum/full", ["layer", "frequency"]).unstack(0)
     shades = plt.get_cmap("viridis")(np.linspace(0, 0.95, layers.shape[1]))
     for shade, (layer, values) in zip(shades, layers.items(), strict=True):
-        (line,) = left.loglog(values.index, values, color=shade, lw=1.4, label=f"layer {layer:.0f}")
+        named = f"layer {layer:.0f}" if layer in _few(len(shades)) else None
+        (line,) = left.loglog(values.index, values, color=shade, lw=1.4, label=named)
         say(line, f"full cache, layer {layer:.0f}")
     left.set(title="full cache, by layer", ylabel="power of keys before RoPE")
     left.legend(fontsize=7, ncols=2)

@@ -29,6 +29,11 @@ def titles() -> dict[str, str]:
     return {experiment: about["title"] for experiment, about in _written().items()}
 
 
+def _model(overrides: list[str]) -> DictConfig:
+    """A configuration with the model that overrides choose."""
+    return composed([o for o in overrides if o.startswith(("model=", "model.", "+model."))])
+
+
 def usual(full: bool, overrides: list[str] = (), models: list[str] | None = None) -> list[str]:
     """Sections that are written where none are named: those apart belong to the whole document alone.
 
@@ -37,8 +42,7 @@ def usual(full: bool, overrides: list[str] = (), models: list[str] | None = None
     found = [experiment for experiment, about in _written().items() if full or not about.get("apart")]
     if not any("needs" in _written()[experiment] for experiment in found):
         return found
-    own = [o for o in overrides if o.startswith(("model=", "model.", "+model."))]
-    chosen = [composed([f"model={model}"]) for model in models] if models else [composed(own)]
+    chosen = [composed([f"model={model}"]) for model in models] if models else [_model(overrides)]
 
     def there(experiment: str) -> bool:
         key = _written()[experiment].get("needs")
@@ -51,6 +55,15 @@ def brief(experiment: str, overrides: list[str]) -> list[str]:
     """What of an experiment the document measures unless all is asked for, where the overrides don't say it."""
     given = {o.partition("=")[0] for o in spelled_out(overrides)}
     return [o for o in _written()[experiment].get("brief", []) if o.partition("=")[0] not in given]
+
+
+def spared(experiment: str, overrides: list[str]) -> list[str]:
+    """What of an experiment is measured on a model that has not got all it reads, where the overrides don't say it."""
+    given = {o.partition("=")[0] for o in spelled_out(overrides)}
+    lacking = _written()[experiment].get("lacking", {})
+    cfg = _model(overrides) if lacking else None
+    own = [o for key, narrowed in lacking.items() if OmegaConf.select(cfg, key) is None for o in narrowed]
+    return [o for o in own if o.partition("=")[0] not in given]
 
 
 @dataclass(frozen=True)
@@ -175,6 +188,7 @@ def plan(experiments: list[str], overrides: list[str], memory: Path, full: bool 
     found = {}
     for name in experiments:
         narrowed = [] if full else brief(name, overrides)
+        narrowed = narrowed + spared(name, [*overrides, *narrowed])
         sought = " ".join([name, *overrides, "of", *narrowed])
         if sought not in known:
             known[sought] = _composed(name, overrides, narrowed)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import ClassVar
 from urllib.parse import urlparse
+from urllib.request import getproxies, proxy_bypass
 
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
@@ -138,8 +140,10 @@ class Weightless:
 
 
 def reachable(endpoint: str) -> bool:
-    """Whether something listens at a URL, within a second."""
+    """Whether something listens at a URL, within a second; what stands behind a proxy is taken to."""
     url = urlparse(endpoint)
+    if url.scheme in getproxies() and not proxy_bypass(url.hostname):
+        return True
     try:
         with socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), timeout=1):
             return True
@@ -147,25 +151,46 @@ def reachable(endpoint: str) -> bool:
         return False
 
 
-def hub_snapshot(model: ModelConfig) -> Path:
-    """The local folder of a hub repository, downloaded if it is not there."""
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def _whole(snapshot: Path) -> bool:
+    """Whether a snapshot has a configuration, a tokenizer and all the weights that its index names.
 
+    An interrupted download leaves fewer files.
+    """
+    if not all((snapshot / name).is_file() for name in ("config.json", "tokenizer.json")):
+        return False
+    weights = {path.name for path in snapshot.glob("*.safetensors") if path.is_file()}
+    index = next(snapshot.glob("*.safetensors.index.json"), None)
+    if index is None:
+        return bool(weights) and not any(re.search(r"-\d+-of-\d+\.", name) for name in weights)
     try:
-        return Path(snapshot_download(model.id, revision=model.revision, allow_patterns=FILES, local_files_only=True))
+        return set(json.loads(index.read_text())["weight_map"].values()) <= weights
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def hub_snapshot(model: ModelConfig) -> Path:
+    """The local folder of a hub repository, downloaded if it is not there or only a part of it is."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    there = "is not"
+    try:
+        found = Path(snapshot_download(model.id, revision=model.revision, allow_patterns=FILES, local_files_only=True))
+        if _whole(found):
+            return found
+        there = "is only in part"
     except LocalEntryNotFoundError:
         pass
     except HFValidationError:
         raise InputError(f"model.id={model.id} is not the name of a hub repository: write owner/name") from None
     if os.environ.get("HF_HUB_OFFLINE") or not reachable(constants.ENDPOINT):
         raise InputError(
-            f"model.id={model.id} is not in the local Hugging Face cache and {constants.ENDPOINT} can't be reached: "
+            f"model.id={model.id} {there} in the local Hugging Face cache and {constants.ENDPOINT} can't be reached: "
             "connect to a network, or set model.path=<checkpoint folder>"
         )
     try:
         return Path(snapshot_download(model.id, revision=model.revision, allow_patterns=FILES))
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # of the hub, of the transport, of the disk: they share no base
         reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"model.id={model.id} can't be downloaded ({reason}): check the name, or set model.path=<checkpoint folder>"

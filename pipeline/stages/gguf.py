@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from pipeline.settings.errors import InputError
 from pipeline.stages.digest import digest
@@ -40,6 +41,18 @@ def converted(file: Path, checkpoints: Path) -> Path:
         raise InputError(
             f"model.path={file} is a GGUF file, which needs the package {missing[0]}: pip install 'spectral-kv[gguf]'"
         )
+    try:
+        _made(file, folder)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"checkpoints={checkpoints} can't be written to ({getattr(error, 'strerror', None) or error}): "
+            "set checkpoints=<a folder of yours with room>"
+        ) from None
+    return folder
+
+
+def _made(file: Path, folder: Path) -> None:
+    """Convert a file to a folder, unless another process has done it meanwhile."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         for left in folder.parent.glob(f"{folder.name}.part*"):  # of a conversion that was killed
@@ -52,7 +65,6 @@ def converted(file: Path, checkpoints: Path) -> Path:
             shutil.rmtree(folder, ignore_errors=True)
             part.rename(folder)
             print(f"converted to {folder} in {time.perf_counter() - start:.0f} s", file=sys.stderr)
-    return folder
 
 
 def intact(folder: Path) -> bool:
@@ -81,6 +93,7 @@ def _readable(file: Path) -> None:
         reader = gguf.GGUFReader(file)
         kind = reader.get_field("general.architecture").contents()
         scaling = reader.get_field(f"{kind}.rope.scaling.type")
+        parts = reader.get_field("split.count")
         names = {tensor.name for tensor in reader.tensors}
     except Exception as error:  # the reader meets a damaged file with whatever numpy says
         raise InputError(
@@ -91,6 +104,11 @@ def _readable(file: Path) -> None:
         raise InputError(
             f"model.path={file} is of type {kind}: GGUF files of {', '.join(KINDS)} are read, "
             "for others give the folder of a Hugging Face checkpoint"
+        )
+    if parts is not None and parts.contents() > 1:
+        raise InputError(
+            f"model.path={file} is one of {parts.contents()} parts of a model, and only whole files are read: "
+            "join them with `llama-gguf-split --merge`, or give the folder of a Hugging Face checkpoint"
         )
     # transformers reads neither, and would rotate by other angles than the model was trained with
     if "rope_freqs.weight" in names or (scaling is not None and scaling.contents() != "none"):

@@ -107,6 +107,19 @@ def test_a_template_that_cannot_be_used_is_refused_in_a_sentence(template, said)
         Chat(template).around("What?")
 
 
+def test_what_templates_mark_and_break_off_is_rendered_as_transformers_does(tokenizer):
+    from transformers import PreTrainedTokenizerFast
+
+    template = (
+        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}<{{ m['role'] }}>{{ m['content'] }}"
+        "{% endfor %}{% generation %}<assistant>{{ 'says: ' }}{% endgeneration %}"
+    )
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(REFERENCE / "tokenizer.json"), chat_template=template)
+    expected = theirs.apply_chat_template([{"role": "user", "content": "A text.\n\nWhat?"}], tokenize=False)
+    before, after = Chat(template).around("What?")
+    assert before + "A text." + after == expected == "<user>A text.\n\nWhat?<assistant>says: "
+
+
 def test_needles_can_be_planted_in_a_book(tokenizer):
     for text, word in [("persuasion", "Anne"), ("king_james", "LORD")]:
         windows = Needles(**SIZES | {"count": 8}, text=text).windows(tokenizer, 0)

@@ -5,10 +5,14 @@ from itertools import permutations
 import numpy as np
 import pytest
 
+from pipeline.paper.__main__ import regenerate
 from pipeline.paper.agreement import agreement
 from pipeline.paper.claims import SUPPORTED, judge
 from pipeline.paper.measured import MeasuredSection
+from pipeline.paper.figures import _few
 from pipeline.paper.models import ModelResults, changes, established, over_models, runs_table
+from pipeline.paper.sections import _preset, spared
+from pipeline.settings.errors import InputError
 
 RANKED = ("wavelet", "wavelet_tri", "wavelet_fourier", "fourier", "tri", "turboquant")
 CLAIM = {
@@ -116,3 +120,21 @@ def test_every_run_is_a_line(model):
     first = table.iloc[0]
     assert first["documents"] == 16 and first["hash.document"] == "d" and first["run"] == "run-wavelet"
     assert first["aop/mean_low"] < first["aop/mean"] < first["aop/mean_high"]
+
+
+def test_a_model_is_named_once(tmp_path):
+    for models in (["smollm2", "smollm2"], ["reference", ""]):
+        with pytest.raises(InputError, match="--models names '.*' twice or no model: write each option of model once"):
+            regenerate(["paper"], [f"outputs={tmp_path}"], models=models)
+
+
+def test_a_model_without_maps_does_without_the_method_that_reads_them():
+    (narrowed,) = spared("rivals", ["model=smollm2"])
+    whole = _preset("rivals")["hydra"]["sweeper"]["params"]["method"].split(",")
+    assert narrowed == f"method={','.join(m for m in whole if m != 'ridge_kvzap')}"
+    assert spared("rivals", []) == spared("rivals", ["model=smollm2", "+model.kvzap=/maps"]) == []
+    assert spared("rivals", ["model=smollm2", "method=kvzip"]) == spared("paper", ["model=smollm2"]) == []
+
+
+def test_of_many_layers_a_few_get_a_tick():
+    assert list(_few(8)) == list(range(8)) and list(_few(30)) == list(range(0, 30, 3)) and len(_few(128)) <= 10

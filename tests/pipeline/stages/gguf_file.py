@@ -44,7 +44,7 @@ def small_llama() -> LlamaForCausalLM:
     return model
 
 
-def write(model: LlamaForCausalLM, file: Path, kind: str = "llama", scaled: bool = False) -> Path:
+def write(model: LlamaForCausalLM, file: Path, kind: str = "llama", scaled: bool = False, parts: int = 1) -> Path:
     """The model in 32 bits, with the reference model's tokenizer."""
     import gguf
 
@@ -68,6 +68,8 @@ def write(model: LlamaForCausalLM, file: Path, kind: str = "llama", scaled: bool
     writer.add_token_list(words)
     writer.add_token_types([1] * len(words))
     writer.add_token_merges([pair for pair in merges if pair.replace(" ", "") in words])
+    if parts > 1:
+        writer.add_uint16("split.count", parts)
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_chat_template("{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}")

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from pipeline.job import prepare
 from pipeline.settings.compose import composed
@@ -155,6 +156,24 @@ def test_other_kinds_and_scaled_rotations_are_refused(model, tmp_path):
         gguf.converted(write(model, tmp_path / "other.gguf", kind="mamba"), tmp_path)
     with pytest.raises(InputError, match=r"scaled rotation \(Llama 3\.1 and later\).* folder of the Hugging Face"):
         gguf.converted(write(model, tmp_path / "scaled.gguf", scaled=True), tmp_path)
+
+
+def test_a_part_of_a_model_is_refused(model, tmp_path):
+    with pytest.raises(InputError, match=r"one of 3 parts of a model, .*: join them with `llama-gguf-split --merge`"):
+        gguf.converted(write(model, tmp_path / "part.gguf", parts=3), tmp_path)
+
+
+def test_a_place_that_can_not_be_written_to_is_said_in_a_sentence(made, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match=r"checkpoints=.*file can't be written to \(Not a directory\): set checkpoints="):
+        gguf.converted(made[0], tmp_path / "file")
+
+    def full(file, folder):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(gguf, "_convert", full)
+    with pytest.raises(InputError, match=r"can't be written to \(I/O error: No space left on device"):
+        gguf.converted(made[0], tmp_path)
 
 
 def test_weights_that_are_no_numbers_are_refused(model, tmp_path):
