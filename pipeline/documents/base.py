@@ -13,6 +13,14 @@ from pipeline.documents.chat import Chat
 from pipeline.settings.errors import InputError
 
 
+class TooFewWindows(InputError):
+    """A source holds fewer windows, `held`, than it is asked for."""
+
+    def __init__(self, message: str, held: int):
+        super().__init__(message)
+        self.held = held
+
+
 @dataclass(frozen=True)
 class Asked:
     """A question whose answer stands in a prompt.
@@ -88,7 +96,7 @@ class Documents(ABC):
         Raises
         ------
         InputError
-            If the source does not hold that many windows, or nothing turns text into tokens.
+            If nothing turns text into tokens; `TooFewWindows` if the source does not hold that many windows.
         """
         if tokenizer is None:
             raise InputError(f"the model has no tokenizer and can't read {self.source}: choose document=synthetic")
@@ -98,11 +106,12 @@ class Documents(ABC):
             total += len(ids)
             windows += [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
         if len(windows) < self.count:
-            raise InputError(
+            raise TooFewWindows(
                 f"document.count={self.count} windows of document.tokens={self.tokens} "
                 f"plus document.continuation={self.continuation} tokens are more "
                 f"than {self.source} holds ({total} tokens, {len(windows)} windows): "
-                "ask for fewer or shorter windows, or give more text"
+                "ask for fewer or shorter windows, or give more text",
+                len(windows),
             )
         chosen = [windows[i * len(windows) // self.count] for i in range(self.count)]
         return chosen if bos is None else [np.concatenate([[bos], w]) for w in chosen]

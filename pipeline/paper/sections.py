@@ -13,10 +13,13 @@ from pathlib import Path
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from pipeline.documents.base import TooFewWindows
 from pipeline.job import Job, prepare
 from pipeline.settings.compose import composed, spelled_out, sweep
 from pipeline.settings.errors import InputError
 from pipeline.settings.folders import PACKAGE, conf_dir, register_resolvers
+
+FEWEST = 16  # windows on which a section stands for one of more, where a text holds no more
 
 
 @cache
@@ -198,9 +201,27 @@ def plan(experiments: list[str], overrides: list[str], memory: Path, full: bool 
             raise InputError(f"{override} means nothing to the sections {', '.join(experiments)}: leave it out")
     memory.parent.mkdir(parents=True, exist_ok=True)
     memory.write_text(json.dumps(remembered))
-    sections = []
-    for name, section in found.items():
-        choices = [job["choice"] for job in section["jobs"]]
-        jobs = [prepare(OmegaConf.create(job["config"])) for job in section["jobs"]]
-        sections.append(Section(name, section["asked"], section["narrowed"], choices, jobs))
-    return sections
+    counted = any(o.startswith("document.count=") for o in overrides)
+    return [_prepared(name, section, fewest=None if counted else FEWEST) for name, section in found.items()]
+
+
+def _prepared(name: str, section: dict, fewest: int | None) -> Section:
+    """A section with its jobs checked.
+
+    Of a text that the model's tokenizer cuts into fewer windows than the experiment asks for the section takes them
+    all, if there are `fewest`; None takes no fewer.
+    """
+    configs, choices = ([job[key] for job in section["jobs"]] for key in ("config", "choice"))
+    try:
+        jobs = [prepare(OmegaConf.create(config)) for config in configs]
+    except TooFewWindows as error:
+        if fewest is None or error.held < fewest:
+            raise
+        fewer = [
+            OmegaConf.create(config | {"document": config["document"] | {"count": error.held}}) for config in configs
+        ]
+        narrowed = [o for o in section["narrowed"] if not o.startswith("document.count=")]
+        return Section(
+            name, error.held, [*narrowed, f"document.count={error.held}"], choices, list(map(prepare, fewer))
+        )
+    return Section(name, section["asked"], section["narrowed"], choices, jobs)

@@ -53,6 +53,26 @@ def test_measures_what_is_missing_and_nothing_twice(settings, tmp_path, monkeypa
     assert "4 configurations measured, 0 were there already" in printed("--refresh")
 
 
+def test_a_text_with_fewer_windows_than_the_experiment_asks_for_gives_all_it_has(settings, tmp_path):
+    """A tokenizer with longer tokens cuts fewer windows; a section of 20 stands on 16 and more."""
+    text, memory = tmp_path / "text.txt", tmp_path / "compositions.json"
+    ours = [o for o in settings if not o.startswith(("document=", "document.tokens=", "document.continuation="))]
+    ours += ["document=file", f"document.path={text}", "document.tokens=100", "document.continuation=60"]
+    narrow = ["method=random,streaming", "budget.tokens=80"]
+    for windows in (17, 15):
+        text.write_text("word " * 160 * windows)
+        given = [*ours, *narrow, "model.bos=false"]
+        if windows == 17:
+            (section,) = plan(["baselines"], given, memory)
+            assert section.asked == 17 and "document.count=17" in section.narrowed
+            assert [len(job.windows) for job in section.jobs] == [17, 17] and len(section.choices) == 2
+            with pytest.raises(InputError, match=r"document\.count=18 windows"):  # what was asked for by name
+                plan(["baselines"], [*given, "document.count=18"], memory)
+        else:
+            with pytest.raises(InputError, match=r"document\.count=20 windows .* 15 windows"):
+                plan(["baselines"], given, memory)
+
+
 @pytest.mark.slow
 def test_processes_that_share_the_work_find_the_same(small_in, tmp_path, capsys):
     """And speeds, which share nothing, are timed in the end."""

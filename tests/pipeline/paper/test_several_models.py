@@ -8,8 +8,8 @@ import pytest
 from pipeline.paper.__main__ import regenerate
 from pipeline.paper.agreement import agreement
 from pipeline.paper.claims import SUPPORTED, judge
-from pipeline.paper.measured import MeasuredSection
 from pipeline.paper.figures import _few
+from pipeline.paper.measured import MeasuredSection
 from pipeline.paper.models import ModelResults, changes, established, over_models, runs_table
 from pipeline.paper.sections import _preset, spared
 from pipeline.settings.errors import InputError
@@ -124,7 +124,7 @@ def test_every_run_is_a_line(model):
 
 def test_a_model_is_named_once(tmp_path):
     for models in (["smollm2", "smollm2"], ["reference", ""]):
-        with pytest.raises(InputError, match="--models names '.*' twice or no model: write each option of model once"):
+        with pytest.raises(InputError, match=r"--models names '.*' twice or no model: write each"):
             regenerate(["paper"], [f"outputs={tmp_path}"], models=models)
 
 

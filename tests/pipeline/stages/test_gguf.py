@@ -165,7 +165,9 @@ def test_a_part_of_a_model_is_refused(model, tmp_path):
 
 def test_a_place_that_can_not_be_written_to_is_said_in_a_sentence(made, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match=r"checkpoints=.*file can't be written to \(Not a directory\): set checkpoints="):
+    with pytest.raises(
+        InputError, match=r"checkpoints=.*file can't be written to \(Not a directory\): set checkpoints="
+    ):
         gguf.converted(made[0], tmp_path / "file")
 
     def full(file, folder):
