@@ -1,9 +1,11 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import spearmanr
 
-from pipeline.phases.correlation import spearman
+from pipeline.phases.correlation import Correlation, spearman
 
 
 def test_the_rank_correlation_is_that_of_scipy_ties_included(rng):
@@ -45,3 +47,13 @@ def test_layers_have_rows_and_their_mean_is_the_document_s(run):
         assert set(document["layer"].dropna()) == {0, 1}
         whole = document["value"][document["layer"].isna()]
         assert whole.tolist() == pytest.approx([document["value"][document["layer"].notna()].mean()])
+
+
+def test_tokens_that_are_kept_anyway_have_no_part_in_it():
+    """The scorers agree on the four tokens in the middle, and are opposite on those that no score decides about."""
+    ours = np.array([[9.0, 8.0, 1.0, 2.0, 3.0, 4.0, -8.0, -9.0]])
+    other = np.array([[-9.0, -8.0, 1.0, 2.0, 3.0, 4.0, 8.0, 9.0]])
+    context = SimpleNamespace(scores=[ours], scores_by=lambda scorer: [other], evictable=slice(2, 6))
+    found = {row["metric"]: row["value"] for row in Correlation().measure(context) if "layer" not in row}
+    assert found == pytest.approx({f"correlation/{name}": 1 for name in ("knorm", "keydiff", "recency")})
+    assert spearman(ours, other)[0] < 0

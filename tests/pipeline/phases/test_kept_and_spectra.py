@@ -1,7 +1,10 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
 
+from pipeline.phases.kept import Kept
 from pipeline.phases.spectra import band_edges, power
 
 
@@ -56,3 +59,15 @@ def test_white_noise_has_power_one_and_a_tone_is_in_its_band(rng):
     assert found[band] * (edges[band + 1] - edges[band]) == pytest.approx(1024 / 4)
     assert np.delete(found, band) == pytest.approx(0, abs=1e-9)
     assert edges[0] == 1 and edges[-1] == 513
+
+
+def test_the_share_of_odd_places_is_of_those_that_the_method_chose():
+    """Sinks 0 to 3 and the last eight of 32 are kept anyway; of 6, 8, 9 one is odd."""
+    kept = np.array([0, 1, 2, 3, 6, 8, 9, *range(24, 32)])
+    context = SimpleNamespace(
+        prefill=SimpleNamespace(tokens=np.arange(32)), kept=[[kept]], evictable=slice(4, 24), document=5,
+        backend=SimpleNamespace(shape=SimpleNamespace(layers=1)),
+    )  # fmt: skip
+    found = {row["metric"]: row["value"] for row in Kept().measure(context)}
+    assert found["kept/odd"] == pytest.approx(1 / 3)
+    assert found["kept/depth"] == pytest.approx(kept.mean() / 31)
