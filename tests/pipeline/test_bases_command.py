@@ -6,6 +6,7 @@ from pipeline.bases import bases, main
 from spectral_kv.codec.bases import Bases
 
 
+@pytest.mark.slow
 def test_the_command_writes_bases_that_the_model_can_load(small, backend, tmp_path):
     """Two windows of 200 tokens, of which the four sinks are left out."""
     path = bases([*small, "document=docstrings", "document.count=2"], tmp_path / "new" / "b.safetensors", 2, 0.5)

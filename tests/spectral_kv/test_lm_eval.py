@@ -56,7 +56,7 @@ def likelihoods(result: dict) -> list[float]:
     return [resp[0][0] for sample in result["samples"]["spectral_kv_choices"] for resp in sample["resps"]]
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_with_a_budget_of_all_tokens_scores_are_those_of_hf(evaluated, batch):
     plain, ours = evaluated("hf", batch), evaluated("spectral_kv", batch, method="keydiff", budget=4000)
     assert len(scores(plain)) == 2

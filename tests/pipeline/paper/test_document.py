@@ -150,6 +150,7 @@ def test_with_fewer_documents_than_asked_for_there_is_no_table(store, tmp_path, 
     assert list((tmp_path / "short" / "tables").iterdir()) == list((tmp_path / "short" / "figures").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_two_models_side_by_side(store, record, folder, tmp_path, monkeypatch, capsys):
     """The second model is the first with another seed, and orders the methods as they were published."""
     from pipeline.paper.__main__ import main

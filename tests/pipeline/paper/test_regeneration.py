@@ -100,6 +100,7 @@ def test_sections_share_runs(settings, tmp_path, capsys):
     assert "1 configurations measured, 1 were there already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_variants_stand_beside_their_default(settings, tmp_path):
     regenerate(["ablation"], [*settings, "variant=wavelet_default,wavelet_haar", "budget.tokens=60"])
     table = tables(tmp_path / "outputs")["ablation_wavelet"].set_index("variant")

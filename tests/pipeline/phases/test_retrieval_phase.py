@@ -120,6 +120,7 @@ def recall(rows: pd.DataFrame, metric: str = "retrieval/recall") -> pd.Series:
     return rows[(rows["metric"] == metric) & rows["depth"].notna()].set_index("depth")["value"].sort_index()
 
 
+@pytest.mark.slow
 def test_the_full_cache_finds_needles_and_a_window_loses_those_before_it(found):
     full = found("method=full")
     theirs = recall(full, "retrieval/full_recall")

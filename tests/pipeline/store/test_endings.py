@@ -48,9 +48,12 @@ def states() -> dict[str, str]:
 @pytest.mark.parametrize(
     "error",
     [
-        MemoryError(),
+        pytest.param(MemoryError(), marks=pytest.mark.slow),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried"),
+        pytest.param(
+            RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_out_of_memory_is_a_sentence_and_the_sweep_goes_on(small, monkeypatch, capsys, error):

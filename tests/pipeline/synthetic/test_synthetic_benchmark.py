@@ -28,14 +28,18 @@ def outputs(outputs_in, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(outputs):
-    """A result a method of the experiment."""
-    jobs = [prepare(composed(job)) for job in sweep("synthetic", [*TINY, outputs])]
+    """A result a method of the experiment, without those that are like another one here."""
+    chosen = "method=full,turboquant,wavelet,tri,snapkv,h2o,knorm,random,oracle_mass,oracle_value"
+    jobs = [prepare(composed(job)) for job in sweep("synthetic", [*TINY, chosen, outputs])]
     return {job.settings.method.name: execute(job) for job in jobs}
 
 
-def test_every_method_of_the_experiment_leaves_a_finished_run(results):
+@pytest.mark.slow
+def test_every_method_of_the_experiment_leaves_a_finished_run(outputs):
     import mlflow
 
+    jobs = [prepare(composed(job)) for job in sweep("synthetic", [*TINY, "seed=1", outputs])]
+    results = {job.settings.method.name: execute(job) for job in jobs}
     assert len(results) == 18
     for name, result in results.items():
         assert mlflow.get_run(result.run_id).info.status == "FINISHED"
@@ -62,7 +66,7 @@ def test_the_oracle_finds_what_was_planted_and_chance_its_share(results):
     assert recall["random"] == pytest.approx((140 - 20) / (512 - 20), abs=0.06)
     assert aop["oracle_mass"] < 0.6 * aop["random"] and aop["random"] < aop["knorm"]
     assert recall["tri"] > 0.7 > recall["random"] + 0.3
-    for name in ("snapkv", "tova", "h2o"):  # the prompt looks at half of what was planted
+    for name in ("snapkv", "h2o"):  # the prompt looks at half of what was planted
         assert 0.4 < recall[name] < 0.8
     assert recall["knorm"] < 0.1  # what deviates is longer
 

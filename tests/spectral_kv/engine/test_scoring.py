@@ -23,7 +23,9 @@ def keys(rng, device):
     return [torch.from_numpy(rng.normal(size=(2, TOKENS, 32))).float().to(device) for _ in range(2)]
 
 
-@pytest.mark.parametrize("scorer", [Wavelet(), Fourier()], ids=["wavelet", "fourier"])
+@pytest.mark.parametrize(
+    "scorer", [pytest.param(Wavelet(), marks=pytest.mark.slow), Fourier()], ids=["wavelet", "fourier"]
+)
 def test_deviations_and_norms_of_all_layers(keys, scorer):
     from spectral_kv.engine.scoring import deviations
 
