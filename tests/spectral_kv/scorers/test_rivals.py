@@ -146,9 +146,9 @@ def test_kvzip_scores_sinks_highest(rng):
 def test_kvzip_has_every_part_of_a_prompt_repeated_once():
     tokens = np.arange(100, 150)
     words = {FIRST: np.array([1, 2]), LATER: np.array([3]), "\n": np.array([4])}
-    parts = list(KVzip(chunk=20, lead=2).repetitions(tokens, words.get))
+    parts = list(KVzip(chunk=20, lead=2, sinks=4).repetitions(tokens, words.get))
     assert [list(range(*span.indices(50))) for span, _ in parts] == [[*range(20)], [*range(20, 40)], [*range(40, 50)]]
-    assert parts[0][1].tolist() == [1, 2, 4, *range(100, 120)]
+    assert parts[0][1].tolist() == [1, 2, 4, *range(104, 120)]  # no BOS token in the midst of a text
     assert parts[1][1].tolist() == [3, 118, 119, 4, *range(120, 140)]
 
 
@@ -163,6 +163,17 @@ def test_kvzip_keeps_what_is_repeated():
     repeated, others = scores[:, [*range(6), *range(16, 22)]], scores[:, 6:16]
     np.testing.assert_allclose(repeated, 0.5, rtol=1e-5)  # both copies share the weight
     assert others.max() < 1e-6
+
+
+@ARRAYS
+def test_kvzip_scores_by_the_best_of_neighbours_sinks_apart(make, rng, rope):
+    gathered = rng.random((KV_HEADS, 50)).astype("f4")
+    gathered[:, :4] = 1
+    layer = replace(view(rng, rope, 50, 1, make), gathered=make(gathered))
+    found = np.asarray(KVzip(kernel=5).score(layer))
+    expected = [[*row[:4], *(row[max(i - 2, 4) : i + 3].max() for i in range(4, 50))] for row in gathered]
+    np.testing.assert_array_equal(found, np.array(expected, "f4"))
+    np.testing.assert_array_equal(np.asarray(KVzip().score(layer)), gathered)
 
 
 def test_kvzip_without_a_repetition_says_so(rng, rope):
@@ -213,6 +224,7 @@ def test_ridge_kvzap_refuses_what_does_not_fit(rng, rope, tmp_path):
         (Defensive, {"kernel": 4}),
         (KVzip, {"chunk": 0}),
         (KVzip, {"lead": -1}),
+        (KVzip, {"kernel": 4}),
     ],
 )
 def test_impossible_settings_are_refused(method, settings):
