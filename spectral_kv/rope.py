@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from spectral_kv.xp import Array, constant, like, namespace, turned
+from spectral_kv.xp import Array, constant, like, namespace, picked, turned
 
 TABLE = 4096  # positions: tables of waves grow by so many
 
@@ -85,8 +85,7 @@ class Rope:
             positions = positions[..., tokens]
             chosen = like(positions.reshape(-1), x)
             cos, sin = (
-                xp.reshape(xp.take(constant(wave, x)[:, bands], chosen, axis=0), (*positions.shape, -1))
-                for wave in table
+                xp.reshape(picked(constant(wave, x)[:, bands], chosen, 0), (*positions.shape, -1)) for wave in table
             )
         else:
             cos, sin = (constant(wave, x)[..., tokens, bands] for wave in self._waves(positions, direction, scale))

@@ -25,6 +25,7 @@ __all__ = [
     "namespace",
     "on_accelerator",
     "over_tokens",
+    "picked",
     "rows",
     "softmax",
     "stable_order",
@@ -171,6 +172,18 @@ def lengths(x: Array) -> Array:
     return xp.sqrt(xp.sum(float32(x) ** 2, axis=-1))
 
 
+def picked(x: Array, index: Array, axis: int) -> Array:
+    """`take` by indices `[n]` of which none is negative: to look for such in torch takes three passes over them."""
+    if hasattr(x, "detach"):
+        return x.index_select(axis, index)
+    return namespace(x).take(x, index, axis=axis)
+
+
 def rows(x: Array, chosen: Array) -> Array:
     """Tokens `[..., heads, kept]` of `x` `[..., heads, tokens, dim]`, every head its own."""
+    if hasattr(x, "detach") and x.is_contiguous():  # torch: whole rows, where a gather would go channel by channel
+        heads = x.shape[:-2]
+        first = namespace(x).arange(heads.numel(), device=x.device).view(*heads, 1) * x.shape[-2]
+        found = x.flatten(0, -2).index_select(0, (chosen + first).flatten())
+        return found.view(*heads, chosen.shape[-1], x.shape[-1])
     return namespace(x).take_along_axis(x, chosen[..., None], axis=-2)

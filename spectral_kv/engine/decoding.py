@@ -41,6 +41,7 @@ class Engine:
             raise ValueError(f"engine={kind} is not known: choose one of {', '.join(ENGINES)}")
         self.model, self.kind, self.blocks = model, kind, blocks
         self.device, self.dtype = model.device, model.dtype
+        self._devices = sorted({str(p.device) for p in model.parameters()})
         if kind == "graph" and (missing := self._no_graph()):
             raise ValueError(f"engine=graph can't be had: {missing}; set engine=auto")
         self._modules: Modules | None = None
@@ -50,6 +51,8 @@ class Engine:
     def _no_graph(self) -> str | None:
         if self.device.type != "cuda":
             return f"the model is on {self.device.type}, and graphs need a CUDA GPU"
+        if len(self._devices) > 1:
+            return f"the model is spread over {', '.join(self._devices)}, and a graph is of one GPU"
         if find_spec("triton") is None:
             return "Triton is not installed"
         return None
@@ -66,7 +69,10 @@ class Engine:
             return f"{type(getattr(stored, 'storage', stored)).__name__} has no kernel"
         if coded and stored.storage.recent == 0:
             return "a recent window of 0 tokens leaves no room for the token that is fed"
-        dim = (stored.recent[0] if coded else stored.keys).shape[-1]
+        exact = stored.recent[0] if coded else stored.keys
+        if unknown := {self.dtype, exact.dtype} - set(AGREEMENT):
+            return f"{unknown.pop()} has no kernel"
+        dim = exact.shape[-1]
         least = 16  # channels of a matrix product, of which codes give a part at a time
         if coded:
             least *= max(PARTS[bits] for bits in (stored.storage.key_bits, stored.storage.value_bits))
@@ -91,13 +97,13 @@ class Engine:
 
     @torch.inference_mode()
     def held(self, layers: list[Any], count: int) -> Held:
-        """Buffers for the layers and `count` rows more: those that they are in, free ones that fit, or new ones."""
+        """Buffers for the layers and `count` rows more: those that they are in alone, free ones that fit, new ones."""
         stored = layers[0].stored
         kind = HeldDense if isinstance(stored, DenseTokens) else HeldCoded
-        needed = stored.tokens + count
+        needed = stored.tokens + max(count, 1)  # a capture writes a row
         for held in self._held:
             fits = needed <= held.capacity <= needed + needed // 4 + 2 * ROUND
-            if type(held) is kind and fits and held.suits(layers) and (held.holds(layers) or held.free):
+            if type(held) is kind and fits and held.suits(layers) and (held.free or held.is_of(layers)):
                 return held
         self._held = [held for held in self._held if not held.free]
         capacity = -(-needed // ROUND) * ROUND

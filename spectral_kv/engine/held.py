@@ -61,9 +61,14 @@ class Held:
         new, old = layers[0].stored, self._described
         return len(layers) == len(self.rows) and self._description(new) == old
 
-    def holds(self, layers: list[Any]) -> bool:
-        """Whether the rows are in these buffers already."""
-        return self._where(layers[0].stored) == self.buffers[0].data_ptr()
+    def is_of(self, layers: list[Any]) -> bool:
+        """Whether the rows are in these buffers already, and those of no copy of the cache.
+
+        Rows to come are written behind those that are there: a copy that went on would find those of the other.
+        """
+        if self._where(layers[0].stored) != self.buffers[0].data_ptr():
+            return False
+        return [_viewers(x) for x in self.buffers] == [a + v for a, v in zip(self._alone, self._views, strict=True)]
 
     @torch.inference_mode()
     def generate(self, layers: list[Any], ids: torch.Tensor, count: int) -> torch.Tensor:
@@ -113,6 +118,11 @@ class HeldDense(Held):
     @property
     def buffers(self) -> list[torch.Tensor]:
         return [x for row in self.rows for x in (row.keys, row.values)]
+
+    @property
+    def _views(self) -> list[int]:
+        """How many tensors of one cache look into each buffer."""
+        return [1] * len(self.buffers)
 
     def load(self, layers: list[Any]) -> None:
         self.dense = layers[0].stored.tokens
@@ -204,6 +214,12 @@ class HeldCoded(Held):
     @property
     def buffers(self) -> list[torch.Tensor]:
         return [*self.codes, *self.scales, self.mean]  # nobody else looks into the ring
+
+    @property
+    def _views(self) -> list[int]:
+        """How many tensors of one cache look into each buffer."""
+        layers = len(self.rows)
+        return [layers] * 4 + [layers if self.quantizers[0].center else 0]
 
     def load(self, layers: list[Any]) -> None:
         first = layers[0].stored

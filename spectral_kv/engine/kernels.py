@@ -40,20 +40,20 @@ def _weight(top, total, lse_ptr, row, G: tl.constexpr, GP: tl.constexpr):
 
 @triton.jit
 def _dense_rows(q, keys, values, start, stop, top, total, acc, scale, D: tl.constexpr, BT: tl.constexpr):
-    """Online softmax over rows `start` to `stop`."""
+    """Online softmax over rows `start` to `stop`, in the dtype of `q`."""
     d = tl.arange(0, D)
     for t in range(start, stop, BT):
         r = t + tl.arange(0, BT)
         ok = r < stop
         k = tl.load(keys + r[None, :] * D + d[:, None], mask=ok[None, :], other=0.0)
-        s = tl.dot(q, k, input_precision="ieee") * scale
+        s = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale
         s = tl.where(ok[None, :], s, -float("inf"))
         higher = tl.maximum(top, tl.max(s, 1))
         p = tl.exp2(s - higher[:, None])
         shrink = tl.exp2(top - higher)
         total = total * shrink + tl.sum(p, 1)
         v = tl.load(values + r[:, None] * D + d[None, :], mask=ok[:, None], other=0.0)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], input_precision="ieee")
         top = higher
     return top, total, acc
 
@@ -84,7 +84,8 @@ def dense_split(q_ptr, new_k, new_v, k_ptr, v_ptr, n_ptr, part_ptr, lse_ptr, cap
     keys = k_ptr + bh * capacity * D
     values = v_ptr + bh * capacity * D
     q = tl.load(q_ptr + (bh * G + g)[:, None] * D + d[None, :], mask=(g < G)[:, None], other=0.0)
-    q = q.to(k_ptr.dtype.element_ty)
+    if q_ptr.dtype.element_ty != tl.float32:  # queries of a float32 model stay what they are beside narrower keys
+        q = q.to(k_ptr.dtype.element_ty)
     top = tl.full([GP], -1e30, tl.float32)
     total = tl.zeros([GP], tl.float32)
     acc = tl.zeros([GP, D], tl.float32)
@@ -234,7 +235,9 @@ def coded_split(q_ptr, new_k, new_v, k_codes, k_scales, v_codes, v_scales, mean_
         values = v_ptr + bh * dense_capacity * D
         n = tl.load(n_ptr + bh).to(tl.int32)
         acc = tl.zeros([GP, D], tl.float32)
-        qd = q.to(k_ptr.dtype.element_ty)
+        qd = q
+        if not WIDE:
+            qd = q.to(k_ptr.dtype.element_ty)
         top, total, acc = _new_row(qd, new_k, new_v, keys, values, n, scale, top, total, acc, bh, D)
         top, total, acc = _dense_rows(qd, keys, values, 0, n, top, total, acc, scale, D, BD)
         _partial(acc, total, part_ptr, row, G, GP, D, 0, D)

@@ -31,14 +31,15 @@ class DenseLaunch:
         shape = (batch * kv_heads, self.splits, self.group)
         self.parts = torch.empty(*shape, dim, device=keys.device)
         self.weights = torch.empty(shape, device=keys.device)
-        self.tile = 32 if keys.dtype == torch.float32 else self.tile  # twice the shared memory, products not in tiles
 
     def __call__(self, q, new_k, new_v, keys, values, lengths, scale: float) -> torch.Tensor:
         batch, kv_heads, capacity, dim = keys.shape
         out = torch.empty_like(q)
+        wide = torch.float32 in (q.dtype, keys.dtype)  # twice the shared memory, products not in tiles
         kernels.dense_split[(self.splits, batch * kv_heads)](
             q, new_k, new_v, keys, values, lengths, self.parts, self.weights, capacity, scale * kernels.LOG2E,
-            self.splits, G=self.group, GP=self.padded, D=dim, BT=self.tile, num_warps=4, num_stages=3,
+            self.splits, G=self.group, GP=self.padded, D=dim, BT=32 if wide else self.tile, num_warps=4,
+            num_stages=3,
         )  # fmt: skip
         kernels.dense_merge[(batch * kv_heads * self.group,)](
             self.parts, self.weights, out, self.splits, G=self.group, D=dim,

@@ -28,8 +28,10 @@ def addresses(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 def suits(keys: list[torch.Tensor]) -> bool:
     """Whether the kernels can read keys `[kv_heads, tokens, dim]`, one a layer."""
-    dim = keys[0].shape[-1]
-    return dim >= 16 and dim & (dim - 1) == 0 and all(k.is_contiguous() and not k.data_ptr() & 15 for k in keys)
+    dim, device = keys[0].shape[-1], keys[0].device
+    if dim < 16 or dim & (dim - 1) or keys[0].dtype == torch.float64:
+        return False
+    return all(k.device == device and k.is_contiguous() and not k.data_ptr() & 15 for k in keys)
 
 
 class _Tables:

@@ -12,7 +12,7 @@ import numpy as np
 from spectral_kv.quantization.codebook import codebook
 from spectral_kv.quantization.packing import pack, planes
 from spectral_kv.quantization.rotation import ROTATIONS, rounded
-from spectral_kv.xp import Array, constant, float32, namespace, rows
+from spectral_kv.xp import Array, constant, float32, namespace, picked, rows
 
 BITS = (1, 2, 3, 4)  # a channel: codes that a table over bytes decodes
 CORRECTIONS = ("plain", "renorm", "unbiased")
@@ -48,7 +48,7 @@ def table_index(codes: Array, bits: int) -> tuple[np.ndarray, Array]:
     if bits != 3:
         return centroid_table(bits), xp.astype(codes, xp.int32)
     low, high = planes(codes)  # channel i + k n has its high bit in byte i mod n/2, at 2k or, where i >= n/2, at 2k + 1
-    pairs = xp.take(constant(alternate_bits(), codes), xp.reshape(xp.astype(high, xp.int32), (-1,)), axis=0)
+    pairs = picked(constant(alternate_bits(), codes), xp.reshape(xp.astype(high, xp.int32), (-1,)), 0)
     pairs = xp.reshape(pairs, (*high.shape, 2))
     return centroid_table(3), xp.astype(low, xp.int32) + xp.concat([pairs[..., 0], pairs[..., 1]], axis=-1)
 
@@ -149,7 +149,7 @@ class TurboQuant:
     def _centroids(self, codes: Array) -> Array:
         xp = namespace(codes)
         flat = xp.reshape(xp.astype(codes, xp.int64), (-1,))
-        return xp.reshape(xp.take(constant(codebook(self.bits)[0], codes), flat, axis=0), codes.shape)
+        return xp.reshape(picked(constant(codebook(self.bits)[0], codes), flat, 0), codes.shape)
 
     def encode(self, x: Array, mean: Array | None = None) -> PackedVectors:
         """Pack `[..., heads, tokens, dim]`; a zero vector comes back as the mean (zero without centring).
@@ -195,7 +195,7 @@ class TurboQuant:
         """The float32 vectors `[..., heads, tokens, dim]` that the codes stand for."""
         xp = namespace(packed.codes)
         table, index = table_index(packed.codes, self.bits)
-        values = xp.take(constant(table, index), xp.reshape(index, (-1,)), axis=0)
+        values = picked(constant(table, index), xp.reshape(index, (-1,)), 0)
         y = xp.reshape(values, (*packed.codes.shape[:-1], index.shape[-1] * values.shape[-1]))  # also of no tokens
         back = constant(back_rotation(self.rotation, y.shape[-1], self.seed, table.shape[1]), y)
         x = xp.matmul(y * float32(packed.scale)[..., None], back)

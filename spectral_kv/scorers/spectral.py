@@ -63,9 +63,8 @@ class Spectral(ABC):
         """What the energies of all channels make of every token, `[kv_heads, tokens]`."""
         ...
 
-    @property
-    def copies(self) -> int:
-        """How many signals in single precision `energies` about takes the room of."""
+    def copies(self, x: Array) -> int:
+        """How many signals in single precision `energies` of arrays like `x` about takes the room of."""
         return 8
 
     def spectral(self, x: Array) -> Array:
@@ -94,7 +93,7 @@ class Spectral(ABC):
     def _energies(self, layer: LayerView, order: np.ndarray | None) -> list[Array]:
         """Energies of the signal, its tokens in `order` if one is given: of some heads and bands after others."""
         x = layer.values if self.signal == "values" else layer.keys
-        size, found = 4 * self.copies * math.prod(x.shape), []
+        size, found = 4 * self.copies(x) * math.prod(x.shape), []
         for heads in blocks(len(x), size, x):
             total: list[Array] = []
             for bands in blocks(-(-x.shape[-1] // 2), size * len(x[heads]) // len(x), x):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pywt
 
 from spectral_kv.scorers.spectral import Spectral
-from spectral_kv.transforms.wavelet import MODES, TRANSFORMS, to_tokens, wavedec
+from spectral_kv.transforms.wavelet import MODES, TRANSFORMS, in_tiles, to_tokens, wavedec
 from spectral_kv.xp import Array, namespace
 
 
@@ -51,8 +51,9 @@ class Wavelet(Spectral):
         if self.levels < 1 or self.level_decay <= 0:
             raise ValueError(f"levels={self.levels} must be at least 1 and level_decay={self.level_decay} above 0")
 
-    @property
-    def copies(self) -> int:
+    def copies(self, x: Array) -> int:
+        if in_tiles(x, self.transform):
+            return 4
         taps = pywt.Wavelet(self.wavelet).dec_len  # the signal at each: of every other token, or of all
         return 4 + taps if self.transform == "stationary" else 4 + taps // 2
 

@@ -69,9 +69,8 @@ class WaveletFourier(Wavelet):
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha} must lie in [0, 1], or be unset")
 
-    @property
-    def copies(self) -> int:
-        return super().copies + self.levels
+    def copies(self, x: Array) -> int:
+        return super().copies(x) + self.levels
 
     def energies(self, x: Array) -> list[Array]:
         """Of the detail coefficients, of what the filter leaves over, and of the segments where `alpha` is measured."""

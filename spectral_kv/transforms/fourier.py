@@ -5,9 +5,11 @@ from functools import lru_cache
 import numpy as np
 from scipy.fft import next_fast_len
 
-from spectral_kv.xp import Array, constant, namespace
+from spectral_kv.xp import Array, constant, namespace, picked
 
 MARGIN = 64  # tokens
+FAR = 512  # tokens beyond which a filter with a smooth edge has no response to speak of
+LOST = 5e-6  # of the norm of its response that may lie further away
 
 
 def lowpass_mask(bins: int, cutoff: float, taper: float) -> np.ndarray:
@@ -43,6 +45,23 @@ def continuation(tokens: int) -> np.ndarray:
     return np.concatenate([reflected, reflected[-2:0:-1]])
 
 
+@lru_cache(maxsize=16)
+def surroundings(tokens: int) -> np.ndarray:
+    """A stretch of `continuation`, `[length]`: the sequence with at least `FAR` tokens before and after it.
+
+    As a period it jumps, but nowhere that a filter which dies out could see from a token, and it is little more than
+    half as long.
+    """
+    return continuation(tokens)[np.arange(next_fast_len(tokens + 2 * FAR)) - FAR]
+
+
+@lru_cache(maxsize=16)
+def dies_out(cutoff: float, taper: float) -> bool:
+    """Whether the low-pass filter has no response to speak of beyond `FAR` tokens; a box never does."""
+    response = np.fft.irfft(lowpass_mask(8 * FAR + 1, cutoff, taper)) ** 2
+    return bool(response[FAR:-FAR].sum() < LOST**2 * response.sum())
+
+
 def lowpass(x: Array, cutoff: float, taper: float) -> Array:
     """The smooth part of `x` `[..., tokens, dim]` along tokens."""
     return _filtered(x, cutoff, taper, stop=False)
@@ -65,7 +84,8 @@ def _filtered(x: Array, cutoff: float, taper: float, stop: bool) -> Array:
     tokens = x.shape[-2]
     if tokens < 3:  # nothing to reflect
         return x * float(not stop)
-    index = continuation(tokens)
-    spectrum = xp.fft.rfft(xp.take(x, constant(index, x), axis=-2), axis=-2)
-    spectrum = spectrum * constant(_gain(len(index) // 2 + 1, cutoff, taper, stop), x)
-    return xp.fft.irfft(spectrum, n=len(index), axis=-2)[..., :tokens, :]
+    start = FAR if tokens > 4 * FAR and dies_out(cutoff, taper) else 0
+    index = surroundings(tokens) if start else continuation(tokens)
+    spectrum = xp.fft.rfft(picked(x, constant(index, x), -2), axis=-2)
+    spectrum *= constant(_gain(len(index) // 2 + 1, cutoff, taper, stop), x)
+    return xp.fft.irfft(spectrum, n=len(index), axis=-2)[..., start : start + tokens, :]

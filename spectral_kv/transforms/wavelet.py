@@ -11,10 +11,11 @@ import numpy as np
 import pywt
 from scipy import sparse
 
-from spectral_kv.xp import Array, blocks, constant, like, namespace
+from spectral_kv.xp import Array, blocks, constant, like, namespace, picked
 
 MODES = ("symmetric", "periodization")
 TRANSFORMS = ("decimated", "stationary")
+TILE = 8  # coefficients of one matrix product on a CPU
 
 
 def _strides(transform: str, level: int) -> tuple[int, int]:
@@ -57,14 +58,50 @@ def _taps(bank: tuple[tuple[float, ...], ...]) -> np.ndarray:
     return np.asarray(bank, dtype=np.float64)
 
 
+@lru_cache(maxsize=64)
+def _tiles(tokens: int, bank: tuple[tuple[float, ...], ...], mode: str) -> tuple[np.ndarray, np.ndarray, int]:
+    """Filters of a decimated level as banded matrices `[filters, TILE, window]` over the rows under a tile.
+
+    Also the source index of the rows of all tiles, and the number of coefficients.
+    """
+    index, count = _extension(tokens, bank[0], mode, 2, 1)
+    window = 2 * TILE + len(bank[0]) - 2
+    matrices = np.zeros((len(bank), TILE, window))
+    for row in range(TILE):
+        matrices[:, row, 2 * row : 2 * row + len(bank[0])] = np.asarray(bank)[:, ::-1]
+    rows = np.minimum(np.arange(2 * TILE * (-(-count // TILE) - 1) + window), len(index) - 1)
+    return matrices, index[rows], count
+
+
+def in_tiles(x: Array, transform: str) -> bool:
+    """Whether a transform of `x` is computed in tiles of coefficients, which in torch takes a CPU the least time."""
+    return transform == "decimated" and hasattr(x, "detach") and not (x.is_cuda or x.requires_grad)
+
+
+def _tiled(x: Array, bank: tuple[tuple[float, ...], ...], mode: str) -> list[Array]:
+    """`_filter` of a decimated level in torch: products with windows of the rows, which nobody copies."""
+    matrices, index, count = _tiles(x.shape[-2], bank, mode)
+    extended = picked(x.reshape(-1, *x.shape[-2:]), constant(index, x), -2)
+    windows = extended.unfold(-2, matrices.shape[-1], 2 * TILE).mT  # [..., tiles, window, dim]
+    found = []
+    for matrix in constant(matrices, x).to(x.dtype):
+        out = x.new_empty((*windows.shape[:2], TILE, x.shape[-1]))
+        for one, rows in zip(out, windows, strict=True):
+            one.baddbmm_(matrix.expand(len(rows), *matrix.shape), rows, beta=0)
+        found.append(out.flatten(1, 2)[:, :count].unflatten(0, x.shape[:-2]))
+    return found
+
+
 def _filter(x: Array, bank: tuple[tuple[float, ...], ...], mode: str, step: int, dilation: int) -> list[Array]:
     """Filters of one level, of one extension: coefficients `[..., coefficients, dim]` of `x` `[..., tokens, dim]` each.
 
     The shifted signals are gathered once for all filters, and one matrix product does the sums.
     """
+    if step == 2 and in_tiles(x, "decimated"):
+        return _tiled(x, bank, mode)
     xp = namespace(x)
     index, count = _extension(x.shape[-2], bank[0], mode, step, dilation)
-    extended = xp.take(x, constant(index, x), axis=-2)
+    extended = picked(x, constant(index, x), -2)
     taps = len(bank[0])
     starts = [dilation * (taps - 1 - j) for j in range(taps)]
     shifted = xp.stack([extended[..., s : s + step * (count - 1) + 1 : step, :] for s in starts])
@@ -239,7 +276,7 @@ def to_tokens(
 
     def weighted(index: Array, gain: Array) -> Array:
         """`[heads, ...]` of index `[..., rows, k]` and gain `[rows, k]`."""
-        gathered = xp.reshape(xp.take(energy, xp.reshape(index, (-1,)), axis=-1), (heads, *index.shape))
+        gathered = xp.reshape(picked(energy, xp.reshape(index, (-1,)), -1), (heads, *index.shape))
         return xp.reshape(xp.sum(gathered * gain, axis=-1), (heads, -1))
 
     inner = slice(table.first, table.first + table.period)

@@ -53,3 +53,26 @@ def test_lengths_and_turned_pairs_of_every_precision(rng, dtype):
     torch.testing.assert_close(got.double(), torch.cat([want.real, want.imag], -1), rtol=1e-6, atol=1e-6)
     assert lengths(x).dtype == torch.float32
     torch.testing.assert_close(lengths(x).double(), x.double().norm(dim=-1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 4), (2, 3, 7, 4), (3, 0, 4)])
+def test_rows_are_each_heads_own_in_every_layout(rng, shape):
+    x = rng.normal(size=shape)
+    chosen = rng.integers(0, max(shape[-2], 1), size=(*shape[:-2], 5 if shape[-2] else 0))
+    want = np.take_along_axis(x, chosen[..., None], axis=-2)
+    given, index = torch.from_numpy(x), torch.from_numpy(chosen)
+    np.testing.assert_array_equal(xp.rows(x, chosen), want)
+    np.testing.assert_array_equal(xp.rows(given, index), want)
+    np.testing.assert_array_equal(xp.rows(given.mT.contiguous().mT, index), want)  # not contiguous
+    np.testing.assert_array_equal(xp.rows(given, index.int()), want)
+
+
+def test_rows_of_several_sequences_can_be_the_same_ones(rng):
+    x, chosen = torch.from_numpy(rng.normal(size=(2, 3, 7, 4))), torch.from_numpy(rng.integers(0, 7, size=(1, 3, 5)))
+    assert torch.equal(xp.rows(x, chosen), xp.rows(x, chosen.expand(2, 3, 5)))
+
+
+def test_what_is_picked_is_in_the_order_of_the_indices(rng):
+    x, index = rng.normal(size=(3, 7, 4)), np.array([6, 0, 0, 3])
+    for values in (x, torch.from_numpy(x)):
+        np.testing.assert_array_equal(xp.picked(values, xp.like(index, values), -2), x[:, index])

@@ -124,6 +124,38 @@ def test_a_copy_is_not_touched(torch_backend, engine, prefilled, storage):
     assert decoded(engine, twin, 5, 20) == first
 
 
+@pytest.mark.parametrize("storage", ["dense", "packed"])
+def test_copies_of_a_cache_that_was_decoded_go_on_side_by_side(torch_backend, engine, prefilled, storage):
+    """Their rows lie in the same buffers until one of them grows; what it writes is not the other's."""
+    cache = torch_backend.compress(prefilled, None, STORAGES[storage])
+    decoded(engine, cache, 5, 10)
+    ours = [cache, cache.copy(), cache.copy()]
+    theirs = torch_backend.compress(prefilled, None, STORAGES[storage])
+    torch_backend.generate(theirs, 5, 10)
+    theirs = [theirs, theirs.copy(), theirs.copy()]
+    for token in (6, 900, 77):  # one after another, then each again
+        for one, other in zip(ours, theirs, strict=True):
+            token += 1
+            assert decoded(engine, one, token, 12) == torch_backend.generate(other, token, 12)
+
+
+def test_a_cache_alone_stays_where_it_is(torch_backend, engine, prefilled):
+    for storage in ("dense", "packed"):
+        cache = torch_backend.compress(prefilled, None, STORAGES[storage])
+        decoded(engine, cache, 5, 4)
+        held = engine.held(cache.layers, 4)
+        decoded(engine, cache, 5, 4)
+        assert engine.held(cache.layers, 4) is held
+        engine.release()
+
+
+def test_a_capture_has_room_for_the_row_that_it_writes(torch_backend, engine):
+    prefill = torch_backend.prefill(np.arange(2, 258), 1)
+    cache = torch_backend.compress(prefill, None, Dense())
+    assert engine.held(cache.layers, 0).capacity > 256
+    assert decoded(engine, cache, 5, 0) == []
+
+
 def test_buffers_serve_one_cache_after_another(torch_backend, engine, prefilled):
     """A capture is made once for a size of batch and cache, not once a cache."""
     steps = set()
@@ -212,6 +244,12 @@ def test_it_says_why_it_decodes_eagerly(torch_backend, prefilled):
             Engine(torch_backend.model, "graph")
     with pytest.raises(ValueError, match="engine=fast is not known"):
         Engine(torch_backend.model, "fast")
+    engine = Engine(torch_backend.model)
+    engine.dtype = torch.float64
+    assert "float64 has no kernel" in engine.reason(packed)
+    engine = Engine(torch_backend.model)
+    engine.device, engine._devices = torch.device("cuda:0"), ["cuda:0", "cuda:1"]
+    assert "spread over cuda:0, cuda:1" in engine.reason(dense)
 
 
 def test_the_kinds_of_buffers(torch_backend, engine, prefilled):

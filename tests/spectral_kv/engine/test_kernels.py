@@ -75,7 +75,23 @@ def test_dense_rows_of_every_head_have_their_own_number(rng, device, kernel, dim
         torch.testing.assert_close(buffer.cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
-def coded_rows(rng, dim, kv_heads, query_heads, bits, dtype, coded, dense, where):
+@pytest.mark.parametrize("codes", [False, True], ids=["dense", "coded"])
+def test_queries_of_a_float32_model_are_not_rounded_to_a_narrower_cache(rng, device, codes):
+    """As in the eager path, which widens the cache."""
+    lengths = torch.full((2, 2), 70)
+    q, k, v = (draw(rng, 2, heads, 1, 64, dtype=torch.float32) for heads in (6, 2, 2))
+    if codes:
+        none = torch.zeros_like(lengths)
+        rows, _, (keys, values) = coded_rows(rng, 64, 2, 6, (4, 4), torch.float32, none, lengths, device, HALF)
+    else:
+        keys, values = (draw(rng, 2, 2, 80, 64, dtype=HALF) for _ in range(2))
+        rows = DenseRows(keys.clone().to(device), values.clone().to(device), lengths.to(device), 6)
+    out = launched(rows, device).attend(q.to(device), k.to(device), v.to(device), SCALE)
+    keys[:, :, 70], values[:, :, 70] = k[:, :, 0].to(HALF), v[:, :, 0].to(HALF)
+    assert error(out, exact(q, keys, values, lengths + 1)) < 1e-5
+
+
+def coded_rows(rng, dim, kv_heads, query_heads, bits, dtype, coded, dense, where, cached=None):
     """Rows with `coded` and `dense` of them a head, and what they stand for."""
     capacity, room = int(coded.max()) + 5, int(dense.max()) + 3
     offset = 2 * draw(rng, 1, kv_heads, 1, dim, dtype=torch.float32)
@@ -84,7 +100,7 @@ def coded_rows(rng, dim, kv_heads, query_heads, bits, dtype, coded, dense, where
     quantizers = [TurboQuant(bits[0], (0, 0, 0), "renorm", True), TurboQuant(bits[1], (0, 0, 1), "unbiased", False)]
     packed = [q.encode(x) for q, x in zip(quantizers, (keys, values), strict=True)]
     decoded = [q.decode(p) for q, p in zip(quantizers, packed, strict=True)]
-    exact_rows = [draw(rng, 2, kv_heads, room, dim, dtype=dtype) for _ in range(2)]
+    exact_rows = [draw(rng, 2, kv_heads, room, dim, dtype=cached or dtype) for _ in range(2)]
     turn = [torch.from_numpy(haar(dim, (0, 0, i))) for i in range(2)]
     state = Coded(
         packed[0].codes.to(where), packed[0].scale.to(where), packed[1].codes.to(where), packed[1].scale.to(where),

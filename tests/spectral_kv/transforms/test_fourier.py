@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from spectral_kv.transforms.fourier import continuation, highpass, lowpass, lowpass_mask
+from spectral_kv.transforms.fourier import FAR, continuation, dies_out, highpass, lowpass, lowpass_mask, surroundings
 
 
 def reference(x: np.ndarray, cutoff: float, taper: float, period: int) -> np.ndarray:
@@ -34,6 +34,17 @@ def test_the_continuation_has_no_jump():
         index = continuation(tokens)
         assert (index[:tokens] == np.arange(tokens)).all()
         assert (np.abs(np.diff(np.append(index, index[0]))) == 1).all()
+
+
+def test_long_sequences_are_filtered_in_a_shorter_period_where_the_filter_dies_out(rng):
+    """Also of signals whose ends are far apart, which the shorter period joins."""
+    assert len(surroundings(4096)) == 5120 and (surroundings(4096)[FAR : FAR + 4096] == np.arange(4096)).all()
+    assert dies_out(0.25, 0.5) and not dies_out(0.25, 0.0) and not dies_out(0.05, 0.5)
+    x = np.linspace(-5, 5, 4096)[None, :, None] + rng.normal(size=(1, 4096, 2))
+    for cutoff, taper, error in ((0.25, 0.5, 2e-6), (0.25, 0.0, 1e-12)):
+        want = x - reference(x, cutoff, taper, 8400)
+        got = highpass(x.copy(), cutoff, taper)
+        assert np.abs(got - want).max() < max(error, 1e-6) * np.abs(want).max()
 
 
 def test_mask_is_one_then_half_a_cosine_then_zero():
