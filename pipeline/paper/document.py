@@ -39,6 +39,7 @@ class Shown:
     title: str
     runs: int
     count: int
+    command: str
     narrowed: list[str]
     withheld: str | None
     tables: list[Table]
@@ -262,7 +263,7 @@ def write(
     drawn = draw(sections, folder / "figures")
     shown = [
         Shown(
-            section.experiment, section.title, len(section.runs), section.counts, section.narrowed,
+            section.experiment, section.title, len(section.runs), section.counts, section.command, section.narrowed,
             section.withheld,
             [] if section.withheld else TABLES[section.experiment](section), drawn.get(section.experiment, []),
         )

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.job import NOT_IDENTITY, Job
@@ -29,6 +29,8 @@ class MeasuredSection:
     narrowed : list of str
         Settings by which the section is less than the whole experiment.
     runs : list of FinishedRun
+    taken : list of str
+        Overrides of the whole document that mean something to the section.
     """
 
     experiment: str
@@ -36,6 +38,13 @@ class MeasuredSection:
     asked: int
     narrowed: list[str]
     runs: list[FinishedRun]
+    taken: list[str] = field(default_factory=list)
+
+    @property
+    def command(self) -> str:
+        """What measures the section's runs; where they are written to is for others to say."""
+        taken = [o for o in self.taken if o.partition("=")[0].partition(".")[0] not in NOT_IDENTITY]
+        return " ".join(["python -m pipeline", f"experiment={self.experiment}", *self.narrowed, *taken])
 
     @property
     def counts(self) -> int:
@@ -217,5 +226,6 @@ def measure(
             run = there[serving.get(name, name)]
             count, metrics, tags = len(job.windows), dict(run.data.metrics), dict(run.data.tags)
             runs.append(FinishedRun(run.info.run_id, choice, count, metrics, tags, _rows_of(run), run.info.start_time))
-        measured.append(MeasuredSection(section.experiment, section.title, section.asked, section.narrowed, runs))
+        about = (section.experiment, section.title, section.asked, section.narrowed)
+        measured.append(MeasuredSection(*about, runs, section.taken))
     return measured, len(missing)

@@ -83,6 +83,8 @@ class Section:
     choices : list of dict of str to str
         What the experiment varies, for every job.
     jobs : list of Job
+    taken : list of str
+        Overrides of the whole document that mean something to the section.
     """
 
     experiment: str
@@ -90,6 +92,7 @@ class Section:
     narrowed: list[str]
     choices: list[dict[str, str]]
     jobs: list[Job]
+    taken: list[str]
 
     @property
     def title(self) -> str:
@@ -222,6 +225,7 @@ def _prepared(name: str, section: dict, fewest: int | None) -> Section:
         ]
         narrowed = [o for o in section["narrowed"] if not o.startswith("document.count=")]
         return Section(
-            name, error.held, [*narrowed, f"document.count={error.held}"], choices, list(map(prepare, fewer))
-        )
-    return Section(name, section["asked"], section["narrowed"], choices, jobs)
+            name, error.held, [*narrowed, f"document.count={error.held}"], choices, list(map(prepare, fewer)),
+            section["taken"],
+        )  # fmt: skip
+    return Section(name, section["asked"], section["narrowed"], choices, jobs, section["taken"])

@@ -138,3 +138,9 @@ def test_a_model_without_maps_does_without_the_method_that_reads_them():
 
 def test_of_many_layers_a_few_get_a_tick():
     assert list(_few(8)) == list(range(8)) and list(_few(30)) == list(range(0, 30, 3)) and len(_few(128)) <= 10
+
+
+def test_the_command_of_a_section_names_the_model_and_no_place():
+    taken = ["model=smollm2", "outputs=/x", "tracking.uri=sqlite:///x", "force=true"]
+    section = MeasuredSection("paper", "The published comparison", 17, ["document.count=17"], [], taken)
+    assert section.command == "python -m pipeline experiment=paper document.count=17 model=smollm2"
