@@ -101,6 +101,7 @@ def _norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor
     return weight * h.to(x.dtype)
 
 
+KNOWN = tuple(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "mistral", "qwen2"))
 CHILDREN = {
     "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
     "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
@@ -108,9 +109,20 @@ CHILDREN = {
 }
 
 
+def _hooked(module: torch.nn.Module) -> bool:
+    """Whether something else runs when a module is called; hooks of transformers record what they are asked for."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    foreign = any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)
+    return foreign or "forward" in vars(module)
+
+
 def _misfit(model: torch.nn.Module) -> str | None:
     """What keeps a model from being run as joined blocks, or None."""
     base = model.base_model
+    if any(_hooked(module) for module in model.modules()):
+        return "it has hooks, which only its modules call"
+    if any(type(part).__module__ not in KNOWN for part in (model, base)):
+        return f"it is none of Llama, Mistral and Qwen2 ({type(model).__name__})"
     if {name for name, _ in base.named_children()} != {"embed_tokens", "layers", "norm", "rotary_emb"}:
         return "it has parts around its layers that are not known"
     if type(getattr(model, "lm_head", None)) is not torch.nn.Linear:
@@ -120,7 +132,8 @@ def _misfit(model: torch.nn.Module) -> str | None:
     for layer in base.layers:
         for path, children in CHILDREN.items():
             part = layer.get_submodule(path)
-            if {name for name, _ in part.named_children()} != children:
+            # others of the same parts scale some of them, or don't rotate everywhere
+            if type(part).__module__ not in KNOWN or {name for name, _ in part.named_children()} != children:
                 return f"its layers are not those of Llama or Qwen2 ({type(layer).__name__})"
             linears = [m for name, m in part.named_children() if name.endswith("_proj")]
             if any(type(m) is not torch.nn.Linear for m in linears):

@@ -25,7 +25,7 @@ class DenseLaunch:
 
     def __init__(self, keys: torch.Tensor, query_heads: int):
         batch, kv_heads, capacity, dim = keys.shape
-        self.tile, each = (128, 1) if capacity >= 32768 else (64, 2)
+        self.tile, each = (128, 1) if capacity >= 32768 and dim <= 128 else (64, 2)  # what shared memory holds
         self.splits = splits(batch * kv_heads, capacity, each, self.tile)
         self.group, self.padded = _group(query_heads, kv_heads)
         shape = (batch * kv_heads, self.splits, self.group)

@@ -8,11 +8,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from spectral_kv.backends.torch import TorchBackend
+from spectral_kv.backends.torch_cache import CompressedLayer
 from spectral_kv.engine.decoding import Engine
 from spectral_kv.engine.forward import Blocks, Modules
 from spectral_kv.engine.held import HeldCoded, HeldDense
 from spectral_kv.selection import Budget, select
-from spectral_kv.storage.dense import Dense
+from spectral_kv.storage.dense import Dense, DenseTokens
 from spectral_kv.storage.turboquant import TurboQuantStorage
 
 CUDA = torch.cuda.is_available()
@@ -222,13 +223,47 @@ def test_joined_blocks_give_the_logits_of_the_modules(checkpoint, kind):
     )
 
 
-def test_models_that_are_built_otherwise_are_not_joined():
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+@pytest.mark.parametrize("name", ["Qwen3", "Granite", "SmolLM3"])
+def test_models_that_are_built_otherwise_are_not_joined(name):
+    """Granite has Llama's parts by name, and multiplies between them; SmolLM3 leaves out a rotation."""
+    import transformers
 
-    config = Qwen3Config(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-                         num_attention_heads=2, num_key_value_heads=1, head_dim=16)  # fmt: skip
-    with pytest.raises(ValueError, match="not those of Llama or Qwen2"):
-        Blocks(Qwen3ForCausalLM(config))
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, pad_token_id=0,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="none of Llama, Mistral and Qwen2"):
+        Blocks(getattr(transformers, f"{name}ForCausalLM")(config))
+
+
+def test_a_model_with_hooks_is_not_joined_unless_they_only_record():
+    model = llama()
+    model(input_ids=torch.tensor([[1, 2]]), output_hidden_states=True)  # hooks of transformers stay
+    Blocks(model, compiled=False)
+    hook = model.model.layers[1].mlp.register_forward_hook(lambda module, inputs, out: 2 * out)
+    with pytest.raises(ValueError, match="has hooks"):
+        Blocks(model, compiled=False)
+    hook.remove()
+    Blocks(model, compiled=False)
+
+
+@pytest.mark.parametrize("wrong", [None, "scale", "rotation", "norm"])
+def test_joined_blocks_that_say_something_else_are_refused(monkeypatch, wrong):
+    """In bfloat16 and float32; rounding alone is no reason."""
+    made = llama()
+    for dtype in (torch.float32, torch.bfloat16):
+        engine = Engine(copy.deepcopy(made).to(dtype))
+        blocks = Blocks(engine.model, compiled=False)
+        if wrong == "scale":
+            blocks.scale *= 2
+        elif wrong == "rotation":
+            blocks.rotary = copy.deepcopy(blocks.rotary)
+            blocks.rotary.inv_freq *= -1
+        elif wrong == "norm":
+            blocks.epsilon = 10.0
+        monkeypatch.setattr("spectral_kv.engine.decoding.Blocks", lambda model, made=blocks: made)
+        engine._modules = Modules(engine.model)
+        assert (engine._verified() is blocks) == (wrong is None)
 
 
 def test_it_says_why_it_decodes_eagerly(torch_backend, prefilled):
@@ -250,6 +285,11 @@ def test_it_says_why_it_decodes_eagerly(torch_backend, prefilled):
     engine = Engine(torch_backend.model)
     engine.device, engine._devices = torch.device("cuda:0"), ["cuda:0", "cuda:1"]
     assert "spread over cuda:0, cuda:1" in engine.reason(dense)
+    engine = Engine(torch_backend.model)
+    engine.device = torch.device("cuda:0")
+    for dim, powers in ((48, False), (512, False), (256, True)):
+        wide = [CompressedLayer(DenseTokens(*torch.zeros(2, 1, 1, 4, dim)), torch.float32, 4, np.zeros((1, 4)))]
+        assert ("not a power of two from 16 to 256" in str(engine.reason(wide))) != powers
 
 
 def test_the_kinds_of_buffers(torch_backend, engine, prefilled):
