@@ -22,7 +22,7 @@ from spectral_kv.backends.suitable import attends_to_all, can_be_unrotated, depe
 from spectral_kv.backends.torch_cache import CompressedCache, CompressedLayer
 from spectral_kv.backends.torch_generation import fed
 from spectral_kv.backends.torch_runs import RunsLayer, read, split
-from spectral_kv.engine.decoding import Engine
+from spectral_kv.engine.decoding import Engine, engine_of
 from spectral_kv.heads import Heads, runs, taken, uneven
 from spectral_kv.refit import Refitted
 from spectral_kv.rope import Rope
@@ -190,7 +190,7 @@ class TorchBackend:
         if model not in _suitable:
             can_be_unrotated(self, name)
             _suitable.add(model)
-        self.engine = Engine(model, engine)
+        self.engine = engine_of(model, engine)
 
     def device_of(self, layer: int) -> torch.device:
         """Where a layer of the model is now, which may be spread over several devices."""

@@ -153,6 +153,13 @@ class GenerationLayer(CacheLayerMixin):
                 self._evict(row)
             self._forget(row, evicts)
 
+    def stepped(self, tokens: int) -> None:
+        """The one sequence has grown by so many tokens, without a forward pass; evict what is too much."""
+        self.fed_tokens += tokens
+        evicts = self.compressor.scorer is not None and self.every is not None
+        if evicts and self.sequences[0].held - self.compressor.budget.tokens >= self.every:
+            self._evict(0)
+
     @staticmethod
     def _padding(mask: torch.Tensor | None, batch: int) -> list[int]:
         """Number of empty slots in front of every sequence."""
@@ -464,6 +471,58 @@ class GenerationCache(Cache):
             at = None if places is None else places[:, start:stop]
             logits = model(piece, attention_mask=mask, position_ids=at, past_key_values=self, logits_to_keep=1).logits
         return logits[:, -1]
+
+    @torch.no_grad()
+    def greedy(self, input_ids, count: int, attention_mask=None, chunk: int | None = None) -> torch.Tensor:
+        """Feed tokens and decode greedily, as `generate` would, by steps of the library's engine where they can be had.
+
+        The same tokens are evicted at the same moments. Nothing stops at the end of a text: all but the last of the
+        tokens are held afterwards.
+
+        Parameters
+        ----------
+        input_ids, attention_mask, chunk
+            As of `prefill`.
+        count : int
+
+        Returns
+        -------
+        torch.Tensor of int, [batch, count]
+        """
+        if count < 1:
+            raise ValueError(f"count={count} must be at least 1: cache.prefill feeds tokens and decodes none")
+        said = [self.prefill(input_ids, attention_mask, chunk).argmax(-1, keepdim=True)]
+        while (left := count - sum(part.shape[1] for part in said)) > 0:
+            last = said[-1][:, -1:]
+            if self.reason() is None:
+                said.append(self._stepped(last[:, 0], left))
+            else:
+                said.append(self.prefill(last).argmax(-1, keepdim=True))
+        return torch.cat(said, dim=1)
+
+    def reason(self) -> str | None:
+        """Why `greedy` runs forward passes of the model and not the steps of an engine, or None if it takes those.
+
+        `model.generate` runs forward passes whatever is held.
+        """
+        sequences = [layer.sequences for layer in self.layers]
+        if not sequences[0]:
+            return "nothing is held yet: feed a prompt first"
+        if len(sequences[0]) > 1:
+            return f"its {len(sequences[0])} sequences are held apart, and a step is of one of them"
+        if self.layers[0]._remembered():
+            return f"{type(self.compressor.scorer).__name__} reads queries of generated tokens, which steps don't show"
+        return self.compressor.backend.engine.reason([own[0] for own in sequences])
+
+    def _stepped(self, ids: torch.Tensor, most: int) -> torch.Tensor:
+        """At most so many tokens `[1, count]` after `ids` `[1]`, by the engine, until some have to be evicted."""
+        layers = [layer.sequences[0] for layer in self.layers]
+        if self.compressor.scorer is not None and self.every is not None:
+            most = min(most, max(self.compressor.budget.tokens + self.every - layers[0].held, 1))
+        said = self.compressor.backend.engine.generate(layers, ids, most)
+        for layer in self.layers:
+            layer.stepped(most)
+        return said.T
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that is held, by layer and sequence."""

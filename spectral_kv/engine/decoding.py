@@ -3,6 +3,7 @@
 import logging
 from importlib.util import find_spec
 from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 
@@ -20,6 +21,18 @@ ROUND = 256  # rows
 WIDEST = 256  # channels of a head of which a multiprocessor's shared memory holds the tiles
 
 log = logging.getLogger(__name__)
+
+
+_engines: WeakKeyDictionary[torch.nn.Module, WeakValueDictionary[str, "Engine"]] = WeakKeyDictionary()
+
+
+def engine_of(model: torch.nn.Module, kind: str) -> "Engine":
+    """The engine of a kind that somebody uses for the model already, with all that it captured, or a new one."""
+    engines = _engines.setdefault(model, WeakValueDictionary())
+    found = engines.get(kind)
+    if found is None or (found.device, found.dtype) != (model.device, model.dtype):
+        found = engines[kind] = Engine(model, kind)
+    return found
 
 
 class Engine:
@@ -61,6 +74,8 @@ class Engine:
 
     def reason(self, layers: list[Any]) -> str | None:
         """Why the layers of a cache are decoded by the model's eager forward pass, or None if a step decodes them."""
+        if hasattr(layers[0], "sequences"):
+            return "transformers' generate feeds it by forward passes of the model; cache.greedy takes steps"
         if not hasattr(layers[0], "stored"):
             return "its heads hold different numbers of tokens, or tokens with a bias"
         stored = layers[0].stored

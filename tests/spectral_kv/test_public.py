@@ -669,6 +669,69 @@ def test_a_cache_goes_on_after_inference_mode(model, storage):
     assert torch.equal(*got)
 
 
+@pytest.mark.parametrize("storage", ["dense", TurboQuantStorage(sinks=2, recent=8, flush=8)], ids=["dense", "packed"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"method": "full"}, {"method": "knorm", "every": 10}, {"method": "wavelet", "decode": "append", "every": 6}],
+    ids=["full", "rescore", "append"],
+)
+def test_steps_decode_what_generate_does_and_evict_when_it_does(monkeypatch, model, storage, settings):
+    """Without a GPU the same steps run without a graph."""
+    ids = prompt(90)
+    ours, theirs = (spectral_kv.cache(model, budget=BUDGET, storage=storage, **settings) for _ in range(2))
+    assert "nothing is held" in ours.reason()
+    monkeypatch.setattr(ours.compressor.backend.engine, "reason", lambda layers: None)
+    steps = []
+    monkeypatch.setattr(ours, "_stepped", lambda *args, taken=ours._stepped: steps.append(args) or taken(*args))
+    said = ours.greedy(ids, 25)
+    want = continued(model, ids, theirs, 25)
+    assert said.tolist() == want[:, 90:].tolist() and steps
+    more = prompt(3, seed=1)
+    again = torch.cat([want, more], dim=1)
+    assert ours.greedy(torch.cat([said[:, -1:], more], dim=1), 12).tolist() == (
+        continued(model, again, theirs, 12)[:, again.shape[1] :].tolist()
+    )
+    assert (ours.position, ours.held, ours.nbytes) == (theirs.position, theirs.held, theirs.nbytes)
+    for one, other in zip(ours.layers, theirs.layers, strict=True):
+        np.testing.assert_array_equal(one.positions[0], other.positions[0])
+    whole = torch.cat([again, prompt(13, seed=2)], dim=1)  # forward passes go on from there
+    assert continued(model, whole, ours, 5).tolist() == continued(model, whole, theirs, 5).tolist()
+
+
+def test_a_cache_says_why_it_is_decoded_by_forward_passes(model):
+    """And is decoded all the same."""
+    ids = prompt(60)
+    packed = spectral_kv.cache(model, "knorm", BUDGET, TurboQuantStorage(sinks=2, recent=8, flush=8))
+    packed.prefill(ids)
+    assert packed.reason() is None
+    assert "cache.greedy takes steps" in packed.compressor.backend.engine.reason(packed.layers)
+    for name, batch, more, why in (
+        ("knorm", 1, {}, "need a CUDA GPU"),
+        ("snapkv", 1, {"every": 5}, "SnapKV reads queries of generated tokens"),
+        ("knorm", 2, {}, "2 sequences are held apart"),
+    ):
+        ours, theirs = (spectral_kv.cache(model, name, BUDGET, **more) for _ in range(2))
+        prompts = ids.expand(batch, -1)
+        assert ours.greedy(prompts, 9).tolist() == continued(model, prompts, theirs, 9)[:, 60:].tolist()
+        assert why in str(ours.reason()) or torch.cuda.is_available()
+    with pytest.raises(ValueError, match="count=0"):
+        packed.greedy(ids, 0)
+
+
+def test_caches_of_a_model_share_an_engine_and_let_it_go(models):
+    import gc
+    from weakref import ref
+
+    model = models["llama"]
+    engines = [spectral_kv.cache(model, "knorm").compressor.backend.engine for _ in range(2)]
+    one, other = spectral_kv.cache(model, "knorm"), spectral_kv.cache(model, "keydiff")
+    assert one.compressor.backend.engine is other.compressor.backend.engine
+    seen = ref(one.compressor.backend.engine)
+    del engines, one, other
+    gc.collect()
+    assert seen() is None
+
+
 def test_drafts_are_refused_in_a_sentence(model):
     with pytest.raises(ValueError, match="can't take tokens back, as assisted generation and prompt lookup"):
         continued(model, prompt(10).repeat(1, 8), spectral_kv.cache(model, "fourier", 1000), prompt_lookup_num_tokens=4)
