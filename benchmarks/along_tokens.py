@@ -8,19 +8,13 @@ coded as `storage=spectral_at_rest` codes them, whose scale of a token becomes o
 the mean squared error that the step leaves without a transform.
 """
 
-import argparse
-
 import numpy as np
 import pandas as pd
 import pywt
 from scipy.fft import dct
 
-from pipeline.job import prepare
-from pipeline.run import loaded
-from pipeline.settings.compose import composed
+from benchmarks.at_rest import asked, coded
 from spectral_kv.codec.variable_rate import Components
-from spectral_kv.storage.spectral_at_rest import SpectralAtRest, components_of
-from spectral_kv.storage.windowed import part
 
 BLOCKS = (8, 32, 64)  # tokens of a cosine transform
 WAVELETS = {"haar": 3, "db2": 3, "sym4": 3}  # levels, in blocks of 64 tokens
@@ -60,31 +54,15 @@ def at_distortion(components: Components, step: float, wanted: float | None) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="SETTING", help="settings as for python -m pipeline")
-    parser.add_argument("--ratios", default="16,24", help="times smaller without a transform")
-    arguments = parser.parse_intermixed_args()
-    job = prepare(composed(["method=full", "storage=spectral_at_rest", *arguments.overrides]))
-    _, backend = loaded(job.settings, job.checkpoint)
-    tokens, shape = job.settings.documents.tokens, backend.shape
+    job, ratios = asked(__doc__, "16,24")
     rows = []
-    for window in job.windows:
-        prefill = backend.prefill(window[:tokens], 1)
-        for ratio in map(float, arguments.ratios.split(",")):
-            storage = SpectralAtRest(job.settings.storage.bases, ratio)
-            positions = np.arange(storage.sinks, tokens - storage.recent)
-            written = storage.encode(prefill.keys, prefill.values, np.arange(tokens), backend.rope)
-            step = written.header["step"]
-            pairs = [tuple(part(x, positions[0], positions[-1] + 1) for x in pair)
-                     for pair in zip(prefill.keys, prefill.values, strict=True)]  # fmt: skip
-            bases = storage.read((shape.layers, shape.kv_heads, shape.dim))
-            blocks = [components_of(block, pairs, positions, backend.rope) for block in bases.blocks]
-            plain = None
-            for name, matrix in matrices().items():
-                components = Components([transformed(y, matrix) for y in blocks])
-                bits, error = at_distortion(components, step, plain and plain[1])
-                plain = plain or (bits, error)
-                rows.append({"along tokens": name, "ratio": ratio, "bytes, share": bits / plain[0]})
+    for ratio, blocks, written in coded(job, ratios):
+        step, plain = written.header["step"], None
+        for name, matrix in matrices().items():
+            components = Components([transformed(y, matrix) for y in blocks])
+            bits, error = at_distortion(components, step, plain and plain[1])
+            plain = plain or (bits, error)
+            rows.append({"along tokens": name, "ratio": ratio, "bytes, share": bits / plain[0]})
     table = (
         pd.DataFrame(rows).groupby(["along tokens", "ratio"], sort=False)["bytes, share"].agg(["mean", "min", "max"])
     )
