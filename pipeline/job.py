@@ -125,6 +125,11 @@ def _agrees(settings: Settings, checkpoint: Checkpoint | Weightless) -> None:
                 f"phase.{name} brings a cache that has grown back to its budget, and method={method} scores a whole "
                 f"prompt while it is repeated: choose another method, leave the phase out, or let the cache grow"
             )
+        if scorer is not None and getattr(settings.storage, "weighs", False) and getattr(phase, "recompresses", False):
+            raise InputError(
+                f"phase.{name} brings a cache that has grown back to its budget, and storage={settings.storage_name} "
+                "keeps every token: choose method=full, leave the phase out, or let the cache grow"
+            )
         if weightless and getattr(phase, "predicts", False):
             raise InputError(
                 f"phase.{name} needs a model that predicts tokens, and model={model} has no weights: "

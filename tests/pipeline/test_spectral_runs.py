@@ -57,6 +57,13 @@ def test_a_method_says_which_tokens_are_coded_finer(run, file):
         run("method=knorm", *rest)
 
 
+def test_caches_that_keep_all_are_not_brought_back_to_a_budget():
+    rest = ["storage=spectral_at_rest", "phase=[memory,drift]", "document.count=1"]
+    prepare(composed(["method=snapkv", *rest, "phase.drift.policy=once"]))
+    with pytest.raises(InputError, match="storage=spectral_at_rest keeps every token: choose method=full"):
+        prepare(composed(["method=snapkv", *rest]))
+
+
 def test_a_run_is_known_by_its_bases_wherever_they_lie(small, file, tmp_path):
     def identity(path) -> str:
         return prepare(composed([*small, *SETTINGS, f"storage.bases={path}"])).digest
