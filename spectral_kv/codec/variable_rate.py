@@ -12,13 +12,15 @@ from functools import cached_property
 
 import numpy as np
 
-from spectral_kv.codec.entropy import Tables, entropy, histogram, with_zeros
+from spectral_kv.codec.entropy import CAP, Tables, entropy, histogram, with_zeros
 
 OCTAVE = 4  # steps of a scale a factor of 2
 CONTEXTS = 64
 ZERO = 28  # level of components whose deviation is the step
 GAIN = 12  # largest logarithm of a token's scale in a band: a factor of 8
 SLOPE = np.log(2) / 6  # squared error, in squares of the step, that a bit is worth where rounding is at its best
+ROWS = 256  # tokens that are rounded at a time, so that what comes between stays in a CPU's cache
+PART = 2**16  # numbers, likewise
 FINEST = 2**24  # whole numbers that single precision tells apart
 MEANS = 240  # of what is rounded to a number, in 8 bits: from 0.5 below it to 0.5625 above
 
@@ -82,19 +84,25 @@ class Rounding:
         self.least = (0.5 + 0.5 * SLOPE * np.clip(bits[:, 1] - bits[:, 0], 0, 9)).astype(np.float32)
         self.below = (0.5 - 0.5 * SLOPE * np.clip(bits[:, 2] - bits[:, 1], 0, 3)).astype(np.float32)
 
-    def __call__(self, magnitudes: np.ndarray, step: float, levels: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Rows and columns where magnitudes `[tokens, components]` are not rounded to 0, and the numbers there.
+    def __call__(self, components: np.ndarray, step: float, levels: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Rows and columns where components `[tokens, components]` are not rounded to 0, and the numbers there, int32.
 
-        Most are: the others are found by one comparison. All are whose component is of level 0.
+        Most are: the others are found by comparisons. All are whose component is of level 0.
         """
         inverse, slightly = np.float32(1 / step), np.float32(1 - 1e-5)  # what follows is rounded itself
         least = np.where(levels, self.least[levels] * slightly / inverse, np.inf).astype(np.float32)
-        at = np.flatnonzero(magnitudes >= least)
-        row, column = taken_apart(at, len(levels))
-        size, level = magnitudes.ravel()[at] * inverse, levels[column]
-        number = np.floor(size + self.below[level])
-        there = (size >= self.least[level]) & (number > 0)
-        return row[there], column[there], number[there].astype(np.int32)
+        found = []
+        for start in range(0, len(components), ROWS):
+            part = components[start : start + ROWS]
+            at = np.flatnonzero((part >= least) | (part <= -least)).astype(np.int32)
+            row, column = taken_apart(at, len(levels))
+            own, level = part.ravel()[at], levels[column]
+            size = np.abs(own) * inverse
+            number = np.floor(size + self.below[level])
+            there = (size >= self.least[level]) & (number > 0)
+            number = np.copysign(number[there], own[there]).astype(np.int32)
+            found.append((row[there] + start, column[there], number))
+        return tuple(np.concatenate(x) for x in zip(*found, strict=True))
 
 
 def taken_apart(at: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -120,11 +128,13 @@ class Components:
     @cached_property
     def _sizes(self) -> tuple[np.ndarray, np.ndarray]:
         """Logarithms of the root mean square of every component, and of every token over each block's."""
-        squares = self.values**2
-        logarithms = OCTAVE * 0.5 * np.log2(np.maximum(squares.mean(axis=0), 1e-30))
+        squares = np.einsum("tc,tc->c", self.values, self.values) / len(self.values)
+        logarithms = OCTAVE * 0.5 * np.log2(np.maximum(squares, 1e-30))
         weights = np.zeros((len(self.block), self.block.max() + 1), dtype=np.float32)
         weights[np.arange(len(self.block)), self.block] = 2.0 ** (-2 * logarithms / OCTAVE)
-        power = squares @ (weights / np.bincount(self.block)).astype(np.float32)
+        weights /= np.bincount(self.block)
+        parts = (self.values[start : start + ROWS] for start in range(0, len(self.values), ROWS))
+        power = np.concatenate([part**2 @ weights for part in parts])
         gains = np.clip(np.rint(OCTAVE * 0.5 * np.log2(np.maximum(power, 1e-9))), -GAIN, GAIN)
         return logarithms, gains.astype(np.int8)
 
@@ -134,13 +144,9 @@ class Components:
         return 2.0 ** (self._sizes[0] / OCTAVE)
 
     @cached_property
-    def _magnitudes(self) -> np.ndarray:
-        return np.abs(self.values)
-
-    @cached_property
     def _largest(self) -> np.ndarray:
         """Of every component."""
-        largest = self._magnitudes.max(axis=0)
+        largest = np.maximum(self.values.max(axis=0), -self.values.min(axis=0))
         if not np.isfinite(largest).all():
             raise ValueError("some keys or values are not finite: run the model in bfloat16 or float32")
         return largest
@@ -175,17 +181,16 @@ class Components:
         sizes, rounding = Sizes(self.levels(step), self._sizes[1], self.block), Rounding()
         levels, there = sizes.levels, sizes.there
         few = slice(None, None, len(self.values) // 256 | 1)  # enough to learn from
-        some = self._magnitudes[few]
+        some = self.values[few]
         often = np.bincount(levels[there], minlength=CONTEXTS) * len(some)
         for _ in range(2):
             _, column, number = rounding(some, step, levels)
             rounding.learn(with_zeros(histogram(number, levels[column], CONTEXTS), often))
-        row, column, number = rounding(self._magnitudes, step, levels)
-        signed = np.copysign(number, self.values.ravel()[row * len(levels) + column]).astype(np.int32)
+        row, column, number = rounding(self.values, step, levels)
         own = np.flatnonzero(row // few.step * few.step == row)
-        size = self._magnitudes.ravel()[row[own] * len(levels) + column[own]] * np.float32(1 / step)
-        place = np.cumsum(levels > 0) - 1
-        return Rounded(sizes, row, place[column], signed, means(size, number[own], levels[column[own]]))
+        size, number_of_some = np.abs(self.values[row[own], column[own]]) * np.float32(1 / step), np.abs(number[own])
+        found = means(size, number_of_some, levels[column[own]])
+        return Rounded(sizes, row, (np.cumsum(levels > 0) - 1).astype(np.int32)[column], number, found)
 
 
 def means(sizes: np.ndarray, numbers: np.ndarray, levels: np.ndarray) -> np.ndarray:
@@ -235,18 +240,21 @@ class Rounded:
 
     @cached_property
     def numbers(self) -> np.ndarray:
-        """All of the components that are there, int32 `[tokens, there]`."""
-        found = np.zeros((len(self.sizes.gains), len(self.sizes.there)), dtype=np.int32)
-        found.ravel()[self.row * found.shape[1] + self.column] = self.nonzero
+        """All of the components that are there, `[tokens, there]`, in as few bytes as they need."""
+        small = np.abs(self.nonzero).max(initial=0) <= np.iinfo(np.int8).max
+        found = np.zeros((len(self.sizes.gains), len(self.sizes.there)), dtype=np.int8 if small else np.int32)
+        found[self.row, self.column] = self.nonzero
         return found
 
     @cached_property
     def frequencies(self) -> np.ndarray:
         levels, gains = self.sizes.levels.astype(np.int8)[self.sizes.there], self.sizes.gains
-        block = self.sizes.block[self.sizes.there]
-        sums = levels[self.column] + gains.ravel()[self.row * gains.shape[1] + block[self.column]]
-        contexts = np.clip(sums, 0, CONTEXTS - 1)
-        return with_zeros(histogram(self.nonzero, contexts, CONTEXTS), self.sizes.often)
+        block, found = self.sizes.block[self.sizes.there].astype(np.int32), 0
+        for start in range(0, len(self.row), PART):
+            row, column, number = (x[start : start + PART] for x in (self.row, self.column, self.nonzero))
+            sums = levels[column] + gains.ravel()[row * gains.shape[1] + block[column]]
+            found = found + histogram(number, np.clip(sums, 0, CONTEXTS - 1), CONTEXTS)
+        return with_zeros(found + np.zeros((CONTEXTS, CAP + 1), dtype=np.int64), self.sizes.often)
 
     @cached_property
     def gain_frequencies(self) -> np.ndarray:
