@@ -88,7 +88,8 @@ def inline(svg: str, name: str, caption: str) -> str:
         for key, value in element.attrib.items():
             for word in _referred(value):
                 value = value.replace(f"#{word}", f"#{name}-{word}")
-            element.set(key, value.replace("fill: #ffffff", "fill: none"))
+            ground = element.tag == f"{{{SVG}}}path"  # white letters stay: they stand on dark cells
+            element.set(key, value.replace("fill: #ffffff", "fill: none") if ground else value)
     return ElementTree.tostring(root, encoding="unicode")
 
 

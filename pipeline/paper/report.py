@@ -75,7 +75,12 @@ def prose(text: str) -> Markup:
 
 def words(text: str) -> Markup:
     """A line of Markdown as HTML."""
-    return Markup(MARKDOWN.renderInline(text))
+    return Markup(MARKDOWN.renderInline(unbroken(text)))
+
+
+def unbroken(text: str) -> str:
+    """A text whose intervals stay on one line."""
+    return re.sub(r"(\[[+-]?[\d.]+,) (?=[+-]?[\d.]+\])", "\\1\N{NO-BREAK SPACE}", text)
 
 
 def listed(table: Table) -> Listed:
@@ -154,7 +159,13 @@ def page(document: "Document", figures: Path) -> str:
         loader=PackageLoader("pipeline.paper", "."), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         autoescape=True,
     )  # fmt: skip
-    environment.filters |= {"prose": prose, "words": words, "listed": listed, "shell": shlex.quote}
+    environment.filters |= {
+        "prose": prose,
+        "words": words,
+        "listed": listed,
+        "shell": shlex.quote,
+        "unbroken": unbroken,
+    }
     there = files("pipeline.paper")
     runs = {run.run_id: run for section in document.measured for run in section.runs}
     lines = _lines(document)

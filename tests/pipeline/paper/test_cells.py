@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from pipeline.paper.report import cell, listed
+from pipeline.paper.report import cell, listed, unbroken
 from pipeline.paper.table import Table
 
 
@@ -20,3 +20,8 @@ def test_columns_of_intervals_are_numbers_and_a_number_among_words_is_one():
     table = listed(Table("t", "T", cells, cells, "", [dict.fromkeys(cells, "run")] * 2))
     assert [column.numeric for column in table.columns] == [True, False]
     assert table.lines[0][1].star and table.lines[0][1].runs == ["run"]
+
+
+def test_intervals_stay_on_one_line():
+    assert unbroken("0.2 [+0.1, -0.3], p 1") == "0.2 [+0.1,\N{NO-BREAK SPACE}-0.3], p 1"
+    assert unbroken("[a, b](https://x.org), [1, 2, 3]") == "[a, b](https://x.org), [1, 2, 3]"

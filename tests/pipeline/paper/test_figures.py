@@ -29,3 +29,15 @@ def test_the_published_six_differ_in_lightness_or_hue_for_every_kind_of_colour_v
         seen = np.clip(colours @ np.array(matrix).T, 0, 1) ** (1 / 2.2)
         distances = np.linalg.norm(seen[:, None] - seen[None], axis=-1)[np.triu_indices(6, 1)]
         assert distances.min() > 0.1
+
+
+def test_on_the_page_the_ground_is_the_pages_own_and_white_letters_stay():
+    """They stand on the dark cells of a map."""
+    from pipeline.paper.hover import inline
+
+    svg = (
+        '<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"><path style="fill: #ffffff" d="M 0 0"/>'
+        '<text style="font-size: 8px; fill: #ffffff">0.33</text></svg>'
+    )
+    drawn = inline(svg, "name", "caption")
+    assert 'style="fill: none"' in drawn and 'style="font-size: 8px; fill: #ffffff">0.33' in drawn

@@ -192,6 +192,22 @@ def test_a_phone_scrolls_downwards_alone(opened):
     )
 
 
+def test_on_a_phone_names_stay_beside_their_numbers_and_runs_fit(opened):
+    page = opened(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+    name = page.locator("#table-published_perturbation tbody th").first
+    page.locator("#table-published_perturbation .wide").evaluate("box => box.scrollLeft = 200")
+    assert 0 <= name.bounding_box()["x"] < 60
+    page.locator("#table-published_perturbation td a").first.click()
+    inside = page.locator("dialog").evaluate("box => [box.scrollWidth, box.clientWidth]")
+    assert inside[0] <= inside[1]
+
+
+def test_every_section_can_be_reached_with_a_mouse(opened):
+    page = opened(viewport={"width": 1366, "height": 900})
+    links = page.locator("nav a")
+    assert all(links.nth(i).bounding_box()["x"] < 1300 for i in range(links.count()))
+
+
 def test_on_paper_there_are_no_controls(opened, tmp_path):
     page = opened(color_scheme="dark")
     page.emulate_media(media="print")
