@@ -166,6 +166,8 @@ def test_figures_say_what_is_under_the_pointer(opened):
     page.mouse.move(2, 2)
     assert not tip.is_visible()
     assert page.locator("#figure-windows [data-said^='WaveletKV, window']").count() > 0
+    # the numbers that stand in the cells of a map don't hide them from the pointer
+    assert page.locator(".drawing text").first.evaluate("text => getComputedStyle(text).pointerEvents") == "none"
 
 
 def ground(page) -> list[int]:
