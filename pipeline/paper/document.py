@@ -16,7 +16,7 @@ from pipeline.paper.claims import CONTRADICTED, SUPPORTED, UNDECIDED, Verdict, c
 from pipeline.paper.latex import latex, latex_text
 from pipeline.paper.measured import MeasuredSection
 from pipeline.paper.models import OverModels, runs_table
-from pipeline.paper.provenance import TRACED, Origin, by_choice, hashes, setup, timed, traced
+from pipeline.paper.provenance import TRACED, Origin, by_choice, hashes, portable, setup, timed, traced
 from pipeline.paper.report import page
 from pipeline.paper.tables import TABLES, Table
 
@@ -263,8 +263,8 @@ def write(
     drawn = draw(sections, folder / "figures")
     shown = [
         Shown(
-            section.experiment, section.title, len(section.runs), section.counts, section.command, section.narrowed,
-            section.withheld,
+            section.experiment, section.title, len(section.runs), section.counts, portable(section.command),
+            section.narrowed, section.withheld,
             [] if section.withheld else TABLES[section.experiment](section), drawn.get(section.experiment, []),
         )
         for section in sections

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -44,7 +45,7 @@ class MeasuredSection:
     def command(self) -> str:
         """What measures the section's runs; where they are written to is for others to say."""
         taken = [o for o in self.taken if o.partition("=")[0].partition(".")[0] not in NOT_IDENTITY]
-        return " ".join(["python -m pipeline", f"experiment={self.experiment}", *self.narrowed, *taken])
+        return shlex.join(["python", "-m", "pipeline", f"experiment={self.experiment}", *self.narrowed, *taken])
 
     @property
     def counts(self) -> int:
