@@ -39,6 +39,16 @@ def test_deviations_and_norms_of_all_layers(keys, scorer):
         torch.testing.assert_close(norms[rows], x.norm(dim=-1).float(), rtol=1e-5, atol=1e-5)
 
 
+def test_keys_that_no_kernel_can_read(keys):
+    from spectral_kv.engine.scoring import suits
+
+    assert suits(keys)
+    assert not suits([k.double() for k in keys])
+    assert not suits([keys[0], keys[1].to("meta")]), "on another device"
+    assert not suits([k[..., :24].contiguous() for k in keys])
+    assert not suits([k[..., 1:].contiguous().mT for k in keys])
+
+
 def test_kept_rows_of_all_layers(rng, keys):
     from spectral_kv.engine.scoring import kept_rows
 
