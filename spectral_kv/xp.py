@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace as namespace
+from array_api_compat import array_namespace
 
 Array = Any  # a NumPy, torch or MLX array
 
@@ -33,6 +33,17 @@ __all__ = [
     "turned",
     "wide",
 ]
+
+
+_namespaces: dict[type, Any] = {}
+
+
+def namespace(x: Array) -> Any:
+    """The array functions of the kind of `x`; to find out takes as long as a small one of them, so once a type."""
+    found = _namespaces.get(type(x))
+    if found is None:
+        found = _namespaces[type(x)] = array_namespace(x)
+    return found
 
 
 def like(values: np.ndarray, x: Array) -> Array:

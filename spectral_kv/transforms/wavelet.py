@@ -59,7 +59,9 @@ def _taps(bank: tuple[tuple[float, ...], ...]) -> np.ndarray:
 
 
 @lru_cache(maxsize=64)
-def _tiles(tokens: int, bank: tuple[tuple[float, ...], ...], mode: str) -> tuple[np.ndarray, np.ndarray, int]:
+def _tiles(
+    tokens: int, bank: tuple[tuple[float, ...], ...], mode: str, dtype: str
+) -> tuple[np.ndarray, np.ndarray, int]:
     """Filters of a decimated level as banded matrices `[filters, TILE, window]` over the rows under a tile.
 
     Also the source index of the rows of all tiles, and the number of coefficients.
@@ -70,25 +72,27 @@ def _tiles(tokens: int, bank: tuple[tuple[float, ...], ...], mode: str) -> tuple
     for row in range(TILE):
         matrices[:, row, 2 * row : 2 * row + len(bank[0])] = np.asarray(bank)[:, ::-1]
     rows = np.minimum(np.arange(2 * TILE * (-(-count // TILE) - 1) + window), len(index) - 1)
-    return matrices, index[rows], count
+    return matrices.astype(dtype), index[rows], count
 
 
 def in_tiles(x: Array, transform: str) -> bool:
     """Whether a transform of `x` is computed in tiles of coefficients, which in torch takes a CPU the least time."""
-    return transform == "decimated" and hasattr(x, "detach") and not (x.is_cuda or x.requires_grad)
+    if transform != "decimated" or not hasattr(x, "detach") or x.is_cuda or x.requires_grad:
+        return False
+    return x.dtype in (namespace(x).float32, namespace(x).float64)
 
 
 def _tiled(x: Array, bank: tuple[tuple[float, ...], ...], mode: str) -> list[Array]:
     """`_filter` of a decimated level in torch: products with windows of the rows, which nobody copies."""
-    matrices, index, count = _tiles(x.shape[-2], bank, mode)
+    matrices, index, count = _tiles(x.shape[-2], bank, mode, str(x.dtype).removeprefix("torch."))
     extended = picked(x.reshape(-1, *x.shape[-2:]), constant(index, x), -2)
     windows = extended.unfold(-2, matrices.shape[-1], 2 * TILE).mT  # [..., tiles, window, dim]
     found = []
-    for matrix in constant(matrices, x).to(x.dtype):
+    for matrix in constant(matrices, x):
         out = x.new_empty((*windows.shape[:2], TILE, x.shape[-1]))
         for one, rows in zip(out, windows, strict=True):
             one.baddbmm_(matrix.expand(len(rows), *matrix.shape), rows, beta=0)
-        found.append(out.flatten(1, 2)[:, :count].unflatten(0, x.shape[:-2]))
+        found.append(out.flatten(1, 2)[:, :count].reshape(*x.shape[:-2], count, x.shape[-1]))
     return found
 
 

@@ -122,3 +122,14 @@ def test_the_repeating_back_projection_is_that_of_every_token(transform, mode, w
         energy = np.random.default_rng(0).random(index.max() + 1)
         expected = (energy[index].reshape(gain.shape) * gain).sum(axis=1)
         np.testing.assert_allclose((energy[ours] * np.concatenate(gains)).sum(axis=1), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(33, 5), (2, 3, 33, 5), (1, 200, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_tiles_of_coefficients_are_those_of_shifted_copies(rng, shape, dtype):
+    x = torch.from_numpy(rng.normal(size=shape)).to(dtype)
+    got, want = (wavedec(y, "db4", 3) for y in (x, x.double().numpy()))
+    for one, other in zip(got, want, strict=True):
+        assert one.dtype == dtype and one.shape == other.shape
+        error = {torch.float32: 1e-6, torch.float64: 1e-13, torch.bfloat16: 0.05}[dtype]
+        np.testing.assert_allclose(one.double(), other, atol=error * np.abs(other).max())
