@@ -68,6 +68,17 @@ def test_prompts_are_run_again(run, outputs):
     assert (again.data.metrics["prefill/computed"], again.data.metrics["prefill/loaded"]) == (3, 0)
 
 
+def test_a_run_that_shared_prefills_with_others_comes_out_again_alone(run, outputs):
+    """Prefills that remember queries for SnapKV serve StreamingLLM, too, and are no part of what it measures."""
+    from pipeline import run as runner
+
+    run("method=snapkv")
+    first = run("method=streaming")
+    assert first.metrics["prefill/reused"] == 3
+    runner._full_runs.clear()  # as in another process
+    assert beside(*repeated(first.run_id, [outputs])).differing == {}
+
+
 def test_a_setting_may_be_spelled_as_for_a_run(run, outputs):
     first = run("method=random")
     _, other = repeated(first.run_id, [outputs, "budget=100", "document.count=2"])
