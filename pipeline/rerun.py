@@ -102,6 +102,7 @@ def _stored(mlflow, first, general: list[str]) -> DictConfig:
     if not isinstance(stored, dict) or not set(DECIDING) <= set(stored):
         raise InputError(f"the config.yaml of run {run_id} is damaged: measure with python -m pipeline")
     defaults = composed(general)
+    OmegaConf.set_struct(defaults, False)  # a project may have settings of its own
     for key in stored.keys() - {"tracking"}:
         defaults[key] = stored[key]  # whole: other options of a group have other settings
     defaults.tracking = {**defaults.tracking, **stored.get("tracking", {})}

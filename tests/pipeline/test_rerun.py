@@ -96,6 +96,7 @@ def test_a_configuration_of_before_a_setting_was_there_has_its_default(run, outp
     for key in ("refit", "prefill_cache_least_s", "grid"):
         del stored[key]
     del stored.tracking["figures"]
+    stored.colour = "blue"  # of somebody's own project
     rewritten(first, OmegaConf.to_yaml(stored))
     assert beside(*repeated(first.run_id, [outputs])).differing == {}
 
