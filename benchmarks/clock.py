@@ -100,7 +100,11 @@ def report(name: str, rows: list[Row], path: str | None) -> None:
         import mlflow
     except ImportError:
         return
-    mlflow.set_tracking_uri("sqlite:///outputs/mlflow.db")
+    outputs = Path("outputs").absolute()
+    outputs.mkdir(exist_ok=True)
+    mlflow.set_tracking_uri(f"sqlite:///{outputs}/mlflow.db")
+    if mlflow.get_experiment_by_name("benchmarks") is None:  # else MLflow puts artifacts into a folder of its own
+        mlflow.create_experiment("benchmarks", artifact_location=(outputs / "artifacts").as_uri())
     mlflow.set_experiment("benchmarks")
     with mlflow.start_run(run_name=name):
         mlflow.set_tags({"card": card(), "torch": torch.__version__})

@@ -24,8 +24,10 @@ from spectral_kv.engine.decoding import Engine
 from spectral_kv.engine.forward import Modules
 from spectral_kv.engine.held import Held, HeldCoded, HeldDense
 from spectral_kv.engine.step import Step
+from spectral_kv.storage.turboquant import TurboQuantStorage
 
 ROOM = 128  # rows
+WINDOW = TurboQuantStorage().sinks + TurboQuantStorage().recent
 STEPS, ROUNDS = 16, 7  # steps of a timing, and how often all take turns
 
 
@@ -117,19 +119,24 @@ def main() -> None:
         default="4096x1,32768x16" if torch.cuda.is_available() else "256x1",
         help="tokens x batch, comma-separated",
     )
-    parser.add_argument("--kept", type=int, default=512)
+    parser.add_argument("--kept", type=int, default=512 if torch.cuda.is_available() else 128)
     parser.add_argument("--bits", default="4", help="of codes, comma-separated, or none")
     parser.add_argument("--no-eager", action="store_true")
     parser.add_argument("--csv")
     options = parser.parse_args()
+    sizes = [tuple(map(int, size.split("x"))) for size in options.sizes.split(",")]
+    bits = [] if options.bits == "none" else [int(b) for b in options.bits.split(",")]
+    fewest = min(tokens for tokens, _ in sizes)
+    if fewest < options.kept:
+        parser.error(f"--kept {options.kept} of {fewest} tokens: keep fewer, or give more tokens by --sizes")
+    if bits and fewest <= WINDOW:
+        parser.error(f"of {fewest} tokens none is in codes, {WINDOW} stay exact: give more by --sizes, or --bits none")
     logging.basicConfig(level=logging.INFO)
     bandwidth = copy_bandwidth()
     print(f"{card()}, copies {bandwidth / 1e12:.3f} TB/s, torch {torch.__version__}")
-    bits = [] if options.bits == "none" else [int(b) for b in options.bits.split(",")]
     rows: list[Row] = []
     engine = Engine(shapes.model(options.shape, device()))
-    for size in options.sizes.split(","):
-        tokens, batch = map(int, size.split("x"))
+    for tokens, batch in sizes:
         measured = graphs(engine, tokens, batch, options.kept, bits)
         gc.collect()
         torch.cuda.empty_cache()
