@@ -176,17 +176,17 @@ def said(first, second, found: Repetition) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.rerun", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", help="id of a finished run, or its first letters")
-    parser.add_argument("overrides", nargs="*", metavar="SETTING", help="outputs, tracking, and what has to be another")
-    arguments = parser.parse_intermixed_args()
-    begins = arguments.run
-    overrides = arguments.overrides
-    if "=" in begins:  # settings may come first
-        begins, overrides = (overrides or [""])[-1], [begins, *overrides[:-1]]
+        prog="python -m pipeline.rerun", usage="%(prog)s [-h] RUN [SETTING ...]", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("words", nargs="+", metavar="RUN SETTING", help="id of a run, or its first letters; settings")
+    words = parser.parse_intermixed_args().words
+    overrides = [word for word in words if "=" in word]
     with reporting(overrides):
-        first, second = repeated(begins, overrides)
+        begins = [word for word in words if "=" not in word]
+        if len(begins) != 1:
+            raise InputError(f"{len(begins)} ids of runs are given: write one, and settings as setting=value")
+        first, second = repeated(*begins, overrides)
         found = beside(first, second)
         print(said(first, second, found))
         sys.exit(1 if found.differing else 0)

@@ -117,7 +117,7 @@ def test_a_repetition_that_fails_says_of_what_it_was_one(run, outputs, monkeypat
     assert failed.data.tags["sweep"] == "mine"
 
 
-def test_refusals(run, outputs):
+def test_refusals(run, outputs, monkeypatch, capsys):
     first = run("method=streaming")
     with pytest.raises(InputError, match="no finished run has an id that begins with zzz"):
         repeated("zzz", [outputs])
@@ -137,6 +137,15 @@ def test_refusals(run, outputs):
         rewritten(first, text)
         with pytest.raises(InputError, match=f"the config.yaml of run {first.run_id} is damaged"):
             repeated(first.run_id, [outputs])
+    for words, said in (
+        ([outputs, "abc", "seed=1"], "no finished run has an id that begins with abc"),  # wherever among the settings
+        ([outputs], "0 ids of runs are given"),
+        (["abc", "def", outputs], "2 ids of runs are given"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["pipeline.rerun", *words])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 2 and said in capsys.readouterr().err
     run("method=knorm")
     with pytest.raises(InputError, match="2 finished runs have ids that begin with : write more"):
         repeated("", [outputs])
