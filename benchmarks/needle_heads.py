@@ -87,7 +87,7 @@ def main() -> None:
             for p, lookups in zip(prefills, job.lookups, strict=True)
         ]
         value = estimate(np.array(recall))
-        share = strength.ravel()[ranked[:count]].sum() / strength.sum()
+        share = float(strength.ravel()[ranked[:count]].sum() / strength.sum())
         rows.append(
             {
                 "model": job.settings.model.title, "tokens": arguments.tokens, "heads": strength.size, "kind": kind,
