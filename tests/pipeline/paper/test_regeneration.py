@@ -150,7 +150,7 @@ def test_a_part_of_an_experiment_says_so_and_is_left_with_full(settings, tmp_pat
     text = (tmp_path / "outputs" / "paper" / "paper.md").read_text()
     assert "experiment=budgets budget.tokens=128,512,1024" in text and "that the model and the text allow" in text
     memory = tmp_path / "compositions.json"
-    assert len(plan(["budgets"], given, memory)[0].jobs) == 4
+    assert len(plan(["budgets"], given, memory)[0].jobs) == 3
     with pytest.raises(InputError, match=r"budget\.tokens=2048"):  # the whole goes further than these prompts
         plan(["budgets"], given, memory, True)
 
