@@ -45,6 +45,7 @@ def _imported(file: Path) -> frozenset[str]:
     return frozenset(found)
 
 
+@cache
 def _imports(module: str) -> frozenset[str]:
     """Our modules that one of ours imports.
 

@@ -190,17 +190,18 @@ def measure(
                 found.setdefault(identity(job, placements.of(job.settings.backend)), (section.experiment, job))
         return found
 
-    jobs = identified()
-    there = finished(sections[0].jobs)
-    if not set(jobs) <= set(there):  # frameworks are needed anyway
-        placements.forget()
+    def lacking() -> tuple[dict[str, tuple[str, Job]], dict[str, str]]:
+        """What is to be measured, and which runs serve other jobs."""
         jobs = identified()
-    serving = {
-        i: other
-        for i, other in served({i: job for i, (_, job) in jobs.items()}).items()
-        if i not in there or jobs[i][1].settings.force
-    }
-    missing = {i: job for i, job in jobs.items() if i not in serving and (i not in there or job[1].settings.force)}
+        wanted = {i: job for i, job in jobs.items() if i not in there or job[1].settings.force}
+        serving = {i: run for i, run in served({i: job for i, (_, job) in jobs.items()}).items() if i in wanted}
+        return {i: job for i, job in wanted.items() if i not in serving}, serving
+
+    there = finished(sections[0].jobs)
+    missing, serving = lacking()
+    if missing:  # frameworks are needed anyway, and know where they compute
+        placements.forget()
+        missing, serving = lacking()
     if missing:
         from spectral_kv.compressor import observed
 

@@ -7,10 +7,12 @@ and refuses impossible values when it is made.
 import bisect
 import importlib
 import importlib.util
+import json
 import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -289,10 +291,15 @@ def _possible(key: str, name: str, value: object) -> None:
 def typed(cls: type, node: DictConfig, key: str, option: str | None = None) -> Any:
     """An instance of dataclass `cls` from the node at `key` (of the chosen `option`).
 
-    Unknown keys, wrong types and impossible values are refused.
+    Unknown keys, wrong types and impossible values are refused. The jobs of a sweep share instances of frozen classes.
     """
+    written = json.dumps(OmegaConf.to_container(node, resolve=True))
+    return (_shared if cls.__dataclass_params__.frozen else _typed)(cls, written, key, option)
+
+
+def _typed(cls: type, written: str, key: str, option: str | None) -> Any:
     known = [f.name for f in fields(cls)]
-    values = OmegaConf.to_container(node, resolve=True)
+    values = json.loads(written)
     for name in values:
         if name not in known:
             whole = f"{key}={option}" if option else key
@@ -312,6 +319,9 @@ def typed(cls: type, node: DictConfig, key: str, option: str | None = None) -> A
         return OmegaConf.to_object(schema)
     except (ValueError, TypeError) as error:
         raise InputError(prefixed(_sentence(error), key, known) if key else _sentence(error)) from None
+
+
+_shared = cache(_typed)
 
 
 def target(node: DictConfig, key: str, *extra: str) -> Any:
