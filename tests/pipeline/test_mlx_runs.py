@@ -173,7 +173,8 @@ def test_comparing_backends_prints_which_is_which(small, capsys):
 
 
 def test_one_backend_needs_no_column(capsys):
-    results = [SimpleNamespace(title="Knorm", budget=60, storage="dense", backend="torch")] * 2
+    about = {"title": "Knorm", "budget": 60, "storage": "dense", "allocation": "uniform", "refit": "none"}
+    results = [SimpleNamespace(**about, backend="torch")] * 2
     table("differences", results, [{"aop/mean": Estimate(0.1, 0.0, 0.2)}] * 2)
     assert "backend" not in capsys.readouterr().out
 
