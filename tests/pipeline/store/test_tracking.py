@@ -69,3 +69,27 @@ def test_of_two_processes_that_save_the_view_the_later_one_goes_on(tmp_path, out
         view.offer(mlflow, seen_before)
     save(client, seen_before.experiment_id, view.TAG, view.saved())
     view.offer(mlflow, seen_before)
+
+
+def test_of_two_processes_that_insert_a_dataset_the_later_one_goes_on(tmp_path, outputs_in):
+    """The first attempt is refused as PostgreSQL does; a store that refuses for good is still refused."""
+    from pipeline.store.record import Record
+
+    mlflow = tracking.connect(TrackingConfig(None, "x"), outputs_in(tmp_path))
+    client = mlflow.MlflowClient()
+    run = client.create_run(tracking.experiment_id())
+    insert, refusals = client.log_inputs, [1]
+
+    def raced(*given):
+        if refusals.pop() if refusals else 0:
+            raise mlflow.exceptions.MlflowException("duplicate key value violates unique constraint")
+        insert(*given)
+
+    client.log_inputs = raced
+    record = Record(client, run.info.run_id)
+    record.reads("text", "digest", {"windows": 3})
+    (found,) = client.get_run(run.info.run_id).inputs.dataset_inputs
+    assert found.dataset.name == "text"
+    refusals += [1, 1]
+    with pytest.raises(mlflow.exceptions.MlflowException, match="duplicate"):
+        record.reads("other", "digest", {})
