@@ -31,7 +31,7 @@ from pipeline.store.tracking import CONFIGURATION
 TIMED = ("time/", "prefill/", "throughput/", "system/")  # what the clock and the caches of a machine decide
 TIMED_ENDS = ("tok_s", "peak_mb")
 ADDED = ("_vs_", "_gap")  # metrics that `python -m pipeline.compare` gave to a run afterwards
-ALIKE = ("git.revision", "git.changed", "hardware", "platform")
+ALIKE = ("git.revision", "git.changed", "hardware", "platform", "threads")
 ALIKE_BEGINS = ("hash.", "version.")
 DECIDING = ("method", "model", "document", "phase", "storage", "backend", "seed")  # no default may stand in for these
 

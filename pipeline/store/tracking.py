@@ -298,6 +298,8 @@ def join(mlflow, run, tracking: TrackingConfig) -> None:
 def environment() -> dict[str, str]:
     """Versions, code revision and the process, for the tags of a run."""
     tags = {f"version.{name}": version(name) for name in PACKAGES}
+    if (torch := sys.modules.get("torch")) is not None:  # sums on a CPU round by how many share them
+        tags["threads"] = str(torch.get_num_threads())
     return {
         **tags,
         "version.python": platform.python_version(),

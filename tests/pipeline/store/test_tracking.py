@@ -93,3 +93,11 @@ def test_of_two_processes_that_insert_a_dataset_the_later_one_goes_on(tmp_path, 
     refusals += [1, 1]
     with pytest.raises(mlflow.exceptions.MlflowException, match="duplicate"):
         record.reads("other", "digest", {})
+
+
+def test_a_run_says_how_many_threads_shared_its_sums():
+    import torch
+
+    from pipeline.rerun import ALIKE
+
+    assert tracking.environment()["threads"] == str(torch.get_num_threads()) and "threads" in ALIKE
