@@ -115,7 +115,7 @@ def _next(left: list[Job], own: Hashable, others: set[Hashable]) -> Job:
     return next(job for job in left if _documents(job) == of)
 
 
-def _shared(jobs: list[Job], processes: int) -> Iterator[tuple[Job, Any]]:
+def _by_several(jobs: list[Job], processes: int) -> Iterator[tuple[Job, Any]]:
     """Execute jobs in several processes, each of which stays with its documents as long as there are jobs on them."""
     from pipeline.run import execute
 
@@ -145,7 +145,7 @@ def _executed(jobs: list[Job], processes: int) -> Iterator[tuple[Job, Any]]:
     from pipeline.run import execute
 
     shared = [job for job in jobs if processes > 1 and "throughput" not in job.settings.phases]
-    yield from _shared(shared, processes)
+    yield from _by_several(shared, processes)
     for job in jobs:
         if not any(job is other for other in shared):
             yield job, execute(job)

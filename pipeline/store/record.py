@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from pipeline.settings.errors import terminate
+from pipeline.store.shared import insert
 from pipeline.store.tracking import experiment_id
 
 ROWS = "rows.json"  # artifact that holds the tidy rows of a run
@@ -87,15 +88,11 @@ class Record:
     def reads(self, name: str, digest: str, about: dict[str, object]) -> None:
         """Name the documents that are measured, as a dataset: the UI lists runs by it."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
-        from mlflow.exceptions import MlflowException
 
         text = json.dumps(about)
         dataset = Dataset(name[:500], digest, "code", text, profile=text)
-        read = [DatasetInput(dataset, [InputTag("mlflow.data.context", "measured")])]
-        try:
-            self.client.log_inputs(self.run_id, read)
-        except MlflowException:  # of two processes that insert a dataset a server's database refuses the second, once
-            self.client.log_inputs(self.run_id, read)
+        read = DatasetInput(dataset, [InputTag("mlflow.data.context", "measured")])
+        insert(self.client.log_inputs, self.run_id, [read])
 
     def log(
         self, files: Path, metrics: dict[str, float], curves: dict[int, dict[str, float]], note: str | None = None

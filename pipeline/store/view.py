@@ -9,6 +9,8 @@ import base64
 import json
 import zlib
 
+from pipeline.store.shared import insert
+
 TAG = "mlflow.sharedViewState.methods"
 NAME = "Methods side by side"
 COLUMNS = (
@@ -32,12 +34,6 @@ def saved() -> str:
 
 
 def offer(mlflow, experiment) -> None:
-    """Save the view in an experiment that does not have it, as several processes may do at once."""
-    if TAG in experiment.tags:
-        return
-    client = mlflow.MlflowClient()
-    try:
-        client.set_experiment_tag(experiment.experiment_id, TAG, saved())
-    except mlflow.exceptions.MlflowException:  # a server's database refuses the second of two that insert it
-        if TAG not in client.get_experiment(experiment.experiment_id).tags:
-            raise
+    """Save the view in an experiment that does not have it."""
+    if TAG not in experiment.tags:
+        insert(mlflow.MlflowClient().set_experiment_tag, experiment.experiment_id, TAG, saved())

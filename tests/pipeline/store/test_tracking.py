@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -52,40 +53,42 @@ def test_the_list_of_runs_has_a_view_with_metrics(tmp_path, outputs_in):
     assert mlflow.get_experiment(tracking.experiment_id()).tags[view.TAG] == "changed"
 
 
+def refused_first(call, refusals: list[int]):
+    """A call that a server refuses as PostgreSQL does, as many times as `refusals` has elements."""
+    import mlflow
+
+    def attempt(*given):
+        if refusals:
+            refusals.pop()
+            raise mlflow.exceptions.MlflowException("duplicate key value violates unique constraint")
+        return call(*given)
+
+    return attempt
+
+
 def test_of_two_processes_that_save_the_view_the_later_one_goes_on(tmp_path, outputs_in, monkeypatch):
-    """A server on PostgreSQL refuses the second insert; a store that refuses for good is still refused."""
+    """A store that refuses twice is refused."""
     from pipeline.store import view
 
     mlflow = tracking.connect(TrackingConfig(None, "x"), outputs_in(tmp_path))
-    client = mlflow.MlflowClient()
-    seen_before = mlflow.get_experiment(client.create_experiment("raced"))
-    save = mlflow.MlflowClient.set_experiment_tag
-
-    def refused(self, *given):
-        raise mlflow.exceptions.MlflowException("duplicate key value violates unique constraint")
-
-    monkeypatch.setattr(mlflow.MlflowClient, "set_experiment_tag", refused)
+    client, refusals = mlflow.MlflowClient(), [1]
+    experiment = mlflow.get_experiment(client.create_experiment("raced"))
+    save = refused_first(client.set_experiment_tag, refusals)
+    monkeypatch.setattr(mlflow.MlflowClient, "set_experiment_tag", lambda self, *given: save(*given))
+    view.offer(mlflow, experiment)
+    assert mlflow.get_experiment(experiment.experiment_id).tags[view.TAG] == view.saved()
+    refusals += [1, 1]
     with pytest.raises(mlflow.exceptions.MlflowException, match="duplicate"):
-        view.offer(mlflow, seen_before)
-    save(client, seen_before.experiment_id, view.TAG, view.saved())
-    view.offer(mlflow, seen_before)
+        view.offer(mlflow, experiment)
 
 
 def test_of_two_processes_that_insert_a_dataset_the_later_one_goes_on(tmp_path, outputs_in):
-    """The first attempt is refused as PostgreSQL does; a store that refuses for good is still refused."""
     from pipeline.store.record import Record
 
     mlflow = tracking.connect(TrackingConfig(None, "x"), outputs_in(tmp_path))
-    client = mlflow.MlflowClient()
+    client, refusals = mlflow.MlflowClient(), [1]
     run = client.create_run(tracking.experiment_id())
-    insert, refusals = client.log_inputs, [1]
-
-    def raced(*given):
-        if refusals.pop() if refusals else 0:
-            raise mlflow.exceptions.MlflowException("duplicate key value violates unique constraint")
-        insert(*given)
-
-    client.log_inputs = raced
+    client.log_inputs = refused_first(client.log_inputs, refusals)
     record = Record(client, run.info.run_id)
     record.reads("text", "digest", {"windows": 3})
     (found,) = client.get_run(run.info.run_id).inputs.dataset_inputs
@@ -95,9 +98,14 @@ def test_of_two_processes_that_insert_a_dataset_the_later_one_goes_on(tmp_path, 
         record.reads("other", "digest", {})
 
 
-def test_a_run_says_how_many_threads_shared_its_sums():
+def test_a_rerun_names_how_many_threads_shared_the_sums(monkeypatch):
     import torch
 
-    from pipeline.rerun import ALIKE
+    from pipeline.rerun import beside
 
-    assert tracking.environment()["threads"] == str(torch.get_num_threads()) and "threads" in ALIKE
+    def run(threads: int) -> SimpleNamespace:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        return SimpleNamespace(data=SimpleNamespace(metrics={"m": 1.0}, params={}, tags=tracking.environment()))
+
+    assert beside(run(1), run(2)).unlike == {"threads": ("1", "2")}
+    assert beside(run(2), run(2)).unlike == {}
