@@ -45,7 +45,7 @@ class Captured:
             self.out = scored(self.where)
 
     def __call__(self, keys: list[torch.Tensor]) -> torch.Tensor:
-        self.where.copy_(torch.tensor([k.data_ptr() for k in keys]))
+        self.where.copy_(torch.tensor([k.data_ptr() for k in keys]), non_blocking=True)
         self.graph.replay()
         return self.out.clone()
 

@@ -207,8 +207,14 @@ def highest(scores: torch.Tensor, evictable: slice, quota: int) -> tuple[torch.T
         num_warps=32 if tile >= 8192 else 8 if tile >= 1024 else 4,
     )  # fmt: skip
 
+    answer = torch.empty(rows, dtype=torch.int32, pin_memory=scores.is_cuda)
+    answer.copy_(bad, non_blocking=True)  # it comes while the host goes on
+    stream = torch.cuda.current_stream(scores.device) if scores.is_cuda else None
+
     def question() -> None:
-        if any(bad.tolist()):
+        if stream is not None:
+            stream.synchronize()
+        if any(answer.tolist()):
             raise ValueError("a scorer returned NaN; scores must be numbers for every evictable token")
 
     return kept, question
