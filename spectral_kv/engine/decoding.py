@@ -9,6 +9,7 @@ import torch
 
 from spectral_kv.engine.forward import Blocks, Modules
 from spectral_kv.engine.held import Held, HeldCoded, HeldDense
+from spectral_kv.engine.held_runs import HeldRuns
 from spectral_kv.engine.lookup import PARTS
 from spectral_kv.storage.dense import DenseTokens
 from spectral_kv.storage.turboquant import TurboQuantStorage
@@ -76,12 +77,15 @@ class Engine:
         """Why the layers of a cache are decoded by the model's eager forward pass, or None if a step decodes them."""
         if hasattr(layers[0], "sequences"):
             return "transformers' generate feeds it by forward passes of the model; cache.greedy takes steps"
-        if not hasattr(layers[0], "stored"):
-            return "its heads hold different numbers of tokens, or tokens with a bias"
-        stored = layers[0].stored
+        apart = hasattr(layers[0], "runs")
+        if apart and layers[0].bias is not None:
+            return "its tokens have a bias"
+        stored = layers[0].runs[0].stored if apart else layers[0].stored
         if self.kind == "eager":
             return "engine=eager"
         coded = isinstance(stored, WindowedTokens) and isinstance(stored.storage, TurboQuantStorage)
+        if apart and not isinstance(stored, DenseTokens):
+            return "its heads hold different numbers of tokens, and not as they are"
         if not coded and not isinstance(stored, DenseTokens):
             return f"{type(getattr(stored, 'storage', stored)).__name__} has no kernel"
         if coded and stored.storage.recent == 0:
@@ -115,12 +119,15 @@ class Engine:
     @torch.inference_mode()
     def held(self, layers: list[Any], count: int) -> Held:
         """Buffers for the layers and `count` rows more: those that they are in alone, free ones that fit, new ones."""
-        stored = layers[0].stored
-        kind = HeldDense if isinstance(stored, DenseTokens) else HeldCoded
-        needed = stored.tokens + max(count, 1)  # a capture writes a row
+        if hasattr(layers[0], "runs"):
+            kind = HeldRuns
+        else:
+            kind = HeldDense if isinstance(layers[0].stored, DenseTokens) else HeldCoded
+        count = max(count, 1)  # a capture writes a row
+        needed = max(layer.held for layer in layers) + count
         for held in self._held:
             fits = needed <= held.capacity <= needed + needed // 4 + 2 * ROUND
-            if type(held) is kind and fits and held.suits(layers) and (held.free or held.is_of(layers)):
+            if type(held) is kind and fits and held.suits(layers, count) and (held.free or held.is_of(layers)):
                 return held
         self._held = [held for held in self._held if not held.free]
         capacity = -(-needed // ROUND) * ROUND

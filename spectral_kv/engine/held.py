@@ -15,7 +15,7 @@ from spectral_kv.storage.turboquant import PackedPair
 from spectral_kv.storage.windowed import WindowedTokens
 
 
-def _viewers(buffer: torch.Tensor) -> int:
+def viewers(buffer: torch.Tensor) -> int:
     """How many tensors look at the memory of a buffer."""
     return torch._C._storage_Use_Count(buffer.untyped_storage()._cdata)
 
@@ -41,11 +41,11 @@ class Held:
     def __init__(
         self, layers: list[Any], query_heads: int, capacity: int, forward: Forward, dtype: torch.dtype, captured: bool
     ):
-        like = self._exact(layers[0].stored)
+        like = self._exact(layers)
         self.batch, kv_heads = like.shape[:2]
         self.capacity, self.query_heads, self.dtype = capacity, query_heads, dtype
         self.counters = Counters(len(layers), self.batch, kv_heads, like.device)
-        self._described = self._description(layers[0].stored)
+        self._described = self._description(layers)
         self.rows = self._rows(layers)
         self.load(layers)
         self.counters.start(0, self.dense)
@@ -54,21 +54,20 @@ class Held:
     @property
     def free(self) -> bool:
         """Whether nobody else looks into the buffers, so that another cache can have them."""
-        return [_viewers(x) for x in self.buffers] == self._alone
+        return [viewers(x) for x in self.buffers] == self._alone
 
-    def suits(self, layers: list[Any]) -> bool:
-        """Whether rows of this kind and shape can be copied in."""
-        new, old = layers[0].stored, self._described
-        return len(layers) == len(self.rows) and self._description(new) == old
+    def suits(self, layers: list[Any], count: int) -> bool:
+        """Whether rows of this kind and shape can be copied in, with `count` more to come."""
+        return len(layers) == len(self.rows) and self._description(layers) == self._described
 
     def is_of(self, layers: list[Any]) -> bool:
         """Whether the rows are in these buffers already, and those of no copy of the cache.
 
         Rows to come are written behind those that are there: a copy that went on would find those of the other.
         """
-        if self._where(layers[0].stored) != self.buffers[0].data_ptr():
+        if self._where(layers) != self.buffers[0].data_ptr():
             return False
-        return [_viewers(x) for x in self.buffers] == [a + v for a, v in zip(self._alone, self._views, strict=True)]
+        return [viewers(x) for x in self.buffers] == [a + v for a, v in zip(self._alone, self._views, strict=True)]
 
     @torch.inference_mode()
     def generate(self, layers: list[Any], ids: torch.Tensor, count: int) -> torch.Tensor:
@@ -88,17 +87,17 @@ class HeldDense(Held):
     """Dense keys and values."""
 
     @staticmethod
-    def _exact(stored: DenseTokens) -> torch.Tensor:
-        return stored.keys
+    def _exact(layers: list[Any]) -> torch.Tensor:
+        return layers[0].stored.keys
 
     @staticmethod
-    def _where(stored: DenseTokens) -> int:
-        return stored.keys.data_ptr()
+    def _where(layers: list[Any]) -> int:
+        return layers[0].stored.keys.data_ptr()
 
     @staticmethod
-    def _description(stored: DenseTokens) -> tuple:
-        shape = stored.keys.shape
-        return (*shape[:2], shape[-1], stored.keys.dtype)
+    def _description(layers: list[Any]) -> tuple:
+        keys = layers[0].stored.keys
+        return (*keys.shape[:2], keys.shape[-1], keys.dtype)
 
     def _rows(self, layers: list[Any]) -> list[DenseRows]:
         """One layer after the other gives up what it had: no more than one of them lives twice."""
@@ -109,7 +108,7 @@ class HeldDense(Held):
             keys, values = (x.new_empty((*x.shape[:2], self.capacity, x.shape[-1])) for x in old)
             rows.append(DenseRows(keys, values, self.counters.lengths[index], self.query_heads))
             for buffer, x in zip((keys, values), old, strict=True):
-                self._alone.append(_viewers(buffer))
+                self._alone.append(viewers(buffer))
                 buffer[:, :, :n] = x
             layer.hold(DenseTokens(keys[:, :, :n], values[:, :, :n]), layer.seen)
             del old
@@ -163,15 +162,17 @@ class HeldCoded(Held):
     """
 
     @staticmethod
-    def _exact(stored: WindowedTokens) -> torch.Tensor:
-        return stored.recent[0]
+    def _exact(layers: list[Any]) -> torch.Tensor:
+        return layers[0].stored.recent[0]
 
     @staticmethod
-    def _where(stored: WindowedTokens) -> int:
-        return 0 if stored.coded is None else stored.coded.keys.codes.data_ptr()
+    def _where(layers: list[Any]) -> int:
+        coded = layers[0].stored.coded
+        return 0 if coded is None else coded.keys.codes.data_ptr()
 
     @staticmethod
-    def _description(stored: WindowedTokens) -> tuple:
+    def _description(layers: list[Any]) -> tuple:
+        stored = layers[0].stored
         shape = stored.recent[0].shape
         return (*shape[:2], shape[-1], stored.recent[0].dtype, stored.first[0].shape[-2], stored.storage)
 
@@ -208,7 +209,7 @@ class HeldCoded(Held):
             lengths = self.counters.lengths[i]
             rows.append(CodedRows(coded, self.ring[0][i], self.ring[1][i], lengths, self.query_heads, self.dtype))
         del coded
-        self._alone = [_viewers(x) for x in self.buffers]
+        self._alone = [viewers(x) for x in self.buffers]
         return rows
 
     @property

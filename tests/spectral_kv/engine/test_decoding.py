@@ -86,6 +86,44 @@ def test_greedy_tokens_are_those_of_the_eager_path(torch_backend, engine, prefil
             torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
 
 
+def ragged(rows, heads, seed):
+    """Some of so many `rows` for every layer and KV head, its own number of them."""
+    rng = np.random.default_rng(seed)
+    return [
+        [torch.from_numpy(np.sort(rng.permutation(n)[: rng.integers(5, n)])).to("cuda" if CUDA else "cpu") for n in own]
+        for own in np.reshape(rows, (-1, heads))
+    ]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_heads_of_different_numbers_of_tokens_say_what_the_eager_path_says(torch_backend, engine, prefilled, batch):
+    """Also copies that part, after an eviction, and beside another cache in the same buffers."""
+    caches = [torch_backend.compress(prefilled, ragged([PROMPT] * 4, 2, 1), Dense(), batch) for _ in range(2)]
+    assert len({run.held for layer in caches[0].layers for run in layer.runs}) == 4
+    assert decoded(engine, caches[0], 5, COUNT) == torch_backend.generate(caches[1], 5, COUNT)
+    for step in range(2):
+        held = engine.held(caches[0].layers, 3)
+        assert decoded(engine, caches[0], 7, 3) == torch_backend.generate(caches[1], 7, 3)
+        assert engine.held(caches[0].layers, 3) is held, "a cache alone stays where it is"
+        twins = [cache.copy() for cache in caches]
+        for token in (9, 900):  # each once more than the other
+            assert decoded(engine, caches[0], token, 12) == torch_backend.generate(caches[1], token, 12)
+            assert decoded(engine, twins[0], 77, 12) == torch_backend.generate(twins[1], 77, 12)
+        rows = [run.held for layer in caches[0].layers for run in layer.runs]
+        assert rows == [run.held for layer in caches[1].layers for run in layer.runs]
+        kept = ragged(rows, 2, 2 + step)
+        caches = [torch_backend.recompress(cache, kept) for cache in caches]
+        assert decoded(engine, caches[0], 6, 11) == torch_backend.generate(caches[1], 6, 11)
+        for cache in caches:  # forward passes go on from there
+            torch_backend.extend(cache, np.arange(30, 37))
+    for one, other in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert one.nbytes == other.nbytes
+        for a, b in zip(one.runs, other.runs, strict=True):
+            np.testing.assert_array_equal(a.positions, b.positions)
+            for x, y in zip(a.stored.load(), b.stored.load(), strict=True):
+                torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 def test_it_goes_on_after_an_eviction_and_after_tokens_that_were_fed_eagerly(torch_backend, engine, prefilled, storage):
     caches = [torch_backend.compress(prefilled, None, STORAGES[storage]) for _ in range(2)]
@@ -279,6 +317,13 @@ def test_it_says_why_it_decodes_eagerly(torch_backend, prefilled):
             Engine(torch_backend.model, "graph")
     with pytest.raises(ValueError, match="engine=fast is not known"):
         Engine(torch_backend.model, "fast")
+    apart = torch_backend.compress(prefilled, ragged([PROMPT] * 4, 2, 1), TurboQuantStorage()).layers
+    assert "different numbers of tokens" in Engine(torch_backend.model).reason(apart)
+    biased = torch_backend.compress(prefilled, ragged([PROMPT] * 4, 2, 1), Dense()).layers
+    assert Engine(torch_backend.model).reason(biased) is None or not CUDA
+    for layer in biased:
+        layer.bias = [torch.zeros(1, run.held) for run in layer.runs]
+    assert "a bias" in Engine(torch_backend.model).reason(biased)
     engine = Engine(torch_backend.model)
     engine.dtype = torch.float64
     assert "float64 has no kernel" in engine.reason(packed)
