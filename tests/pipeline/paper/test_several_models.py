@@ -129,11 +129,12 @@ def test_a_model_is_named_once(tmp_path):
 
 
 def test_a_model_without_maps_does_without_the_method_that_reads_them():
-    (narrowed,) = spared("rivals", ["model=smollm2"])
+    (narrowed,) = spared("rivals", ["model=smollm2_360m"])
     whole = _preset("rivals")["hydra"]["sweeper"]["params"]["method"].split(",")
     assert narrowed == f"method={','.join(m for m in whole if m != 'ridge_kvzap')}"
-    assert spared("rivals", []) == spared("rivals", ["model=smollm2", "+model.kvzap=/maps"]) == []
-    assert spared("rivals", ["model=smollm2", "method=kvzip"]) == spared("paper", ["model=smollm2"]) == []
+    assert spared("rivals", []) == spared("rivals", ["model=smollm2"]) == []
+    assert spared("rivals", ["model=smollm2_360m", "+model.kvzap=/maps"]) == []
+    assert spared("rivals", ["model=smollm2_360m", "method=kvzip"]) == spared("paper", ["model=smollm2_360m"]) == []
 
 
 def test_of_many_layers_a_few_get_a_tick():
