@@ -11,6 +11,7 @@ from spectral_kv.quantization.turboquant import TurboQuant
 SCALE = 0.3
 HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16  # the interpreter's products know no bfloat16
 TOLERANCE = {torch.float32: 1e-5, HALF: 5e-3}
+MANY = 33_000  # rows
 FILL = torch.nan  # behind the rows that count
 
 
@@ -135,6 +136,25 @@ def test_coded_rows_count_as_the_vectors_that_they_stand_for(rng, device, kernel
     want = exact(q, *joined, coded + dense + 1)
     assert error(out, want) < TOLERANCE[dtype]
     torch.testing.assert_close(rows.keys[1, 1, 5].cpu(), k[1, 1, 0], rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("bits", [None, (4, 4), (3, 2), (2, 3)], ids=str)
+def test_heads_of_256_channels_fit_into_a_chip_at_any_length(rng, device, bits, dtype):
+    """From 32K rows on tiles are larger."""
+    many, few = torch.full((2, 1), MANY), torch.full((2, 1), 9)
+    if bits is None:
+        sides = [[draw(rng, 2, 1, MANY, 256, dtype=dtype)] for _ in range(2)]
+        room = torch.zeros(2, 1, 5, 256, dtype=dtype)
+        rows = DenseRows(*(torch.cat([x, room], dim=-2).to(device) for (x,) in sides), many.to(device), 3)
+    else:
+        rows, decoded, near = coded_rows(rng, 256, 1, 3, bits, dtype, many, few, device)
+        sides = [[d[:, :, :MANY], x[:, :, :9]] for d, x in zip(decoded, near, strict=True)]
+    q, k, v = (draw(rng, 2, heads, 1, 256, dtype=dtype) for heads in (3, 1, 1))
+    out = rows.attend(q.to(device), k.to(device), v.to(device), SCALE)
+    keys, values = (torch.cat([x.double() for x in (*side, new)], -2) for side, new in zip(sides, (k, v), strict=True))
+    assert error(out, exact(q, keys, values, torch.full((2, 1), keys.shape[2]))) < TOLERANCE[dtype]
 
 
 def test_nothing_imports_triton_until_it_is_used():
