@@ -3,7 +3,8 @@
     python -m benchmarks.decoding
     python -m benchmarks.decoding --shape llama-3.1-8b --sizes 32768x8 --csv decoding.csv
 
-Weights and cached rows are random: speed depends on shapes alone. Every cache goes through the same steps and the same
+Weights and cached rows are random: speed depends on shapes alone. `ragged` are as many kept tokens in the mean, every
+head holding another number. Every cache goes through the same steps and the same
 attention. `eager` is the forward pass of transformers over the library's cache; `modules` the same modules in a graph;
 `blocks` joined and compiled blocks in a graph. `x floor` is the time of a step over the time in which the device
 copies the bytes that the step has to read once, weights and live cache, at the bandwidth of a large copy measured in
@@ -23,6 +24,7 @@ from spectral_kv.backends.torch import TorchBackend
 from spectral_kv.engine.decoding import Engine
 from spectral_kv.engine.forward import Modules
 from spectral_kv.engine.held import Held, HeldCoded, HeldDense
+from spectral_kv.engine.held_runs import HeldRuns
 from spectral_kv.engine.step import Step
 from spectral_kv.storage.turboquant import TurboQuantStorage
 
@@ -52,6 +54,7 @@ def caches(made: torch.nn.Module, tokens: int, batch: int, kept: int, bits: list
     made_up = {
         "full": lambda: shapes.dense_cache(made, tokens, tokens, batch),
         f"{kept} kept": lambda: shapes.dense_cache(made, kept, tokens, batch),
+        f"{kept} ragged": lambda: shapes.ragged_cache(made, kept, tokens, batch),
     }
     return made_up | {f"{b} bit": lambda b=b: shapes.coded_cache(made, tokens, batch, b) for b in bits}
 
@@ -65,8 +68,8 @@ def graphs(
     turns: list[Turn] = []
     for name, make in caches(made, tokens, batch, kept, bits).items():
         cache = make()
-        nbytes, rows = cache.nbytes, cache.layers[0].held
-        kind = HeldCoded if "bit" in name else HeldDense
+        nbytes, rows = cache.nbytes, max(layer.held for layer in cache.layers)
+        kind = HeldCoded if "bit" in name else HeldRuns if "ragged" in name else HeldDense
         held = kind(cache.layers, made.config.num_attention_heads, rows + ROOM, best, made.dtype, capture)
         turns.append(Turn(name, "modules" if isinstance(best, Modules) else "blocks", held, held.step, tokens, nbytes))
         if best is not modules and "bit" not in name and not isinstance(best, Modules):

@@ -4,7 +4,9 @@ import numpy as np
 import torch
 
 from spectral_kv.backends.torch_cache import CompressedCache, CompressedLayer
+from spectral_kv.backends.torch_runs import RunsLayer
 from spectral_kv.quantization.turboquant import PackedVectors
+from spectral_kv.storage.base import Stored
 from spectral_kv.storage.dense import DenseTokens
 from spectral_kv.storage.turboquant import PackedPair, TurboQuantStorage
 from spectral_kv.storage.windowed import WindowedTokens
@@ -50,9 +52,13 @@ def model(name: str, device: str, dtype: torch.dtype = torch.bfloat16) -> torch.
     return made.eval()
 
 
+def _layer(made: torch.nn.Module, stored: Stored, seen: int) -> CompressedLayer:
+    heads = (stored.keys if isinstance(stored, DenseTokens) else stored.recent[0]).shape[1]
+    return CompressedLayer(stored, made.dtype, seen, np.zeros((heads, stored.tokens), dtype=int))  # read by nobody
+
+
 def _cache(made: torch.nn.Module, stored: list, seen: int, batch: int) -> CompressedCache:
-    positions = np.zeros((made.config.num_key_value_heads, stored[0].tokens), dtype=int)  # nobody looks at them
-    return CompressedCache([CompressedLayer(s, made.dtype, seen, positions) for s in stored], batch)
+    return CompressedCache([_layer(made, s, seen) for s in stored], batch)
 
 
 def dense_cache(made: torch.nn.Module, tokens: int, seen: int, batch: int) -> CompressedCache:
@@ -64,6 +70,18 @@ def dense_cache(made: torch.nn.Module, tokens: int, seen: int, batch: int) -> Co
         return torch.randn(shape, device=made.device, dtype=made.dtype)
 
     return _cache(made, [DenseTokens(rows(), rows()) for _ in range(c.num_hidden_layers)], seen, batch)
+
+
+def ragged_cache(made: torch.nn.Module, tokens: int, seen: int, batch: int) -> CompressedCache:
+    """A cache of `tokens` random rows a KV head in the mean, from half to three halves of it, after `seen`."""
+    c, layers = made.config, []
+    heads, dim = c.num_key_value_heads, c.hidden_size // c.num_attention_heads
+    shares = np.linspace(0.5, 1.5, c.num_hidden_layers * heads)  # every head holds another number
+    for each in np.random.default_rng(0).permutation(shares).reshape(-1, heads):
+        shapes = [(batch, 1, round(share * tokens), dim) for share in each]
+        rows = [torch.randn(2, *shape, device=made.device, dtype=made.dtype) for shape in shapes]
+        layers.append(RunsLayer([_layer(made, DenseTokens(*pair), seen) for pair in rows]))
+    return CompressedCache(layers, batch)
 
 
 def coded_cache(made: torch.nn.Module, tokens: int, batch: int, bits: int) -> CompressedCache:
