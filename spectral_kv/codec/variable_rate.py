@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from spectral_kv.codec.entropy import CAP, Tables, entropy, histogram, with_zeros
+from spectral_kv.codec.threads import each
 
 OCTAVE = 4  # steps of a scale a factor of 2
 CONTEXTS = 64
@@ -91,8 +92,8 @@ class Rounding:
         """
         inverse, slightly = np.float32(1 / step), np.float32(1 - 1e-5)  # what follows is rounded itself
         least = np.where(levels, self.least[levels] * slightly / inverse, np.inf).astype(np.float32)
-        found = []
-        for start in range(0, len(components), ROWS):
+
+        def part_from(start: int) -> tuple[np.ndarray, ...]:
             part = components[start : start + ROWS]
             at = np.flatnonzero((part >= least) | (part <= -least)).astype(np.int32)
             row, column = taken_apart(at, len(levels))
@@ -101,7 +102,9 @@ class Rounding:
             number = np.floor(size + self.below[level])
             there = (size >= self.least[level]) & (number > 0)
             number = np.copysign(number[there], own[there]).astype(np.int32)
-            found.append((row[there] + start, column[there], number))
+            return row[there] + start, column[there], number
+
+        found = each(part_from, range(0, len(components), ROWS))
         return tuple(np.concatenate(x) for x in zip(*found, strict=True))
 
 
@@ -249,12 +252,15 @@ class Rounded:
     @cached_property
     def frequencies(self) -> np.ndarray:
         levels, gains = self.sizes.levels.astype(np.int8)[self.sizes.there], self.sizes.gains
-        block, found = self.sizes.block[self.sizes.there].astype(np.int32), 0
-        for start in range(0, len(self.row), PART):
+        block = self.sizes.block[self.sizes.there].astype(np.int32)
+
+        def part_from(start: int) -> np.ndarray:
             row, column, number = (x[start : start + PART] for x in (self.row, self.column, self.nonzero))
             sums = levels[column] + gains.ravel()[row * gains.shape[1] + block[column]]
-            found = found + histogram(number, np.clip(sums, 0, CONTEXTS - 1), CONTEXTS)
-        return with_zeros(found + np.zeros((CONTEXTS, CAP + 1), dtype=np.int64), self.sizes.often)
+            return histogram(number, np.clip(sums, 0, CONTEXTS - 1), CONTEXTS)
+
+        found = each(part_from, range(0, len(self.row), PART))
+        return with_zeros(sum(found, np.zeros((CONTEXTS, CAP + 1), dtype=np.int64)), self.sizes.often)
 
     @cached_property
     def gain_frequencies(self) -> np.ndarray:
@@ -310,22 +316,29 @@ class VariableRate:
     def of(cls, components: Components, step: float, chunk: int) -> "VariableRate":
         rounded = components.rounded(step)
         tables, gain_tables = Tables.of(rounded.frequencies), Tables.of(rounded.gain_frequencies)
-        words, gains, contexts = [], rounded.sizes.gains, rounded.sizes.contexts()
-        for start in range(0, len(gains), chunk):
-            part = slice(start, start + chunk)
-            words.append(gain_tables.encode(gains[part].ravel(), np.zeros(gains[part].size, dtype=np.uint8)))
-            words.append(tables.encode(rounded.numbers[part].ravel(), contexts[part].ravel()))
+        sizes, numbers = rounded.sizes, rounded.numbers
+        _ = tables.models, gain_tables.models  # made once, before threads ask for them
+
+        def words_from(start: int) -> list[np.ndarray]:
+            own = Sizes(sizes.levels, sizes.gains[start : start + chunk], sizes.block)
+            gains = own.gains.ravel()
+            return [
+                gain_tables.encode(gains, np.zeros(gains.size, dtype=np.uint8)),
+                tables.encode(numbers[start : start + chunk].ravel(), own.contexts().ravel()),
+            ]
+
+        words = [x for two in each(words_from, range(0, len(sizes.gains), chunk)) for x in two]
         ends = np.cumsum([len(w) for w in words]).astype(np.uint32).reshape(-1, 2)
-        levels = rounded.sizes.levels
-        return cls(step, chunk, levels, rounded.means, tables, gain_tables, np.concatenate(words), ends)
+        return cls(step, chunk, sizes.levels, rounded.means, tables, gain_tables, np.concatenate(words), ends)
 
     def decode(self, tokens: int, block: np.ndarray, start: int, stop: int) -> np.ndarray:
         """Components, float32 `[stop - start, components]`, of `tokens` in all; only their chunks are read.
 
         `block` says which one each of the components belongs to.
         """
-        parts = []
-        for index in range(start // self.chunk, -(-stop // self.chunk)):
+        _ = self.tables.models, self.gain_tables.models  # made once, before threads ask for them
+
+        def part_of(index: int) -> np.ndarray:
             first = index * self.chunk
             count = min(self.chunk, tokens - first)
             begin = self.ends[index - 1, 1] if index else 0
@@ -338,5 +351,6 @@ class VariableRate:
             at = np.flatnonzero(numbers)
             row, column = taken_apart(at, contexts.shape[1])
             part = values(sizes, row, column, numbers[at], self.means, self.step)
-            parts.append(part[max(start - first, 0) : stop - first])
-        return np.concatenate(parts)
+            return part[max(start - first, 0) : stop - first]
+
+        return np.concatenate(each(part_of, range(start // self.chunk, -(-stop // self.chunk))))

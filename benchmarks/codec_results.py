@@ -1,0 +1,118 @@
+"""Runs of the transform coder and of its rivals, out of one or several stores, as tables that others can check.
+
+    python -m benchmarks.codec_results outputs/mlflow.db --out docs/results/codec
+
+Writes <out>.csv (a row a run: means and 95 % intervals over documents), <out>_windows.csv (KL of every document, from
+which the paired differences follow) and <out>.md. The best rival of a run of the coder is what has the least KL among
+all that is no transform coder and has its bytes within a tenth, bits by RoPE pair included.
+"""
+
+import argparse
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+
+from pipeline.paper.tables import NEAR
+from pipeline.statistics import Estimate, paired, per_document
+
+METRICS = (
+    "memory/ratio", "memory/at_rest_ratio", "memory/bases_mb", "time/encode_mb_s", "time/decode_mb_s", "aop/mean",
+    "ppl/nd", "ppl/kl", "ppl/top1", "retrieval/recall", "retrieval/full_recall",
+)  # fmt: skip
+PARAMS = (
+    "model.name", "document.name", "document.title", "document.tokens", "document.count", "method.name",
+    "storage.name", "storage.ratio", "storage.layers", "budget.ratio", "backend.dtype",
+)  # fmt: skip
+TAGS = ("hash.model", "hash.code")
+WHAT = ["model", "text", "tokens", "count", "method", "storage", "bases, MB", "asked"]  # tells a run from another
+NAMES = {"model.name": "model", "document.tokens": "tokens", "document.count": "count", "method.name": "method",
+         "storage.name": "storage", "memory/bases_mb": "bases, MB"}  # fmt: skip
+CODER = "spectral"
+
+
+def collected(stores: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A row a run, and KL by document `[runs, documents]` where it was measured."""
+    found, windows = [], {}
+    for store in stores:
+        mlflow.set_tracking_uri(f"sqlite:///{store.resolve()}")
+        runs = mlflow.search_runs(search_all_experiments=True, filter_string="attributes.status = 'FINISHED'")
+        if "params.storage.name" not in runs:
+            continue
+        runs = runs[runs["params.storage.name"].notna()]
+        found.append(runs)
+        for run in runs.loc[runs["metrics.ppl/kl"].notna(), "run_id"] if "metrics.ppl/kl" in runs else ():
+            rows = mlflow.load_table("rows.json", run_ids=[run])
+            numbers = {column: pd.to_numeric(rows[column]) for column in ("layer", "turn", "value")}
+            windows[run] = per_document(rows.assign(**numbers))["ppl/kl"]
+    runs = pd.concat(found, ignore_index=True).sort_values("start_time")
+    names = [f"params.{p}" for p in PARAMS] + [f"tags.{t}" for t in TAGS]
+    names += [f"metrics.{m}{end}" for m in METRICS for end in ("", "_low", "_high")]
+    table = runs[["run_id", *(name for name in names if name in runs)]]
+    table = table.rename(columns=lambda name: name.split(".", 1)[-1]).rename(columns=NAMES)
+    given = table.reindex(columns=["document.title", "memory/at_rest_ratio", "storage.ratio", "budget.ratio"])
+    table["text"] = given["document.title"].fillna(table["document.name"])
+    table["smaller"] = given["memory/at_rest_ratio"].fillna(table["memory/ratio"])
+    table["asked"] = given["storage.ratio"].fillna(given["budget.ratio"])
+    table = table.drop_duplicates([name for name in WHAT if name in table], keep="last").set_index("run_id")
+    return table.dropna(axis=1, how="all"), pd.DataFrame(windows).T.reindex(table.index).dropna(how="all")
+
+
+def rival(run: str, table: pd.DataFrame, windows: pd.DataFrame) -> str | None:
+    """The run with the least KL among those of the same windows and about the bytes of `run`, coders left out."""
+    of = table.loc[windows.index]
+    same = (of[["model", "text", "tokens", "count"]] == table.loc[run, ["model", "text", "tokens", "count"]]).all(
+        axis=1
+    )
+    near = (of["smaller"] / table.loc[run, "smaller"]).between(1 / NEAR, NEAR)
+    others = of[same & near & ~of["storage"].str.startswith(CODER)]
+    return None if others.empty else others["ppl/kl"].idxmin()
+
+
+def spread(found: Estimate, form: str) -> str:
+    interval = f" [{form}, {form}]".format(found.low, found.high) if found.low < found.high else ""
+    return form.format(found.mean) + interval
+
+
+def _cell(row: pd.Series, metric: str, form: str) -> str:
+    if metric not in row or pd.isna(row[metric]):
+        return ""
+    return spread(Estimate(row[metric], row.get(f"{metric}_low"), row.get(f"{metric}_high")), form)
+
+
+def markdown(table: pd.DataFrame, windows: pd.DataFrame) -> str:
+    """What predicts and what is found, by model and text, by falling bytes."""
+    lines = []
+    for run, row in table.sort_values(["model", "text", "tokens", "smaller"], kind="stable").iterrows():
+        line = {name: row[name] for name in ("model", "text", "tokens", "count", "method", "storage")}
+        line["full / cache"] = f"{row['smaller']:.2f}"
+        line["KL"], line["ND-PPL"] = _cell(row, "ppl/kl", "{:.4f}"), _cell(row, "ppl/nd", "{:.3f}")
+        line["recall"], line["full recall"] = (
+            _cell(row, "retrieval/recall", "{:.2f}"),
+            _cell(row, "retrieval/full_recall", "{:.2f}"),
+        )
+        line["bases, MB"] = "" if pd.isna(row.get("bases, MB")) else f"{row['bases, MB']:.1f}"
+        line["KL - half of the best rival's"] = line["best rival"] = ""
+        if run in windows.index and row["storage"].startswith(CODER) and (other := rival(run, table, windows)):
+            line["KL - half of the best rival's"] = spread(paired(windows.loc[run], windows.loc[other] / 2), "{:.4f}")
+            line["best rival"] = f"{table.loc[other, 'method']}, {table.loc[other, 'storage']}"
+        lines.append(line)
+    found = pd.DataFrame(lines)
+    return found.loc[:, (found != "").any()].to_markdown(index=False, disable_numparse=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stores", type=Path, nargs="+", help="databases, such as outputs/mlflow.db")
+    parser.add_argument("--out", type=Path, required=True, help="path of the files without their ending")
+    arguments = parser.parse_args()
+    table, windows = collected(arguments.stores)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(arguments.out.with_suffix(".csv"), float_format="%.6g")
+    windows.to_csv(f"{arguments.out}_windows.csv", float_format="%.6g")
+    arguments.out.with_suffix(".md").write_text(markdown(table, windows) + "\n")
+    print(markdown(table, windows))
+
+
+if __name__ == "__main__":
+    main()
