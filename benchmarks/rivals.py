@@ -5,16 +5,18 @@
     python -m pipeline experiment=refit document.count=16 document.continuation=257
     python benchmarks/rivals.py outputs --out docs/results/rivals_h100
 
-Nothing is measured: what the store lacks is not in the tables. Further arguments choose runs by their settings, as
-those of `python -m pipeline.compare --runs` do. Differences are means over documents, paired, with 95 % intervals: to
-StreamingLLM's uniform budget, of an allocation to the same method's uniform budget, and of a refit to the same tokens
-without one. Holm goes over all tests of one kind of difference on one model, of prediction (AOP, ND-PPL, KL) and of
-recall each. Tasks of which the full cache finds fewer than 60 % are left out of the tables, not of the CSV.
+Nothing is measured: what the store lacks is not in the tables. Several stores may be named by a pattern, as
+'/data/runs_*'; further arguments choose runs by their settings, as those of `python -m pipeline.compare --runs` do.
+Differences are means over documents, paired, with 95 % intervals: to StreamingLLM's uniform budget, of an allocation to
+the same method's uniform budget, and of a refit to the same tokens without one. Holm goes over all tests of one kind of
+difference on one model, of prediction (AOP, ND-PPL, KL) and of recall each. Tasks of which the full cache finds fewer
+than 60 % are left out of the tables, not of the CSV.
 """
 
 import argparse
 from dataclasses import dataclass, replace
 from functools import partial
+from glob import glob
 from pathlib import Path
 
 import mlflow
@@ -60,10 +62,11 @@ class Setting:
         )  # fmt: skip
 
 
-def read(outputs: Path, overrides: list[str]) -> dict[Setting, tuple[FinishedRun, dict]]:
+def read(outputs: str, overrides: list[str]) -> dict[Setting, tuple[FinishedRun, dict]]:
     """The newest finished run of every setting, and its parameters."""
     found = {}
-    for run in chosen([f"outputs={outputs}", *overrides]):
+    folders = sorted(Path(path).resolve() for path in glob(outputs))
+    for run in (run for folder in folders for run in chosen([f"outputs={folder}", *overrides])):
         if run.data.params.get("storage.name", "dense") != "dense":
             continue
         setting, uri = Setting.of(run), run.info.artifact_uri
@@ -147,7 +150,7 @@ def wide(of: pd.DataFrame, across: str, order: tuple[str, ...], against: str | N
         for method, own in of.groupby("method", sort=False)
     }
     frame = pd.DataFrame(cells).T
-    return frame.reindex(columns=[c for c in order if c in frame]).fillna("-").to_markdown()
+    return frame.reindex(columns=[c for c in order if c in frame]).fillna("-").to_markdown(disable_numparse=True)
 
 
 def titled(title: str, text: str) -> list[str]:
@@ -245,11 +248,11 @@ def markdown(found: pd.DataFrame) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("outputs", type=Path, help="folder of the runs")
+    parser.add_argument("outputs", help="folder of the runs, or a pattern of several")
     parser.add_argument("overrides", nargs="*", metavar="SETTING", help="which runs, as model.name=smollm2")
     parser.add_argument("--out", type=Path, required=True, help="path of the two files without their ending")
     arguments = parser.parse_intermixed_args()
-    found = table(read(arguments.outputs.resolve(), arguments.overrides))
+    found = table(read(arguments.outputs, arguments.overrides))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     found.to_csv(arguments.out.with_suffix(".csv"), index=False, float_format="%.6g")
     arguments.out.with_suffix(".md").write_text(markdown(found) + "\n")

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from spectral_kv.backends.torch import TorchBackend
+from spectral_kv.compressor import Compressor
 from spectral_kv.scorers.base import LayerView
+from spectral_kv.scorers.random import Random
 from spectral_kv.scorers.wavelet import Wavelet
 from spectral_kv.selection import Budget, select
 from spectral_kv.storage.dense import Dense
@@ -65,3 +67,36 @@ def test_bfloat16_is_the_default_on_a_gpu(checkpoint, tokens):
     prefill = backend.prefill(tokens[:200], observe=1)
     cache = backend.compress(prefill, keep(backend, prefill), Dense())
     assert backend.extend(cache, tokens[200:]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("allocation", ["layer", "head", "global"])
+def test_the_allocator_gives_ragged_heads_what_the_budget_says(gpu, tokens, allocation):
+    """However long the longest head is; twice the budget takes twice the bytes."""
+    prefill, found = gpu.prefill(np.resize(tokens, 2000), observe=1), []
+    for budget in (200, 400):
+        compressor = Compressor(gpu, Random(), Budget(budget, 2, 8, allocation=allocation), Dense())
+        kept = compressor.select([x * (i + 1) for i, x in enumerate(compressor.scores(prefill))])
+        assert len({len(head) for layer in kept for head in layer}) > 1
+        compressor.store(prefill, kept)
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        cache = compressor.store(prefill, kept)
+        found.append(torch.cuda.memory_allocated() - before)
+        due = 2 * 2 * budget * 16 * 4 * 2  # layers, heads, tokens, channels, bytes, keys and values
+        assert cache.nbytes == cache.allocated == due <= found[-1] <= due + 512 * 8
+    assert found[1] > 1.9 * found[0]
+
+
+def test_ragged_heads_give_the_logits_of_the_cpu(backend, gpu, tokens, rng):
+    """Random lengths in every layer and head: fed together, and decoded token by token."""
+    for _ in range(6):
+        kept = [[np.sort(rng.choice(200, rng.integers(1, 200), replace=False)) for _ in range(2)] for _ in range(2)]
+        answers = []
+        for b in (backend, gpu):
+            prefill = b.prefill(tokens[:200], observe=1)
+            places = [[torch.as_tensor(head, device=b.device) for head in layer] for layer in kept]
+            cache = b.compress(prefill, places, Dense())
+            logits = b.extend(cache, tokens[200:220]).logits.cpu()
+            answers.append((logits, b.extend(cache, tokens[220:221]).logits.cpu()))
+        for ours, theirs in zip(*answers, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=5e-3, rtol=5e-3)
