@@ -52,7 +52,8 @@ def regenerate(
     models : list of str, optional
         Options of the group model, which are compared; by default one, which the overrides choose.
     results : Path, optional
-        Where the section over models goes as `.md`, and all its runs as `.csv`.
+        Where the section over models, or the one model's document without its figures, goes as `.md`, and all its runs
+        as `.csv`.
     processes : int
         How many share the work.
 
@@ -65,14 +66,12 @@ def regenerate(
         raise InputError(f"--models chooses the models, and so does {given[0]}: leave one of them out")
     if twice := [model for model in models or [] if models.count(model) > 1 or not model]:
         raise InputError(f"--models names '{twice[0]}' twice or no model: write each option of model once, with commas")
-    if results is not None and len(models or []) < 2:
-        raise InputError("--results writes the section over models: name at least two with --models")
     general = [o for o in overrides if o.partition("=")[0] in ("outputs", "tracking.uri", "tracking.experiment")]
     outputs = Path(composed(general).outputs).resolve()
     folder = outputs / "paper"
     chosen = [[f"model={model}", *overrides] for model in models] if models else [overrides]
-    planned = [plan(experiments, own, folder / "compositions.json", full) for own in chosen]
-    from pipeline.paper.document import judged, tally, write, write_models
+    planned = [plan(experiments, own, folder / "compositions.json", full, processes) for own in chosen]
+    from pipeline.paper.document import judged, tally, write, write_results
     from pipeline.paper.measured import measure
     from pipeline.paper.models import ModelResults, over_models
     from pipeline.paper.placement import Placements
@@ -91,7 +90,7 @@ def regenerate(
     for model, origin, own in list(zip(models or [], origins, each, strict=False))[1:]:
         write(own, origin, folder / model)
     if results is not None:
-        write_models(document, results)
+        write_results(document, results)
     if readme is not None:
         refresh(readme, document.excerpt(), document.published_tables(), folder / "figures")
     total = len({run.run_id for section in measured for run in section.runs})
@@ -141,7 +140,10 @@ def main() -> None:
     parser.add_argument("--readme", metavar="FILE", type=Path, help="a Markdown file that gets a copy of the results")
     parser.add_argument("--models", metavar="NAME,...", help="options of model that are compared, as reference,smollm2")
     parser.add_argument(
-        "--results", metavar="STEM", type=Path, help="with --models: writes <STEM>.md and every run to <STEM>.csv"
+        "--results",
+        metavar="STEM",
+        type=Path,
+        help="also writes <STEM>.md, of several models the section over them, and every run to <STEM>.csv",
     )
     parser.add_argument(
         "--processes", metavar="N", type=int, default=1, help="share the work; speeds are timed afterwards by one alone"

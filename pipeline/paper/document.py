@@ -3,7 +3,7 @@
 import io
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from pipeline.paper import published, recency
 from pipeline.paper.claims import CONTRADICTED, SUPPORTED, UNDECIDED, Verdict, claims, judge
 from pipeline.paper.latex import latex, latex_text
 from pipeline.paper.measured import MeasuredSection
-from pipeline.paper.models import OverModels, runs_table
+from pipeline.paper.models import ModelResults, OverModels, runs_table
 from pipeline.paper.provenance import TRACED, Origin, by_choice, hashes, portable, setup, timed, traced
 from pipeline.paper.report import page
 from pipeline.paper.tables import TABLES, Table
@@ -157,6 +157,10 @@ class Document:
             "no_verdicts": "The section `paper` decides on the claims; it is not here, or has too few documents.",
         }  # fmt: skip
 
+    def without_figures(self) -> str:
+        """`paper.md` where no pictures lie beside it."""
+        return replace(self, shown=[replace(section, figures=[]) for section in self.shown]).text()
+
     def text(self) -> str:
         """`paper.md`."""
         lines = pd.DataFrame(traced(self.sections)).to_markdown(index=False, disable_numparse=True)
@@ -212,11 +216,15 @@ def _tabular(table: Table) -> str:
     return f"\\textbf{{{latex_text(table.title)}}}\n\n{body}\n\n{{\\small {latex(table.note)}}}\n"
 
 
-def write_models(document: Document, stem: Path) -> None:
-    """Write the section over models to `<stem>.md`, and every run of every model to `<stem>.csv`."""
+def write_results(document: Document, stem: Path) -> None:
+    """Write the section over models, or the document without figures, to `<stem>.md`, and every run to `<stem>.csv`."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".md").write_text(document.models(), encoding="utf-8")
-    runs_table(document.over.models).to_csv(stem.with_suffix(".csv"), index=False, float_format="%.6g")
+    text = document.models() if document.over else document.without_figures()
+    stem.with_suffix(".md").write_text(text, encoding="utf-8")
+    origin = document.origin
+    alone = [ModelResults(origin.model, origin.documents, document.sections, document.verdicts)]
+    runs = runs_table(document.over.models if document.over else alone)
+    runs.to_csv(stem.with_suffix(".csv"), index=False, float_format="%.6g")
 
 
 def _results(document: Document) -> dict:

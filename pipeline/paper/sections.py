@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import multiprocessing
 import shlex
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -158,6 +160,16 @@ def _composed(experiment: str, overrides: list[str], narrowed: list[str]) -> dic
     return {"asked": asked, "taken": taken, "narrowed": narrowed, "jobs": jobs}
 
 
+def _each_composed(asked: list[tuple[str, list[str], list[str]]], processes: int) -> list[dict]:
+    """`_composed` of several sections, by several processes where that is more than one."""
+    if min(processes, len(asked)) < 2:
+        return [_composed(*one) for one in asked]
+    # Hydra keeps state of the process, and frameworks may have started threads: nothing is forked
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(asked)), context, register_resolvers) as pool:
+        return list(pool.map(_composed, *zip(*asked, strict=True)))
+
+
 def _conf_hash() -> str:
     """Hash of all that decides what overrides are composed to."""
     digest = hashlib.sha256(f"{version('hydra-core')} {version('omegaconf')} {PACKAGE}".encode())
@@ -168,11 +180,13 @@ def _conf_hash() -> str:
     return digest.hexdigest()
 
 
-def plan(experiments: list[str], overrides: list[str], memory: Path, full: bool = False) -> list[Section]:
+def plan(
+    experiments: list[str], overrides: list[str], memory: Path, full: bool = False, processes: int = 1
+) -> list[Section]:
     """The jobs of the sections, each checked; of whole experiments if `full`.
 
-    Hydra takes 80 ms to compose a job, so that what was composed is remembered in the file `memory`, as long as no
-    configuration file changes.
+    Hydra takes 80 ms and more to compose a job, so that `processes` share the sections, and what was composed is
+    remembered in the file `memory`, as long as no configuration file changes.
 
     Raises
     ------
@@ -191,14 +205,15 @@ def plan(experiments: list[str], overrides: list[str], memory: Path, full: bool 
     if not isinstance(remembered, dict) or remembered.get("key") != key:
         remembered = {"key": key, "sweeps": {}}
     known = remembered["sweeps"]
-    found = {}
+    sought, asked = {}, {}
     for name in experiments:
         narrowed = [] if full else brief(name, overrides)
         narrowed = narrowed + spared(name, [*overrides, *narrowed])
-        sought = " ".join([name, *overrides, "of", *narrowed])
-        if sought not in known:
-            known[sought] = _composed(name, overrides, narrowed)
-        found[name] = known[sought]
+        sought[name] = " ".join([name, *overrides, "of", *narrowed])
+        asked[sought[name]] = (name, overrides, narrowed)
+    unknown = [key for key in asked if key not in known]
+    known |= zip(unknown, _each_composed([asked[key] for key in unknown], processes), strict=True)
+    found = {name: known[sought[name]] for name in experiments}
     for override in spelled_out(overrides):
         if not any(override in section["taken"] for section in found.values()):
             raise InputError(f"{override} means nothing to the sections {', '.join(experiments)}: leave it out")

@@ -130,7 +130,7 @@ def test_the_main_result_is_said_first(regenerated):
 def test_with_fewer_documents_than_asked_for_there_is_no_table(store, tmp_path, monkeypatch):
     from dataclasses import replace
 
-    from pipeline.paper.document import Origin, write
+    from pipeline.paper.document import Drawn, Origin, write, write_results
     from pipeline.paper.measured import measure
     from pipeline.paper.placement import Placements
 
@@ -141,6 +141,12 @@ def test_with_fewer_documents_than_asked_for_there_is_no_table(store, tmp_path, 
         whole = write([section], Origin("m", "d", "s", "c"), tmp_path / "whole")
     assert whole.excerpt().startswith("**None of the 5 published methods that prune beats keeping the latest tokens")
     assert "| Key finding 1" in whole.excerpt() and "###" not in whole.excerpt()  # tables have a document of their own
+    write_results(
+        replace(whole, shown=[replace(s, figures=[Drawn("x", "A figure")]) for s in whole.shown]), tmp_path / "r"
+    )
+    alone, runs = (tmp_path / "r.md").read_text(), pd.read_csv(tmp_path / "r.csv")
+    assert alone == (tmp_path / "whole" / "paper.md").read_text()  # figures would lie elsewhere
+    assert list(runs["method"]) == [run.title for run in section.runs] and set(runs["model"]) == {"m"}
     assert "## Attention output perturbation (AOP; lower is better)" in whole.published_tables()
     short = replace(section, runs=[*section.runs[:-1], replace(section.runs[-1], count=section.asked - 1)])
     document = write([short], Origin("m", "d", "s", "c"), tmp_path / "short")
@@ -160,7 +166,7 @@ def test_two_models_side_by_side(store, record, folder, tmp_path, monkeypatch, c
     record([*store, "seed=1"], other)
     general = [o for o in store if not o.startswith("model")]
 
-    def stand_in(experiments: list[str], overrides: list[str], memory: Path, full: bool = False):
+    def stand_in(experiments: list[str], overrides: list[str], memory: Path, full: bool = False, processes: int = 1):
         name = overrides[0].removeprefix("model=")
         assert overrides[1:] == general
         return plan(experiments, [*store, f"model.name={name}", f"seed={int(name == 'second')}"], memory, full)
@@ -203,8 +209,6 @@ def test_what_several_models_need(store, tmp_path):
 
     with pytest.raises(InputError, match="--models chooses the models, and so does model="):
         regenerate(["paper"], store, models=["first", "second"])
-    with pytest.raises(InputError, match="--results writes the section over models: name at least two"):
-        regenerate(["paper"], store, results=tmp_path / "x")
 
 
 def test_the_readme_gets_a_copy_between_its_markers(tmp_path):

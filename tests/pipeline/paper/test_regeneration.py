@@ -177,6 +177,15 @@ def test_what_was_composed_is_remembered_until_a_configuration_changes(settings,
 
 
 @pytest.mark.slow
+def test_sections_composed_by_several_processes_are_the_same(settings, tmp_path):
+    memories = [tmp_path / "one.json", tmp_path / "three.json"]
+    for processes, memory in zip((1, 3), memories, strict=True):
+        sections = plan(["seeds", "budgets", "recent"], [*settings, "budget.tokens=60"], memory, processes=processes)
+        assert [section.experiment for section in sections] == ["seeds", "budgets", "recent"]
+    assert memories[0].read_text() == memories[1].read_text()
+
+
+@pytest.mark.slow
 def test_killed_five_times_it_continues_and_ends_with_the_same_tables(small_in, tmp_path):
     names = ["budgets", "multiturn", "synthetic"]
     general = ["method=wavelet,tri,streaming", "budget.tokens=60", "phase.drift.tokens=8", "phase.drift.positions=4"]
