@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import pandas as pd
 
 from pipeline.paper.tables import NEAR
@@ -41,8 +42,9 @@ def collected(stores: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
             continue
         runs = runs[runs["params.storage.name"].notna()]
         found.append(runs)
-        for run in runs.loc[runs["metrics.ppl/kl"].notna(), "run_id"] if "metrics.ppl/kl" in runs else ():
-            rows = mlflow.load_table("rows.json", run_ids=[run])
+        predicting = runs[runs["metrics.ppl/kl"].notna()] if "metrics.ppl/kl" in runs else runs[:0]
+        for run, folder in zip(predicting["run_id"], predicting["artifact_uri"], strict=True):
+            rows = pd.DataFrame(**mlflow.artifacts.load_dict(f"{folder}/rows.json"))
             numbers = {column: pd.to_numeric(rows[column]) for column in ("layer", "turn", "value")}
             windows[run] = per_document(rows.assign(**numbers))["ppl/kl"]
     runs = pd.concat(found, ignore_index=True).sort_values("start_time")
@@ -50,9 +52,13 @@ def collected(stores: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
     names += [f"metrics.{m}{end}" for m in METRICS for end in ("", "_low", "_high")]
     table = runs[["run_id", *(name for name in names if name in runs)]]
     table = table.rename(columns=lambda name: name.split(".", 1)[-1]).rename(columns=NAMES)
-    given = table.reindex(columns=["document.title", "memory/at_rest_ratio", "storage.ratio", "budget.ratio"])
+    table = table.astype(object).mask(table == "None").infer_objects()
+    table[["tokens", "count"]] = table[["tokens", "count"]].astype(int)
+    given = table.reindex(columns=["document.title", "memory/at_rest_ratio", "storage.ratio", "budget.ratio"]).astype(
+        object
+    )
     table["text"] = given["document.title"].fillna(table["document.name"])
-    table["smaller"] = given["memory/at_rest_ratio"].fillna(table["memory/ratio"])
+    table["smaller"] = given["memory/at_rest_ratio"].fillna(table["memory/ratio"]).astype(float)
     table["asked"] = given["storage.ratio"].fillna(given["budget.ratio"])
     table = table.drop_duplicates([name for name in WHAT if name in table], keep="last").set_index("run_id")
     return table.dropna(axis=1, how="all"), pd.DataFrame(windows).T.reindex(table.index).dropna(how="all")
@@ -77,7 +83,7 @@ def spread(found: Estimate, form: str) -> str:
 def _cell(row: pd.Series, metric: str, form: str) -> str:
     if metric not in row or pd.isna(row[metric]):
         return ""
-    return spread(Estimate(row[metric], row.get(f"{metric}_low"), row.get(f"{metric}_high")), form)
+    return spread(Estimate(row[metric], *(row.get(f"{metric}_{end}", np.nan) for end in ("low", "high"))), form)
 
 
 def markdown(table: pd.DataFrame, windows: pd.DataFrame) -> str:
