@@ -252,7 +252,10 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="SETTING", help="which runs, as model.name=smollm2")
     parser.add_argument("--out", type=Path, required=True, help="path of the two files without their ending")
     arguments = parser.parse_intermixed_args()
-    found = table(read(arguments.outputs, arguments.overrides))
+    runs = read(arguments.outputs, arguments.overrides)
+    if not runs:
+        parser.error(f"no finished run in {arguments.outputs} fits: give fewer settings, or measure first")
+    found = table(runs)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     found.to_csv(arguments.out.with_suffix(".csv"), index=False, float_format="%.6g")
     arguments.out.with_suffix(".md").write_text(markdown(found) + "\n")
