@@ -23,12 +23,23 @@ METRICS = (
 )  # fmt: skip
 PARAMS = (
     "model.name", "document.name", "document.title", "document.tokens", "document.count", "method.name",
-    "storage.name", "storage.ratio", "storage.layers", "budget.ratio", "backend.dtype",
+    "storage.name", "storage.ratio", "storage.layers", "budget.ratio", "budget.allocation",
+    "backend.dtype",
 )  # fmt: skip
 TAGS = ("hash.model", "hash.code")
-WHAT = ["model", "text", "tokens", "count", "method", "storage", "bases, MB", "asked"]  # tells a run from another
+WHAT = [  # tells a run from another
+    "model",
+    "text",
+    "tokens",
+    "count",
+    "method",
+    "allocation",
+    "storage",
+    "bases, MB",
+    "asked",
+]  # tells a run from another
 NAMES = {"model.name": "model", "document.tokens": "tokens", "document.count": "count", "method.name": "method",
-         "storage.name": "storage", "memory/bases_mb": "bases, MB"}  # fmt: skip
+         "budget.allocation": "allocation", "storage.name": "storage", "memory/bases_mb": "bases, MB"}  # fmt: skip
 CODER = "spectral"
 
 
@@ -90,7 +101,7 @@ def markdown(table: pd.DataFrame, windows: pd.DataFrame) -> str:
     """What predicts and what is found, by model and text, by falling bytes."""
     lines = []
     for run, row in table.sort_values(["model", "text", "tokens", "smaller"], kind="stable").iterrows():
-        line = {name: row[name] for name in ("model", "text", "tokens", "count", "method", "storage")}
+        line = {name: row[name] for name in ("model", "text", "tokens", "count", "method", "allocation", "storage")}
         line["full / cache"] = f"{row['smaller']:.2f}"
         line["KL"], line["ND-PPL"] = _cell(row, "ppl/kl", "{:.4f}"), _cell(row, "ppl/nd", "{:.3f}")
         line["recall"], line["full recall"] = (
@@ -101,7 +112,7 @@ def markdown(table: pd.DataFrame, windows: pd.DataFrame) -> str:
         line["KL - half of the best rival's"] = line["best rival"] = ""
         if run in windows.index and row["storage"].startswith(CODER) and (other := rival(run, table, windows)):
             line["KL - half of the best rival's"] = spread(paired(windows.loc[run], windows.loc[other] / 2), "{:.4f}")
-            line["best rival"] = f"{table.loc[other, 'method']}, {table.loc[other, 'storage']}"
+            line["best rival"] = ", ".join(table.loc[other, ["method", "allocation", "storage"]])
         lines.append(line)
     found = pd.DataFrame(lines)
     return found.loc[:, (found != "").any()].to_markdown(index=False, disable_numparse=True)
