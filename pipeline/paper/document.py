@@ -1,6 +1,5 @@
 """The document: tables, figures, claims and their origin, written to a folder."""
 
-import io
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipeline.paper import published, recency
 from pipeline.paper.claims import CONTRADICTED, SUPPORTED, UNDECIDED, Verdict, claims, judge
+from pipeline.paper.drawing import Drawn, draw
 from pipeline.paper.latex import latex, latex_text
 from pipeline.paper.measured import MeasuredSection
 from pipeline.paper.models import ModelResults, OverModels, runs_table
@@ -21,14 +21,6 @@ from pipeline.paper.report import page
 from pipeline.paper.tables import TABLES, Table
 
 TITLE = "SpectralKV, measured again"
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A figure in the document."""
-
-    name: str
-    caption: str
 
 
 @dataclass(frozen=True)
@@ -80,28 +72,6 @@ def _clean(value: object) -> object:
     if isinstance(value, (float, np.floating)):
         return float(value) if np.isfinite(value) else None
     return int(value) if isinstance(value, np.integer) else value
-
-
-def draw(sections: list[MeasuredSection], folder: Path) -> dict[str, list[Drawn]]:
-    """Draw the figures of the sections that are not withheld, as PNG and SVG; what stands in which section."""
-    import matplotlib.pyplot as plt
-
-    from pipeline.paper.figures import FIGURES, STYLE
-    from pipeline.paper.hover import titled
-
-    there = {section.experiment: section for section in sections if not section.withheld}
-    drawn: dict[str, list[Drawn]] = {}
-    with plt.style.context(STYLE):
-        for name, (function, experiment, caption) in FIGURES.items():
-            if (figure := function(there)) is not None:
-                figure.savefig(folder / f"{name}.png", metadata={"Software": None})
-                figure.set_layout_engine("none")  # the layout stays; it need not be found again
-                drawing = io.StringIO()
-                figure.savefig(drawing, format="svg", metadata={"Date": None})
-                (folder / f"{name}.svg").write_text(titled(drawing.getvalue()), encoding="utf-8")
-                plt.close(figure)
-                drawn.setdefault(experiment, []).append(Drawn(name, caption))
-    return drawn
 
 
 @dataclass(frozen=True)
@@ -260,15 +230,15 @@ def write(
     Parameters
     ----------
     folder : Path
-        Its `tables` and `figures` are made anew.
+        Its `tables` are made anew, and its `figures` where they would be others.
     over : OverModels, optional
         A section over several models, of which `sections` are the first one's.
     """
     for sub in ("tables", "figures"):
         (folder / sub).mkdir(parents=True, exist_ok=True)
-        for old in (folder / sub).iterdir():
-            old.unlink()
-    drawn = draw(sections, folder / "figures")
+    for old in (folder / "tables").iterdir():
+        old.unlink()
+    drawn = draw(sections, folder / "figures", folder / "drawn.json")
     shown = [
         Shown(
             section.experiment, section.title, len(section.runs), section.counts, portable(section.command),

@@ -1,18 +1,16 @@
 """Figures of the document; a method looks the same in all of them."""
 
 from collections.abc import Callable
-from functools import cache
-from importlib.resources import files
 
 import matplotlib
 import numpy as np
 import pandas as pd
-import yaml
 
 from pipeline.paper import recency
 from pipeline.paper.finished import FinishedRun
 from pipeline.paper.hover import say, say_cells
 from pipeline.paper.measured import MeasuredSection
+from pipeline.paper.palette import look
 from pipeline.paper.tables import coded, smaller
 from pipeline.show.summary import spread
 from pipeline.statistics import Estimate, differences, estimate, kendall
@@ -35,17 +33,6 @@ STYLE = {
     "svg.fonttype": "none",
 }
 MAPPED = ("fourier", "wavelet", "wavelet_fourier", "wavelet_tri", "tri", "streaming")  # of the maps: methods that prune
-
-
-@cache
-def palette() -> dict[str, dict[str, str]]:
-    """Colour and marker of every method."""
-    return yaml.safe_load(files("pipeline.paper").joinpath("palette.yaml").read_text(encoding="utf-8"))
-
-
-def look(method: str) -> dict[str, str]:
-    """How a method is drawn; one that the palette lacks is grey."""
-    return palette().get(method, {"color": "#999999", "marker": "."})
 
 
 def _line(axes: Axes, run: FinishedRun, x: list[float], values: list[Estimate], at: str) -> None:

@@ -56,9 +56,14 @@ class FinishedRun:
         return self.title if variant in ("", "default") else f"{self.title} ({variant})"
 
     @cached_property
+    def text(self) -> str:
+        """The tidy rows as JSON."""
+        return self.read_rows()
+
+    @cached_property
     def rows(self) -> pd.DataFrame:
         """Tidy rows, every coordinate and the value a number, NaN where a coordinate does not apply."""
-        table = json.loads(self.read_rows())
+        table = json.loads(self.text)
         frame = pd.DataFrame(table["data"], columns=table["columns"]).reindex(columns=[*COORDINATES, "metric"])
         return frame.assign(**{name: pd.to_numeric(frame[name]) for name in COORDINATES})
 

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 import numpy as np
-from matplotlib.artist import Artist
-from matplotlib.axes import Axes
-from matplotlib.collections import PolyCollection
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
 
 SVG, LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 SAID = "said:"  # begins the id by which matplotlib carries the words into the SVG
@@ -17,12 +19,12 @@ ElementTree.register_namespace("", SVG)
 ElementTree.register_namespace("xlink", LINK)
 
 
-def say(artist: Artist, words: str | Sequence[str]) -> None:
+def say(artist: "Artist", words: str | Sequence[str]) -> None:
     """Words for an artist as a whole, or one string for every mark of it, in the order of its data."""
     artist.set_gid(SAID + json.dumps(words if isinstance(words, str) else list(words)))
 
 
-def say_cells(axes: Axes, x: Sequence[float], y: Sequence[float], words: np.ndarray) -> None:
+def say_cells(axes: "Axes", x: Sequence[float], y: Sequence[float], words: np.ndarray) -> None:
     """Words for the cells of a picture, which are one image in the SVG: invisible rectangles lie over it.
 
     Parameters
@@ -30,6 +32,8 @@ def say_cells(axes: Axes, x: Sequence[float], y: Sequence[float], words: np.ndar
     x, y : edges of the columns and of the lines, in the coordinates of the axes
     words : np.ndarray of str, [lines, columns]
     """
+    from matplotlib.collections import PolyCollection  # the page, which reads drawings alone, needs none of it
+
     corners = [
         [(left, low), (right, low), (right, high), (left, high)]
         for low, high in pairwise(y)

@@ -16,6 +16,7 @@ from pipeline.paper import published
 from pipeline.paper.claims import claims, needs
 from pipeline.paper.finished import FinishedRun
 from pipeline.paper.hover import inline
+from pipeline.paper.palette import look
 from pipeline.paper.provenance import by_choice, traced
 from pipeline.paper.table import MISSING, Table
 
@@ -205,6 +206,4 @@ def _lines(document: "Document") -> list[dict[str, str]]:
 
 def _colours(document: "Document") -> dict[str, str]:
     """The colour of every method by its title, as in the figures."""
-    from pipeline.paper.figures import look
-
     return {run.title: look(run.method)["color"] for section in document.measured for run in section.runs}

@@ -137,7 +137,7 @@ def test_with_fewer_documents_than_asked_for_there_is_no_table(store, tmp_path, 
     placements = Placements(tmp_path / "placements.json")
     (section,) = measure(plan(["paper"], store, tmp_path / "compositions.json"), placements, print)[0]
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.paper.document.draw", lambda sections, folder: {})  # takes seconds
+        patch.setattr("pipeline.paper.document.draw", lambda sections, folder, memory: {})  # takes seconds
         whole = write([section], Origin("m", "d", "s", "c"), tmp_path / "whole")
     assert whole.excerpt().startswith("**None of the 5 published methods that prune beats keeping the latest tokens")
     assert "| Key finding 1" in whole.excerpt() and "###" not in whole.excerpt()  # tables have a document of their own
@@ -172,7 +172,7 @@ def test_two_models_side_by_side(store, record, folder, tmp_path, monkeypatch, c
         return plan(experiments, [*store, f"model.name={name}", f"seed={int(name == 'second')}"], memory, full)
 
     monkeypatch.setattr("pipeline.paper.__main__.plan", stand_in)
-    monkeypatch.setattr("pipeline.paper.document.draw", lambda sections, folder: {})  # takes seconds
+    monkeypatch.setattr("pipeline.paper.document.draw", lambda sections, folder, memory: {})  # takes seconds
     command = ["pipeline.paper", "--sections", "paper", "--models", "first,second", "--results", str(tmp_path / "both")]
     monkeypatch.setattr("sys.argv", [*command, *general])
     main()

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipeline.paper.figures import look, palette
+from pipeline.paper.palette import look, palette
 from pipeline.settings.folders import conf_dir
 
 
