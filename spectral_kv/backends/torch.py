@@ -284,13 +284,14 @@ class TorchBackend:
             contents = [tuple(x.repeat(batch, 1, 1, 1) for x in pair) for pair in contents]
         stored = [storage.store(*pair, index) for index, pair in enumerate(contents)]
         if kept is not None:
-            positions = np.empty(kept.shape, dtype=np.int64)
+            host = torch.empty(kept.shape, dtype=torch.int64, pin_memory=kept.is_cuda)  # pages that are there
+            positions = host.numpy()
         layers = [
             CompressedLayer(one, self.cache_dtype, len(prefill.tokens), own)
             for one, own in zip(stored, positions, strict=True)
         ]
         if kept is not None:
-            torch.from_numpy(positions).copy_(kept)  # one question to the device, when all else is done
+            host.copy_(kept)  # one question to the device, when all else is done
         return CompressedCache(layers, batch)
 
     def _compress_runs(
