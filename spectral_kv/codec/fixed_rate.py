@@ -104,6 +104,9 @@ class FixedRate:
             rotation = haar(c.stop - c.start, (c.stop - c.start, c.bits))
             self.analysis[:, part] = analysis[:, part] / deviations[part] @ rotation.T
             self.synthesis[part] = rotation @ (deviations[part, None] * synthesis[part])
+        self.class_of = np.repeat(np.arange(len(self.classes)), [c.stop - c.start for c in self.classes])
+        self.table_of = self.class_of * (2 * RANGE * CELLS)
+        self.tables = np.concatenate([np.zeros(0, dtype=np.uint8), *(cells(c.bits) for c in self.classes)])
 
     @property
     def token_bytes(self) -> int:
@@ -114,17 +117,15 @@ class FixedRate:
         """Code tokens `[..., tokens, columns]`, every token on its own."""
         xp = namespace(x)
         y = xp.matmul(float32(x) - constant(self.mean, x), constant(self.analysis, x))
-        packed, gains = [], []
-        for c in self.classes:
-            part = y[..., c.start : c.stop]
-            power = xp.mean(part**2, axis=-1, keepdims=True)
-            gain = xp.clip(xp.round(0.5 * OCTAVE * xp.log2(xp.clip(power, 1e-30, None))) + ZERO, 0, 255)
-            cell = xp.floor((part / 2.0 ** ((gain - ZERO) / OCTAVE) + RANGE) * CELLS)
-            cell = xp.astype(xp.clip(cell, 0, 2 * RANGE * CELLS - 1), xp.int64)
-            codes = xp.reshape(xp.take(constant(cells(c.bits), x), xp.reshape(cell, (-1,)), axis=0), cell.shape)
-            packed.append(pack(codes, c.bits))
-            gains.append(xp.astype(gain, xp.uint8))
-        return Codes(xp.concat(packed, axis=-1), xp.concat(gains, axis=-1))
+        powers = [xp.mean(y[..., c.start : c.stop] ** 2, axis=-1, keepdims=True) for c in self.classes]
+        gain = xp.round(0.5 * OCTAVE * xp.log2(xp.clip(xp.concat(powers, axis=-1), 1e-30, None))) + ZERO
+        gain = xp.clip(gain, 0, 255)  # all classes at once from here on: on a GPU every step costs its launch
+        scale = xp.take(2.0 ** ((gain - ZERO) / OCTAVE), constant(self.class_of, x), axis=-1)
+        cell = xp.clip(xp.floor((y / scale + RANGE) * CELLS), 0, 2 * RANGE * CELLS - 1)
+        at = xp.astype(cell, xp.int64) + constant(self.table_of, x)
+        codes = xp.reshape(xp.take(constant(self.tables, x), xp.reshape(at, (-1,)), axis=0), at.shape)
+        packed = [pack(codes[..., c.start : c.stop], c.bits) for c in self.classes]
+        return Codes(xp.concat(packed, axis=-1), xp.astype(gain, xp.uint8))
 
     def components(self, codes: Codes) -> Array:
         """Rotated components `[..., tokens, used]` that the codes stand for."""
