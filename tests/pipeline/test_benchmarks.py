@@ -5,9 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
-from benchmarks import decoding
+from benchmarks import codec_results, decoding
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,3 +35,22 @@ def test_decoding_refuses_sizes_without_anything_to_compare(monkeypatch, capsys,
     with pytest.raises(SystemExit):
         decoding.main()
     assert message in capsys.readouterr().err
+
+
+def test_the_best_rival_of_a_codec_has_its_bytes_and_its_windows():
+    about = ["model", "text", "tokens", "count", "method", "allocation", "storage", "smaller", "ppl/kl"]
+    rows = {
+        "coder": ["small", "novel", 4096, 10, "full", "uniform", "spectral", 8.0, 0.002],
+        "other coder": ["small", "novel", 4096, 10, "full", "uniform", "spectral_at_rest", 8.1, 0.001],
+        "larger": ["small", "novel", 4096, 10, "full", "uniform", "turboquant_3bit", 4.4, 0.003],
+        "worse": ["small", "novel", 4096, 10, "streaming", "uniform", "dense", 8.0, 0.3],
+        "best": ["small", "novel", 4096, 10, "streaming", "uniform", "turboquant_3bit", 8.4, 0.05],
+        "other text": ["small", "manual", 4096, 10, "streaming", "uniform", "turboquant_3bit", 8.0, 0.01],
+    }
+    table = pd.DataFrame(rows, index=about).T.infer_objects()
+    spread = np.linspace(0.9, 1.1, 10)
+    windows = pd.DataFrame({run: row[-1] * spread for run, row in rows.items()}).T
+    assert codec_results.rival("coder", table, windows) == "best"
+    line = next(x for x in codec_results.markdown(table, windows).splitlines() if "| spectral  " in x)
+    assert "-0.0230 [-0.02" in line  # .002 - .05 / 2, on the same windows
+    assert "streaming, uniform, turboquant_3bit" in line
