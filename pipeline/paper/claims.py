@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from importlib.resources import files
 
 import numpy as np
@@ -213,6 +214,7 @@ TESTS: dict[str, Callable[..., list[Evidence]]] = {
 }  # fmt: skip
 
 
+@cache
 def claims() -> list[dict]:
     """The claims as they are written in `claims.yaml`."""
     return yaml.safe_load(files("pipeline.paper").joinpath("claims.yaml").read_text(encoding="utf-8"))

@@ -15,6 +15,7 @@ from pipeline.job import NOT_IDENTITY, Job
 from pipeline.paper.finished import FinishedRun
 from pipeline.paper.placement import Placements
 from pipeline.paper.sections import Section
+from pipeline.paper.stored import Stored, finished
 from pipeline.phases.retrieval import LEAST_FULL_RECALL
 
 
@@ -72,28 +73,6 @@ class MeasuredSection:
             f"Withheld: the full cache itself finds {min(found):.2f} of what is asked for; below {LEAST_FULL_RECALL} "
             "the task tells more about the model than about a cache."
         )
-
-
-def finished(jobs: list[Job]) -> dict:
-    """The newest finished run of every identity in the store of the jobs; deleted runs are not among them."""
-    from pipeline.store import tracking
-
-    settings = jobs[0].settings
-    mlflow = tracking.connect(settings.tracking, settings.outputs)
-    found = mlflow.search_runs(
-        experiment_names=[settings.tracking.experiment],
-        filter_string="attributes.status = 'FINISHED'",
-        order_by=["attributes.start_time ASC"],
-        max_results=50_000,
-        output_format="list",
-    )
-    return {run.data.tags[tracking.CONFIGURATION]: run for run in found if tracking.CONFIGURATION in run.data.tags}
-
-
-def _rows_of(run) -> Callable[[], str]:
-    import mlflow
-
-    return lambda: mlflow.artifacts.load_text(f"{run.info.artifact_uri}/rows.json")
 
 
 def _one_of(processes: int) -> None:
@@ -168,7 +147,11 @@ def served(jobs: dict[str, Job]) -> dict[str, str]:
 
 
 def measure(
-    sections: list[Section], placements: Placements, say: Callable[[str], None], processes: int = 1
+    sections: list[Section],
+    placements: Placements,
+    say: Callable[[str], None],
+    processes: int = 1,
+    stored: Callable[[], dict[str, Stored]] | None = None,
 ) -> tuple[list[MeasuredSection], int]:
     """Measure what is missing; the sections with their runs, and how many runs are new.
 
@@ -180,6 +163,8 @@ def measure(
     ----------
     processes : int
         How many share the work, each with the model loaded. Speeds are timed by one alone.
+    stored : function, optional
+        Gives what the store of the jobs held before; by default it is read.
     """
     from pipeline.run import identity
 
@@ -197,7 +182,8 @@ def measure(
         serving = {i: run for i, run in served({i: job for i, (_, job) in jobs.items()}).items() if i in wanted}
         return {i: job for i, job in wanted.items() if i not in serving}, serving
 
-    there = finished(sections[0].jobs)
+    store = sections[0].jobs[0].settings
+    there = stored() if stored else finished(store.tracking, store.outputs)
     missing, serving = lacking()
     if missing:  # frameworks are needed anyway, and know where they compute
         placements.forget()
@@ -219,15 +205,15 @@ def measure(
             took = f"{result.metrics['time/total_s']:.1f} s"
             what = f"{section_of[id(job)]}: {result.title}{budget}, {result.storage}, {result.model}"
             say(f"{number}/{len(missing)} {what}: {took}")
-        there = finished(sections[0].jobs)
+        there = finished(store.tracking, store.outputs)
     measured = []
     for section in sections:
         runs = []
         for choice, job in zip(section.choices, section.jobs, strict=True):
             name = identity(job, placements.of(job.settings.backend))
             run = there[serving.get(name, name)]
-            count, metrics, tags = len(job.windows), dict(run.data.metrics), dict(run.data.tags)
-            runs.append(FinishedRun(run.info.run_id, choice, count, metrics, tags, _rows_of(run), run.info.start_time))
+            about = (run.run_id, choice, len(job.windows), run.metrics, run.tags)
+            runs.append(FinishedRun(*about, run.rows, run.started))
         about = (section.experiment, section.title, section.asked, section.narrowed)
         measured.append(MeasuredSection(*about, runs, section.taken))
     return measured, len(missing)
