@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.job import NOT_IDENTITY, Job
 from pipeline.paper.finished import FinishedRun
+from pipeline.paper.follow import follow
 from pipeline.paper.placement import Placements
 from pipeline.paper.sections import Section
 from pipeline.paper.stored import Stored, finished
@@ -76,9 +77,10 @@ class MeasuredSection:
 
 
 def _one_of(processes: int) -> None:
-    """Leave the other processes their cores: threads that wait for one another spin."""
+    """End with the process that shares its work, and leave others their cores: waiting threads spin."""
     import torch
 
+    follow()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
+from pipeline.paper.follow import follow
 from pipeline.settings.config import TrackingConfig
 from pipeline.store import tracking
 
@@ -62,6 +63,12 @@ def finished(settings: TrackingConfig, outputs: Path) -> dict[str, Stored]:
     }
 
 
+def _apart() -> None:
+    """End with the process that waits for this one, and not by Ctrl-C, which reaches all processes of a terminal."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    follow()
+
+
 @contextmanager
 def ahead(settings: TrackingConfig, outputs: Path, processes: int) -> Iterator[Callable[[], dict[str, Stored]]]:
     """What gives the finished runs of a store, which a process of its own begins to read at once.
@@ -74,8 +81,7 @@ def ahead(settings: TrackingConfig, outputs: Path, processes: int) -> Iterator[C
         yield partial(finished, settings, outputs)
         return
     context = multiprocessing.get_context("spawn")
-    # Ctrl-C reaches all processes of a terminal: this one is waited for
-    with ProcessPoolExecutor(1, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+    with ProcessPoolExecutor(1, context, _apart) as pool:
         reading = pool.submit(finished, settings, outputs)
 
         def read() -> dict[str, Stored]:

@@ -1,0 +1,54 @@
+"""A worker does not outlive the process that it works for, and closes its run first."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.paper.follow import PATIENCE
+
+POOL = """
+import multiprocessing, os, signal, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from pipeline.paper.follow import follow
+from pipeline.store.record import _signals
+
+def work(folder):
+    with _signals():
+        try:
+            open(f"{folder}/pid", "w").write(str(os.getpid()))
+            time.sleep(60)
+        except KeyboardInterrupt:
+            open(f"{folder}/closed", "w").close()
+            raise
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, follow) as pool:
+        pool.submit(work, sys.argv[1]).result()
+"""
+
+
+def wait_until(true, seconds: float = 30) -> bool:
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end:
+        time.sleep(0.05)
+    return true()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_worker_ends_with_its_parent(tmp_path, number):
+    (tmp_path / "pool.py").write_text(POOL)
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "pool.py"), str(tmp_path)], cwd=Path.cwd())
+    pid = tmp_path / "pid"
+    assert wait_until(lambda: pid.is_file() and pid.read_text())
+    worker = int(pid.read_text())
+    parent.send_signal(number)
+    parent.wait()
+    assert wait_until(lambda: not psutil.pid_exists(worker), PATIENCE + 20)
+    assert (tmp_path / "closed").is_file()
