@@ -17,6 +17,7 @@ from pipeline.job import prepare
 from pipeline.run import loaded
 from pipeline.settings.cli import reporting
 from pipeline.settings.compose import composed
+from pipeline.settings.errors import InputError
 from pipeline.stages.compress import compress
 from pipeline.stages.prefill import FullRun
 from spectral_kv.compressor import Compressor, SharedScores, observed
@@ -33,6 +34,8 @@ def measured(overrides: list[str]) -> pd.DataFrame:
     methods = settings.pop("method").split(",")
     shared = [f"{key}={value}" for key, value in settings.items()]
     jobs = [prepare(composed([*shared, f"method={method}"])) for method in methods]
+    if len(jobs[0].windows) < 2:
+        raise InputError(f"document.count={len(jobs[0].windows)}: the first document warms up, so write at least 2")
     _, backend = loaded(jobs[0].settings, jobs[0].checkpoint)
     seconds: dict[str, list[tuple[float, float]]] = {job.settings.method.title: [] for job in jobs}
     for index, window in enumerate(jobs[0].windows):
