@@ -8,6 +8,7 @@ all that is no transform coder and has its bytes within a tenth, bits by RoPE pa
 """
 
 import argparse
+import re
 from pathlib import Path
 
 import mlflow
@@ -115,7 +116,8 @@ def markdown(table: pd.DataFrame, windows: pd.DataFrame) -> str:
             line["best rival"] = ", ".join(table.loc[other, ["method", "allocation", "storage"]])
         lines.append(line)
     found = pd.DataFrame(lines)
-    return found.loc[:, (found != "").any()].to_markdown(index=False, disable_numparse=True)
+    shown = found.loc[:, (found != "").any()].to_markdown(index=False, disable_numparse=True)
+    return re.sub("-{4,}", "---", re.sub(" {2,}", " ", shown))
 
 
 def main() -> None:

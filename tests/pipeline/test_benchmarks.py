@@ -51,6 +51,6 @@ def test_the_best_rival_of_a_codec_has_its_bytes_and_its_windows():
     spread = np.linspace(0.9, 1.1, 10)
     windows = pd.DataFrame({run: row[-1] * spread for run, row in rows.items()}).T
     assert codec_results.rival("coder", table, windows) == "best"
-    line = next(x for x in codec_results.markdown(table, windows).splitlines() if "| spectral  " in x)
+    line = next(x for x in codec_results.markdown(table, windows).splitlines() if "| spectral |" in x)
     assert "-0.0230 [-0.02" in line  # .002 - .05 / 2, on the same windows
     assert "streaming, uniform, turboquant_3bit" in line
