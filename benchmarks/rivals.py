@@ -9,8 +9,9 @@ Nothing is measured: what the store lacks is not in the tables. Several stores m
 '/data/runs_*'; further arguments choose runs by their settings, as those of `python -m pipeline.compare --runs` do.
 Differences are means over documents, paired, with 95 % intervals: to StreamingLLM's uniform budget, of an allocation to
 the same method's uniform budget, and of a refit to the same tokens without one. Holm goes over all tests of one kind of
-difference on one model, of prediction (AOP, ND-PPL, KL) and of recall each. Tasks of which the full cache finds fewer
-than 60 % are left out of the tables, not of the CSV.
+difference on one model, of prediction (AOP, ND-PPL, KL) and of recall each. That a difference is within its margin
+(pipeline/paper/margins.yaml) is tested beside it by two one-sided tests, with a Holm of their own. Tasks of which the
+full cache finds fewer than 60 % are left out of the tables, not of the CSV.
 """
 
 import argparse
@@ -24,10 +25,10 @@ import numpy as np
 import pandas as pd
 
 from pipeline.paper.finished import FinishedRun
-from pipeline.paper.recency import RECENCY
+from pipeline.paper.recency import RECENCY, margins
 from pipeline.phases.retrieval import LEAST_FULL_RECALL
 from pipeline.show.summary import spread
-from pipeline.statistics import LEVEL, Estimate, differences, estimate, holm, p_value
+from pipeline.statistics import LEVEL, Estimate, differences, equivalence, estimate, holm, p_value
 from pipeline.store.search import chosen
 
 PREDICTION = {"aop/mean": ("AOP", "{:.3f}"), "ppl/nd": ("ND-PPL", "{:.3f}"), "ppl/kl": ("KL, nats", "{:.3f}")}
@@ -110,9 +111,11 @@ def table(runs: dict[Setting, tuple[FinishedRun, dict]]) -> pd.DataFrame:
                 by = estimate(values)
                 line |= {f"vs_{name}": by.mean, f"vs_{name}_low": by.low, f"vs_{name}_high": by.high}
                 line[f"vs_{name}_p"] = p_value(values)
+                if metric in margins():
+                    line[f"vs_{name}_equal_p"] = equivalence(values, margins()[metric]["margin"]).p
             line["full_recall"] = run.metrics.get("retrieval/full_recall", np.nan) if metric in RECALL else np.nan
             line |= {"run": run.run_id, "hash_document": run.tags["hash.document"], "code": run.tags["hash.code"]}
-            line |= {"hardware": run.tags.get("hardware", ""), "revision": run.tags.get("git.revision", "")}
+            line["hardware"] = run.tags.get("hardware", "")
             lines.append(line)
     return corrected(pd.DataFrame(lines))
 
@@ -127,20 +130,24 @@ def corrected(found: pd.DataFrame) -> pd.DataFrame:
         tested = found[found[f"vs_{name}"].notna() & known]
         for _, family in tested.groupby([tested["model"], kind[tested.index]]):
             found.loc[family.index, f"vs_{name}_holm"] = holm(family[f"vs_{name}_p"])
+            if f"vs_{name}_equal_p" in family and family[f"vs_{name}_equal_p"].notna().any():
+                found.loc[family.index, f"vs_{name}_equal_holm"] = holm(family[f"vs_{name}_equal_p"])
             found.loc[family.index, f"vs_{name}_tests"] = len(family)
     return found
 
 
 def said(line: pd.Series, against: str | None, pattern: str) -> str:
-    """A mean, or a difference to something, with its interval; * where Holm leaves it."""
+    """A mean, or a difference to something, with its interval; * where it differs, = where it is equal, after Holm."""
     name = "mean" if against is None else f"vs_{against}"
     low, high = ("low", "high") if against is None else (f"{name}_low", f"{name}_high")
     if pd.isna(line.get(name)):
         return "-"
     pattern = pattern if against is None else pattern.replace("{:", "{:+")
     text = spread(Estimate(line[name], line[low], line[high]), pattern)
-    decided = f"vs_{against or ('streaming' if line['refit'] == 'none' else 'no_refit')}_holm"
-    return text + (" *" if line.get(decided, 1.0) <= LEVEL else "")
+    tested = f"vs_{against or ('streaming' if line['refit'] == 'none' else 'no_refit')}"
+    if line.get(f"{tested}_holm", 1.0) <= LEVEL:
+        return text + " *"
+    return text + (" =" if line.get(f"{tested}_equal_holm", 1.0) <= LEVEL else "")
 
 
 def wide(of: pd.DataFrame, across: str, order: tuple[str, ...], against: str | None, pattern: str) -> str:
@@ -166,7 +173,8 @@ def predicted(of: pd.DataFrame) -> list[str]:
         f"{first['document']}, {first['hardware']}",
         "",
         "* differs from StreamingLLM's uniform budget, or where a difference is printed from what it is a difference "
-        f"to, after Holm ({count:.0f} tests beside StreamingLLM"
+        "to; = lies within the margin (pipeline/paper/margins.yaml) by two one-sided tests; both after Holm "
+        f"({count:.0f} tests beside StreamingLLM"
         + (f", {of['vs_uniform_tests'].max():.0f} beside uniform budgets)." if "vs_uniform_tests" in of else ")."),
         "",
     ]

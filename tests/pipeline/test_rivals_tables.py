@@ -51,6 +51,21 @@ def test_differences_are_paired_and_holm_goes_over_a_model(runs):
     assert found[(found.model == "other") & (found.metric == "retrieval/recall")].vs_streaming_holm.isna().all()
 
 
+def test_what_is_within_its_margin_is_equal(runs):
+    uniform = next(
+        s for s in runs if s.method == "kvzip" and s.allocation == "uniform" and s.place[:2] == ("one", "pydoc")
+    )
+    near = runs[uniform][0].documents["ppl/kl"].to_numpy() + NOISE / 100
+    layer = Setting(uniform.place, "kvzip", "1", "layer", "none")
+    runs[layer] = finished("ppl/kl", near, title="Kvzip"), runs[uniform][1]
+    found = table(runs)
+    line = found[(found.allocation == "layer") & (found.metric == "ppl/kl")].iloc[0]
+    assert (
+        line.vs_uniform_equal_holm == pytest.approx(2 * line.vs_uniform_equal_p) and line.vs_uniform_equal_holm < 0.05
+    )
+    assert any(x.split("|")[2].strip().endswith("=") for x in markdown(found).splitlines() if x.startswith("| Kvzip "))
+
+
 def test_what_is_decided_has_a_star_and_what_the_model_fails_no_table(runs):
     text = markdown(table(runs))
     _, _, uniform, shared_out, _ = next(x for x in text.splitlines() if x.startswith("| Kvzip ")).split("|")
