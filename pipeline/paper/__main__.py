@@ -73,8 +73,8 @@ def regenerate(
     outputs = Path(where.outputs).resolve()
     folder = outputs / "paper"
     chosen = [[f"model={model}", *overrides] for model in models] if models else [overrides]
-    with ahead(typed(TrackingConfig, where.tracking, "tracking"), outputs, processes) as stored:
-        planned = [plan(experiments, own, folder / "compositions.json", full, processes) for own in chosen]
+    with ahead(typed(TrackingConfig, where.tracking, "tracking"), outputs, processes) as (stored, other):
+        planned = [plan(experiments, own, folder / "compositions.json", full, processes, other) for own in chosen]
         from pipeline.paper.document import judged, tally, write, write_results
         from pipeline.paper.measured import measure
         from pipeline.paper.models import ModelResults, over_models

@@ -5,7 +5,7 @@ import json
 import multiprocessing
 import shlex
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -181,12 +181,13 @@ def _conf_hash() -> str:
 
 
 def plan(
-    experiments: list[str], overrides: list[str], memory: Path, full: bool = False, processes: int = 1
-) -> list[Section]:
+    experiments: list[str], overrides: list[str], memory: Path, full: bool = False, processes: int = 1,
+    other: Executor | None = None,
+) -> list[Section]:  # fmt: skip
     """The jobs of the sections, each checked; of whole experiments if `full`.
 
     Hydra takes 80 ms and more to compose a job, so that `processes` share the sections, and what was composed is
-    remembered in the file `memory`, as long as no configuration file changes.
+    remembered in the file `memory`, as long as no configuration file changes. The `other` process helps to check jobs.
 
     Raises
     ------
@@ -220,7 +221,22 @@ def plan(
     memory.parent.mkdir(parents=True, exist_ok=True)
     memory.write_text(json.dumps(remembered))
     counted = any(o.startswith("document.count=") for o in overrides)
-    return [_prepared(name, section, fewest=None if counted else FEWEST) for name, section in found.items()]
+    fewest = None if counted else FEWEST
+    # the other one begins at the end, and what it has not come to by then is checked here
+    theirs = {name: other.submit(_prepared_there, name, found[name], fewest) for name in reversed(found) if other}
+    return [
+        theirs[name].result() if other and not theirs[name].cancel() else _prepared(name, section, fewest)
+        for name, section in found.items()
+    ]
+
+
+def _prepared_there(name: str, section: dict, fewest: int | None) -> Section:
+    """`_prepared` in another process."""
+    register_resolvers()
+    try:
+        return _prepared(name, section, fewest)
+    except TooFewWindows as error:  # which says more than can be sent
+        raise InputError(str(error)) from None
 
 
 def _prepared(name: str, section: dict, fewest: int | None) -> Section:

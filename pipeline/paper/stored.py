@@ -3,7 +3,7 @@
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -70,23 +70,28 @@ def _apart() -> None:
 
 
 @contextmanager
-def ahead(settings: TrackingConfig, outputs: Path, processes: int) -> Iterator[Callable[[], dict[str, Stored]]]:
-    """What gives the finished runs of a store, which a process of its own begins to read at once.
+def ahead(
+    settings: TrackingConfig, outputs: Path, processes: int
+) -> Iterator[tuple[Callable[[], dict[str, Stored]], Executor | None]]:
+    """What gives the finished runs of a store, which a process of its own begins to read at once, and that process.
 
     Importing MLflow and opening a store takes seconds. With one process, or where there is no store to read yet, it is
-    read when it is asked for.
+    read when it is asked for. The process takes other work until then, and ends.
     """
     file = tracking.database(settings, outputs)
     if processes < 2 or (file is not None and not file.is_file()):
-        yield partial(finished, settings, outputs)
+        yield partial(finished, settings, outputs), None
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, _apart) as pool:
-        reading = pool.submit(finished, settings, outputs)
+    pool = ProcessPoolExecutor(1, context, _apart)
+    reading = pool.submit(finished, settings, outputs)
 
-        def read() -> dict[str, Stored]:
-            found = reading.result()
-            pool.shutdown()  # measuring may take hours
-            return found
+    def read() -> dict[str, Stored]:
+        found = reading.result()
+        pool.shutdown()  # measuring may take hours
+        return found
 
-        yield read
+    try:
+        yield read, pool
+    finally:
+        pool.shutdown(cancel_futures=True)

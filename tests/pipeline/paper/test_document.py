@@ -166,7 +166,7 @@ def test_two_models_side_by_side(store, record, folder, tmp_path, monkeypatch, c
     record([*store, "seed=1"], other)
     general = [o for o in store if not o.startswith("model")]
 
-    def stand_in(experiments: list[str], overrides: list[str], memory: Path, full: bool = False, processes: int = 1):
+    def stand_in(experiments: list[str], overrides: list[str], memory: Path, full: bool, *shared):
         name = overrides[0].removeprefix("model=")
         assert overrides[1:] == general
         return plan(experiments, [*store, f"model.name={name}", f"seed={int(name == 'second')}"], memory, full)

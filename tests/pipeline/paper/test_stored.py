@@ -1,5 +1,7 @@
 """What the store holds, read in time: the same by whichever process, and never before there is one."""
 
+import os
+
 import pytest
 
 from pipeline.paper.stored import Stored, ahead, finished
@@ -46,17 +48,20 @@ def test_without_a_store_or_processes_it_is_read_when_it_is_asked_for(outputs, t
     read = []
     monkeypatch.setattr("pipeline.paper.stored.finished", lambda *about: read.append(about) or {})
     folder = outputs if processes == 1 else tmp_path
-    with ahead(SETTINGS, folder, processes) as stored:
-        assert not read
+    with ahead(SETTINGS, folder, processes) as (stored, other):
+        assert not read and other is None
         assert stored() == {} and read == [(SETTINGS, folder)]
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
 def test_another_process_finds_the_same(outputs, tmp_path):
-    with ahead(SETTINGS, outputs, 2) as stored:
+    with ahead(SETTINGS, outputs, 2) as (stored, other):
+        assert other.submit(os.getpid).result() != os.getpid()
         found = stored()
+        with pytest.raises(RuntimeError, match="after shutdown"):  # nothing is left in memory
+            other.submit(os.getpid)
     assert found == finished(SETTINGS, outputs) and len(found) == 2
     (tmp_path / "mlflow.db").write_text("no database")
-    with ahead(SETTINGS, tmp_path, 2) as stored, pytest.raises(InputError, match=r"mlflow\.db can't be used"):
+    with ahead(SETTINGS, tmp_path, 2) as (stored, _), pytest.raises(InputError, match=r"mlflow\.db can't be used"):
         stored()
