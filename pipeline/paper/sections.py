@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pipeline.documents.base import TooFewWindows
 from pipeline.job import Job, prepare
+from pipeline.paper.follow import follow
 from pipeline.settings.compose import composed, spelled_out, sweep
 from pipeline.settings.errors import InputError
 from pipeline.settings.folders import PACKAGE, conf_dir, register_resolvers
@@ -166,7 +167,7 @@ def _each_composed(asked: list[tuple[str, list[str], list[str]]], processes: int
         return [_composed(*one) for one in asked]
     # Hydra keeps state of the process, and frameworks may have started threads: nothing is forked
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(asked)), context, register_resolvers) as pool:
+    with ProcessPoolExecutor(min(processes, len(asked)), context, follow) as pool:
         return list(pool.map(_composed, *zip(*asked, strict=True)))
 
 
@@ -175,7 +176,7 @@ def _conf_hash() -> str:
     digest = hashlib.sha256(f"{version('hydra-core')} {version('omegaconf')} {PACKAGE}".encode())
     for path in sorted(Path(conf_dir()).rglob("*.yaml")):
         digest.update(str(path).encode() + path.read_bytes())
-    for path in (Path(__file__), Path(__file__).parent / "sections.yaml"):
+    for path in (Path(__file__), Path(__file__).parent / "sections.yaml", PACKAGE / "settings" / "compose.py"):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

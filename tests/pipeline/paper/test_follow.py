@@ -52,3 +52,22 @@ def test_a_worker_ends_with_its_parent(tmp_path, number):
     parent.wait()
     assert wait_until(lambda: not psutil.pid_exists(worker), PATIENCE + 20)
     assert (tmp_path / "closed").is_file()
+
+
+@pytest.mark.faults
+def test_what_composes_the_sections_ends_with_the_command(tmp_path):
+    command = ["-m", "pipeline.paper", "--sections", "seeds,budgets", "--processes", "2", f"outputs={tmp_path}"]
+    parent = subprocess.Popen([sys.executable, *command, "model=synthetic"], cwd=Path.cwd())
+
+    def composing() -> list[psutil.Process]:
+        return [p for p in psutil.Process(parent.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+
+    assert wait_until(lambda: len(composing()) == 2)
+    workers = composing()
+    parent.kill()
+    parent.wait()
+    try:
+        assert wait_until(lambda: not any(worker.is_running() for worker in workers))
+    finally:
+        for worker in (worker for worker in workers if worker.is_running()):
+            worker.kill()

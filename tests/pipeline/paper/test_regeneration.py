@@ -178,6 +178,19 @@ def test_what_was_composed_is_remembered_until_a_configuration_changes(settings,
     assert calls
 
 
+def test_another_way_of_composing_is_not_taken_for_the_remembered_one(tmp_path, monkeypatch):
+    from pipeline.paper import sections
+
+    (tmp_path / "settings").mkdir()
+    source = tmp_path / "settings" / "compose.py"
+    monkeypatch.setattr(sections, "PACKAGE", tmp_path)
+    source.write_text("one")
+    first = sections._conf_hash()
+    assert sections._conf_hash() == first
+    source.write_text("another")
+    assert sections._conf_hash() != first
+
+
 @pytest.mark.slow
 def test_sections_composed_by_several_processes_are_the_same(settings, tmp_path):
     memories = [tmp_path / "one.json", tmp_path / "three.json"]
