@@ -52,6 +52,23 @@ def test_scales_follow_tokens_far_from_the_calibration(block, coder):
     assert relative < 1.1 * near
 
 
+def test_every_class_follows_a_scale_of_its_own(block, coder):
+    """Also where it alone is far from the calibration; a class of 1 bit, which says signs alone, would not notice."""
+    found, x = block
+    components = (x - found.mean) @ found.analysis
+
+    def relative(y: np.ndarray) -> list[float]:
+        far = found.mean + y @ found.synthesis
+        error = (coder[0].decode(coder[0].encode(far)) - far) @ found.analysis
+        return [(error[:, c.start : c.stop] ** 2).sum() / (y[:, c.start : c.stop] ** 2).sum() for c in coder[0].classes]
+
+    near = relative(components)
+    second = coder[0].classes[1]
+    assert second.bits > 1
+    components[:, second.start : second.stop] *= 30
+    assert relative(components)[:2] == pytest.approx(near[:2], rel=0.1)
+
+
 @pytest.mark.parametrize("framework", ["torch", "mlx"])
 def test_parity_of_frameworks(block, coder, framework):
     x = block[1]

@@ -126,6 +126,23 @@ def test_heads_of_different_numbers_of_tokens_say_what_the_eager_path_says(torch
                 torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
 
 
+def test_every_layer_has_room_for_the_longest_of_its_own_heads(torch_backend, prefilled):
+    """Buffers of a short layer are not taken by a longer one, whatever the longest layer has."""
+    engine = Engine(torch_backend.model, blocks=False)
+    rows = [[[8, 9], [30, 40]], [[30, 40], [8, 9]]]  # of either cache, layer and head
+    lengths = [[[torch.arange(n, device=WHERE) for n in heads] for heads in cache] for cache in rows]
+    one, other = (torch_backend.compress(prefilled, kept, Dense()) for kept in lengths)
+    held = engine.held(one.layers, 5)
+    short, long = (row.keys.shape[-2] for row in held.rows)
+    assert (short - 9, long) == (long - 40, held.capacity)
+    del one
+    assert held.free and not held.suits(other.layers, held.capacity - 40)
+    decoded(engine, other, 5, held.capacity - 40)
+    assert not any(
+        row.keys.shape[-2] < layer.held for row, layer in zip(engine._held[0].rows, other.layers, strict=True)
+    )
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 def test_it_goes_on_after_an_eviction_and_after_tokens_that_were_fed_eagerly(torch_backend, engine, prefilled, storage):
     caches = [torch_backend.compress(prefilled, None, STORAGES[storage]) for _ in range(2)]
