@@ -225,6 +225,7 @@ def refitted(of: pd.DataFrame) -> list[str]:
         f"{first['document']}, {first['hardware']}; * differs from no refit after Holm over {count:.0f} tests",
         "",
     ]
+    of = of.drop(columns=[name for name in of if name.startswith("vs_streaming")])
     of = of.assign(method=of["method"] + ", " + of["allocation"])
     for metric, (label, pattern) in {**PREDICTION, **FURTHER}.items():
         own = of[of["metric"] == metric]
