@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.paper.tables import NEAR
+from pipeline.show.summary import spread
 from pipeline.statistics import Estimate, paired, per_document
 
 METRICS = (
@@ -24,21 +25,14 @@ METRICS = (
 )  # fmt: skip
 PARAMS = (
     "model.name", "document.name", "document.title", "document.tokens", "document.count", "method.name",
-    "storage.name", "storage.ratio", "storage.layers", "budget.ratio", "budget.allocation",
-    "backend.dtype",
+    "document.continuation", "storage.name", "storage.ratio", "storage.layers", "budget.ratio", "budget.allocation",
+    "budget.resolved", "backend.dtype",
 )  # fmt: skip
 TAGS = ("hash.model", "hash.code")
 WHAT = [  # tells a run from another
-    "model",
-    "text",
-    "tokens",
-    "count",
-    "method",
-    "allocation",
-    "storage",
-    "bases, MB",
-    "asked",
-]  # tells a run from another
+    "model", "text", "tokens", "document.continuation", "count", "method", "allocation", "budget.resolved", "storage",
+    "bases, MB", "asked", "backend.dtype",
+]  # fmt: skip
 NAMES = {"model.name": "model", "document.tokens": "tokens", "document.count": "count", "method.name": "method",
          "budget.allocation": "allocation", "storage.name": "storage", "memory/bases_mb": "bases, MB"}  # fmt: skip
 CODER = "spectral"
@@ -87,11 +81,6 @@ def rival(run: str, table: pd.DataFrame, windows: pd.DataFrame) -> str | None:
     return None if others.empty else others["ppl/kl"].idxmin()
 
 
-def spread(found: Estimate, form: str) -> str:
-    interval = f" [{form}, {form}]".format(found.low, found.high) if found.low < found.high else ""
-    return form.format(found.mean) + interval
-
-
 def _cell(row: pd.Series, metric: str, form: str) -> str:
     if metric not in row or pd.isna(row[metric]):
         return ""
@@ -125,6 +114,8 @@ def main() -> None:
     parser.add_argument("stores", type=Path, nargs="+", help="databases, such as outputs/mlflow.db")
     parser.add_argument("--out", type=Path, required=True, help="path of the files without their ending")
     arguments = parser.parse_args()
+    if missing := [store for store in arguments.stores if not store.is_file()]:  # MLflow would make one
+        parser.error(f"{missing[0]} is no file: name databases, such as outputs/mlflow.db")
     table, windows = collected(arguments.stores)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(arguments.out.with_suffix(".csv"), float_format="%.6g")

@@ -54,3 +54,26 @@ def test_the_best_rival_of_a_codec_has_its_bytes_and_its_windows():
     line = next(x for x in codec_results.markdown(table, windows).splitlines() if "| spectral |" in x)
     assert "-0.0230 [-0.02" in line  # .002 - .05 / 2, on the same windows
     assert "streaming, uniform, turboquant_3bit" in line
+
+
+def test_tables_of_a_codec_make_no_store_where_there_is_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["codec_results", str(tmp_path / "mlflow.db"), "--out", str(tmp_path / "codec")])
+    with pytest.raises(SystemExit):
+        codec_results.main()
+    assert "mlflow.db is no file" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_runs_of_a_codec_with_other_settings_stay_apart_and_the_newest_of_the_same_counts(monkeypatch, tmp_path):
+    about = {
+        "model.name": "small", "document.name": "novel", "document.tokens": "4096", "document.continuation": "257",
+        "document.count": "10", "method.name": "streaming", "budget.allocation": "uniform", "budget.resolved": "512",
+        "storage.name": "dense", "storage.ratio": "None", "budget.ratio": "None", "backend.dtype": "float32",
+    }  # fmt: skip
+    other = {"budget.resolved": "1024", "document.continuation": "641", "backend.dtype": "bfloat16"}
+    runs = [about, about, *({**about, name: value} for name, value in other.items())]
+    found = pd.DataFrame([{f"params.{name}": value for name, value in run.items()} for run in runs])
+    found = found.assign(run_id=list("abcde"), start_time=range(5), artifact_uri="", **{"metrics.memory/ratio": 8.0})
+    monkeypatch.setattr(codec_results.mlflow, "set_tracking_uri", lambda uri: None)
+    monkeypatch.setattr(codec_results.mlflow, "search_runs", lambda **asked: found[::-1])
+    table, windows = codec_results.collected([tmp_path])
+    assert list(table.index) == ["b", "c", "d", "e"] and windows.empty
