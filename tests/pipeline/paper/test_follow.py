@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline.paper import measured, stored
 from pipeline.paper.follow import PATIENCE
 
 POOL = """
@@ -71,3 +72,13 @@ def test_what_composes_the_sections_ends_with_the_command(tmp_path):
     finally:
         for worker in (worker for worker in workers if worker.is_running()):
             worker.kill()
+
+
+def test_those_that_share_the_work_follow(monkeypatch):
+    followed = []
+    monkeypatch.setattr("torch.set_num_threads", lambda count: None)
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)
+    for module, begin in ((measured, lambda: measured._one_of(2)), (stored, stored._apart)):
+        monkeypatch.setattr(module, "follow", lambda name=module.__name__: followed.append(name))
+        begin()
+    assert followed == ["pipeline.paper.measured", "pipeline.paper.stored"]
