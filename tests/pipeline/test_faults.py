@@ -32,6 +32,8 @@ def start(outputs: Path, small: list[str], *overrides: str) -> subprocess.Popen:
         [sys.executable, "-m", "pipeline", *settings, f"outputs={outputs}", "prefill_cache_least_s=0", *overrides],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        # tests that a shell started in the background ignore SIGINT, and hand that on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
