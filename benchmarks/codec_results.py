@@ -2,9 +2,9 @@
 
     python -m benchmarks.codec_results outputs/mlflow.db --out docs/results/codec
 
-Writes <out>.csv (a row a run: means and 95 % intervals over documents), <out>_windows.csv (KL of every document, from
-which the paired differences follow) and <out>.md. The best rival of a run of the coder is what has the least KL among
-all that is no transform coder and has its bytes within a tenth, bits by RoPE pair included.
+Writes <out>.csv (a row a run: means and 95 % intervals over documents), <out>_windows.csv and <out>_recall.csv (KL and
+recall of every document, from which paired differences follow) and <out>.md. The best rival of a run of the coder is
+what has the least KL among all that is no transform coder and has its bytes within a tenth, bits by RoPE pair included.
 """
 
 import argparse
@@ -25,22 +25,23 @@ METRICS = (
 )  # fmt: skip
 PARAMS = (
     "model.name", "document.name", "document.title", "document.tokens", "document.count", "method.name",
-    "document.continuation", "storage.name", "storage.ratio", "storage.layers", "budget.ratio", "budget.allocation",
-    "budget.resolved", "backend.dtype",
+    "document.continuation", "storage.name", "storage.ratio", "storage.layers", "storage.along", "storage.bases",
+    "budget.ratio", "budget.allocation", "budget.resolved", "backend.dtype",
 )  # fmt: skip
 TAGS = ("hash.model", "hash.code")
 WHAT = [  # tells a run from another
     "model", "text", "tokens", "document.continuation", "count", "method", "allocation", "budget.resolved", "storage",
-    "bases, MB", "asked", "backend.dtype",
+    "bases, MB", "storage.bases", "storage.layers", "storage.along", "asked", "backend.dtype",
 ]  # fmt: skip
 NAMES = {"model.name": "model", "document.tokens": "tokens", "document.count": "count", "method.name": "method",
          "budget.allocation": "allocation", "storage.name": "storage", "memory/bases_mb": "bases, MB"}  # fmt: skip
 CODER = "spectral"
+BY_DOCUMENT = ("ppl/kl", "retrieval/recall", "retrieval/full_recall")
 
 
-def collected(stores: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A row a run, and KL by document `[runs, documents]` where it was measured."""
-    found, windows = [], {}
+def collected(stores: list[Path]) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
+    """A row a run, and metrics by document `[runs, documents]`, each of the runs that measured it."""
+    found, windows = [], {metric: {} for metric in BY_DOCUMENT}
     for store in stores:
         mlflow.set_tracking_uri(f"sqlite:///{store.resolve()}")
         runs = mlflow.search_runs(search_all_experiments=True, filter_string="attributes.status = 'FINISHED'")
@@ -48,11 +49,13 @@ def collected(stores: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
             continue
         runs = runs[runs["params.storage.name"].notna()]
         found.append(runs)
-        predicting = runs[runs["metrics.ppl/kl"].notna()] if "metrics.ppl/kl" in runs else runs[:0]
-        for run, folder in zip(predicting["run_id"], predicting["artifact_uri"], strict=True):
+        measured = runs[runs.reindex(columns=[f"metrics.{m}" for m in BY_DOCUMENT]).notna().any(axis=1)]
+        for run, folder in zip(measured["run_id"], measured["artifact_uri"], strict=True):
             rows = pd.DataFrame(**mlflow.artifacts.load_dict(f"{folder}/rows.json"))
             numbers = {column: pd.to_numeric(rows[column]) for column in ("layer", "turn", "value")}
-            windows[run] = per_document(rows.assign(**numbers))["ppl/kl"]
+            values = per_document(rows.assign(**numbers))
+            for metric in values.columns.intersection(BY_DOCUMENT):
+                windows[metric][run] = values[metric]
     runs = pd.concat(found, ignore_index=True).sort_values("start_time")
     names = [f"params.{p}" for p in PARAMS] + [f"tags.{t}" for t in TAGS]
     names += [f"metrics.{m}{end}" for m in METRICS for end in ("", "_low", "_high")]
@@ -66,8 +69,11 @@ def collected(stores: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
     table["text"] = given["document.title"].fillna(table["document.name"])
     table["smaller"] = given["memory/at_rest_ratio"].fillna(table["memory/ratio"]).astype(float)
     table["asked"] = given["storage.ratio"].fillna(given["budget.ratio"])
+    if "storage.bases" in table:  # folders are those of one machine
+        table["storage.bases"] = table["storage.bases"].map(lambda file: Path(file).name, na_action="ignore")
     table = table.drop_duplicates([name for name in WHAT if name in table], keep="last").set_index("run_id")
-    return table.dropna(axis=1, how="all"), pd.DataFrame(windows).T.reindex(table.index).dropna(how="all")
+    by_document = {m: pd.DataFrame(values).T.reindex(table.index).dropna(how="all") for m, values in windows.items()}
+    return table.dropna(axis=1, how="all"), by_document
 
 
 def rival(run: str, table: pd.DataFrame, windows: pd.DataFrame) -> str | None:
@@ -87,8 +93,9 @@ def _cell(row: pd.Series, metric: str, form: str) -> str:
     return spread(Estimate(row[metric], *(row.get(f"{metric}_{end}", np.nan) for end in ("low", "high"))), form)
 
 
-def markdown(table: pd.DataFrame, windows: pd.DataFrame) -> str:
+def markdown(table: pd.DataFrame, by_document: dict[str, pd.DataFrame]) -> str:
     """What predicts and what is found, by model and text, by falling bytes."""
+    windows, recall, full = (by_document[metric] for metric in BY_DOCUMENT)
     lines = []
     for run, row in table.sort_values(["model", "text", "tokens", "smaller"], kind="stable").iterrows():
         line = {name: row[name] for name in ("model", "text", "tokens", "count", "method", "allocation", "storage")}
@@ -98,6 +105,12 @@ def markdown(table: pd.DataFrame, windows: pd.DataFrame) -> str:
             _cell(row, "retrieval/recall", "{:.2f}"),
             _cell(row, "retrieval/full_recall", "{:.2f}"),
         )
+        line["recall - 0.95 of full"] = line["bases"] = ""
+        if run in recall.index:
+            line["recall - 0.95 of full"] = spread(paired(recall.loc[run], 0.95 * full.loc[run]), "{:.3f}")
+        if not pd.isna(row.get("storage.bases")):
+            line["bases"] = row["storage.bases"]
+        line["along"] = "" if pd.isna(row.get("storage.along")) else f"{int(row['storage.along'])}"
         line["bases, MB"] = "" if pd.isna(row.get("bases, MB")) else f"{row['bases, MB']:.1f}"
         line["KL - half of the best rival's"] = line["best rival"] = ""
         if run in windows.index and row["storage"].startswith(CODER) and (other := rival(run, table, windows)):
@@ -116,12 +129,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if missing := [store for store in arguments.stores if not store.is_file()]:  # MLflow would make one
         parser.error(f"{missing[0]} is no file: name databases, such as outputs/mlflow.db")
-    table, windows = collected(arguments.stores)
+    table, by_document = collected(arguments.stores)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(arguments.out.with_suffix(".csv"), float_format="%.6g")
-    windows.to_csv(f"{arguments.out}_windows.csv", float_format="%.6g")
-    arguments.out.with_suffix(".md").write_text(markdown(table, windows) + "\n")
-    print(markdown(table, windows))
+    for metric, ending in (("ppl/kl", "windows"), ("retrieval/recall", "recall")):
+        if len(by_document[metric]):
+            by_document[metric].to_csv(f"{arguments.out}_{ending}.csv", float_format="%.6g")
+    arguments.out.with_suffix(".md").write_text(markdown(table, by_document) + "\n")
+    print(markdown(table, by_document))
 
 
 if __name__ == "__main__":

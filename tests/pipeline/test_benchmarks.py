@@ -51,9 +51,12 @@ def test_the_best_rival_of_a_codec_has_its_bytes_and_its_windows():
     spread = np.linspace(0.9, 1.1, 10)
     windows = pd.DataFrame({run: row[-1] * spread for run, row in rows.items()}).T
     assert codec_results.rival("coder", table, windows) == "best"
-    line = next(x for x in codec_results.markdown(table, windows).splitlines() if "| spectral |" in x)
+    recall, full = (pd.DataFrame({"coder": x}).T for x in ([0.75, 1.0] * 5, [1.0] * 10))
+    by_document = {"ppl/kl": windows, "retrieval/recall": recall, "retrieval/full_recall": full}
+    line = next(x for x in codec_results.markdown(table, by_document).splitlines() if "| spectral |" in x)
     assert "-0.0230 [-0.02" in line  # .002 - .05 / 2, on the same windows
     assert "streaming, uniform, turboquant_3bit" in line
+    assert "-0.075 [-0.1" in line  # .875 found on average, .95 of what the full cache finds
 
 
 def test_tables_of_a_codec_make_no_store_where_there_is_none(tmp_path, monkeypatch, capsys):
@@ -69,11 +72,15 @@ def test_runs_of_a_codec_with_other_settings_stay_apart_and_the_newest_of_the_sa
         "document.count": "10", "method.name": "streaming", "budget.allocation": "uniform", "budget.resolved": "512",
         "storage.name": "dense", "storage.ratio": "None", "budget.ratio": "None", "backend.dtype": "float32",
     }  # fmt: skip
-    other = {"budget.resolved": "1024", "document.continuation": "641", "backend.dtype": "bfloat16"}
+    other = {
+        "budget.resolved": "1024", "document.continuation": "641", "backend.dtype": "bfloat16", "storage.along": "64",
+        "storage.bases": "/some/where/ten_layers.safetensors",
+    }  # fmt: skip
     runs = [about, about, *({**about, name: value} for name, value in other.items())]
     found = pd.DataFrame([{f"params.{name}": value for name, value in run.items()} for run in runs])
-    found = found.assign(run_id=list("abcde"), start_time=range(5), artifact_uri="", **{"metrics.memory/ratio": 8.0})
+    found = found.assign(run_id=list("abcdefg"), start_time=range(7), artifact_uri="", **{"metrics.memory/ratio": 8.0})
     monkeypatch.setattr(codec_results.mlflow, "set_tracking_uri", lambda uri: None)
     monkeypatch.setattr(codec_results.mlflow, "search_runs", lambda **asked: found[::-1])
-    table, windows = codec_results.collected([tmp_path])
-    assert list(table.index) == ["b", "c", "d", "e"] and windows.empty
+    table, by_document = codec_results.collected([tmp_path])
+    assert list(table.index) == list("bcdefg") and all(windows.empty for windows in by_document.values())
+    assert table.loc["g", "storage.bases"] == "ten_layers.safetensors"
