@@ -321,6 +321,10 @@ class Compressor:
         self, prefill: Prefill, scores: list[Heads] | Array, batch: int = 1
     ) -> tuple[Cache, list[Heads] | Array, list[Refitted] | None]:
         """A cache of the tokens that scores say to keep, their rows, what `refitted` says; a GPU is asked once."""
+        if self.refit is None and hasattr(self.backend, "select_and_compress"):
+            found = self.backend.select_and_compress(prefill, scores, self.protected, self.storage, batch)
+            if found is not None:
+                return *found, None
         later: list[Callable[[], None]] = []
         kept = self.select(scores, later)
         refitted = self.refitted(prefill, kept)

@@ -94,6 +94,11 @@ class Budget:
         return slice(min(self.sinks, tokens), max(min(self.sinks, tokens), tokens - self.recent))
 
 
+def not_numbers() -> ValueError:
+    """What is raised of scores that are no numbers."""
+    return ValueError("a scorer returned NaN; scores must be numbers for every evictable token")
+
+
 def select(scores: Array, budget: Budget, later: list[Callable[[], None]] | None = None) -> Array:
     """Kept token indices for every KV head.
 
@@ -129,7 +134,7 @@ def select(scores: Array, budget: Budget, later: list[Callable[[], None]] | None
         return kept
     candidates = float32(scores[:, middle])
     if bool(xp.any(xp.isnan(candidates))):
-        raise ValueError("a scorer returned NaN; scores must be numbers for every evictable token")
+        raise not_numbers()
     chosen = largest(candidates, quota) + middle.start
     first, last = (
         xp.broadcast_to(xp.astype(constant(_span(*ends), scores), chosen.dtype), (heads, ends[1] - ends[0]))
@@ -194,7 +199,7 @@ def _shared_out(scores: list[Heads], budget: Budget) -> list[Heads]:
         for layer, own in zip(scores, spans, strict=True)
     ]
     if any(bool(namespace(row).any(namespace(row).isnan(row))) for layer in candidates for row in layer):
-        raise ValueError("a scorer returned NaN; scores must be numbers for every evictable token")
+        raise not_numbers()
     found: list[Heads] = []
     for layer, own, rows, counts in zip(scores, spans, candidates, quotas(candidates, budget), strict=True):
         xp, kept = namespace(rows[0]), []

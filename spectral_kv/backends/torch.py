@@ -1,7 +1,7 @@
 """The torch backend: any full-attention causal model of transformers, on CPU or CUDA."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property
@@ -26,6 +26,7 @@ from spectral_kv.engine.decoding import Engine, engine_of
 from spectral_kv.heads import Heads, runs, taken, uneven
 from spectral_kv.refit import Refitted
 from spectral_kv.rope import Rope
+from spectral_kv.selection import Budget
 from spectral_kv.storage.base import Storage
 from spectral_kv.storage.dense import DenseTokens
 from spectral_kv.xp import rows, to_numpy
@@ -280,18 +281,41 @@ class TorchBackend:
         else:
             kept = kept if together else torch.stack(kept)
             contents = self._taken(prefill, kept)
-        if batch > 1:
-            contents = [tuple(x.repeat(batch, 1, 1, 1) for x in pair) for pair in contents]
-        stored = [storage.store(*pair, index) for index, pair in enumerate(contents)]
         if kept is not None:
             host = torch.empty(kept.shape, dtype=torch.int64, pin_memory=kept.is_cuda)  # pages that are there
             positions = host.numpy()
+        made = self._layers(prefill, contents, positions, storage, batch)
+        if kept is not None:
+            host.copy_(kept)  # one question to the device, when all else is done
+        return made
+
+    def select_and_compress(
+        self, prefill: Prefill, scores: Any, budget: Budget, storage: Storage, batch: int = 1
+    ) -> tuple[CompressedCache, torch.Tensor] | None:
+        """`compress` of what scores of all layers in one array say to keep, which comes with it, by one captured graph.
+
+        None where there is none: `spectral_kv.engine.compaction.kept` says when.
+        """
+        if not getattr(scores, "is_cuda", False) or not find_spec("triton") or hasattr(storage, "store_together"):
+            return None
+        from spectral_kv.engine.compaction import kept
+
+        found = kept(scores, prefill.keys, prefill.values, budget)
+        if found is None:
+            return None
+        made = self._layers(prefill, zip(found.keys, found.values, strict=True), found.positions, storage, batch)
+        found.wait()  # when all else is done
+        return made, found.tokens
+
+    def _layers(self, prefill: Prefill, contents: Iterable, positions: Any, storage: Storage, batch: int):
+        """A cache of keys and values `[1, kv_heads, kept, dim]`, pairs of every layer, from `positions` of each."""
+        if batch > 1:
+            contents = [tuple(x.repeat(batch, 1, 1, 1) for x in pair) for pair in contents]
+        stored = [storage.store(*pair, index) for index, pair in enumerate(contents)]
         layers = [
             CompressedLayer(one, self.cache_dtype, len(prefill.tokens), own)
             for one, own in zip(stored, positions, strict=True)
         ]
-        if kept is not None:
-            host.copy_(kept)  # one question to the device, when all else is done
         return CompressedCache(layers, batch)
 
     def _compress_runs(
@@ -315,9 +339,8 @@ class TorchBackend:
             from spectral_kv.engine.scoring import kept_rows, suits
 
             if suits(prefill.keys) and suits(prefill.values):
-                return list(
-                    zip(*(x[:, None].unbind() for x in kept_rows(prefill.keys, prefill.values, kept)), strict=True)
-                )
+                taken = kept_rows(prefill.keys, prefill.values, kept).unbind()
+                return list(zip(taken[: len(kept)], taken[len(kept) :], strict=True))
         triples = zip(prefill.keys, prefill.values, kept, strict=True)
         return [(rows(keys, chosen)[None], rows(values, chosen)[None]) for keys, values, chosen in triples]
 

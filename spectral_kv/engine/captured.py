@@ -1,26 +1,62 @@
-"""Spectral scores of a shape that comes again as one captured graph: then a host does next to nothing for them.
+"""What is done for a shape that comes again, as one captured graph: then a host does next to nothing for it.
 
-Keys of a prompt lie anywhere; a graph finds them by their addresses, which are its only input.
+Keys and values of a prompt lie anywhere; a graph finds them by their addresses, which are its input.
 """
 
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 
 from spectral_kv.engine.scoring import addresses
 
-GRAPHS = 4  # that are kept
-LARGEST = 2**25  # bytes of scores: with more of them a device is busy far longer than its host
+GRAPHS = 8  # that are kept
+LARGEST = 2**25  # bytes of results: with more of them a device is busy far longer than its host
 SEEN = 64  # shapes that are remembered
 
-_graphs: OrderedDict[Hashable, "Captured"] = OrderedDict()
+_graphs: OrderedDict[Hashable, Callable] = OrderedDict()
 _seen: OrderedDict[Hashable, None] = OrderedDict()
 _lock = threading.Lock()
 
 
-class Captured:
+def replayed(key: Hashable, where: torch.Tensor, capture: Callable[[], Callable], *arguments: Any) -> Any:
+    """What a captured function returns of arguments; None at the first call, for a shape that never comes again.
+
+    `key` is all that the graph depends on beside the device and stream of `where`. Nobody else uses it on another one.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    key = (key, where.device, torch.cuda.current_stream(where.device).cuda_stream)
+    with _lock:
+        if key not in _graphs:
+            if key not in _seen:
+                _seen[key] = None
+                while len(_seen) > SEEN:
+                    _seen.popitem(last=False)
+                return None
+            while len(_graphs) >= GRAPHS:
+                _graphs.popitem(last=False)
+            _graphs[key] = capture()
+        _graphs.move_to_end(key)
+        return _graphs[key](*arguments)
+
+
+def graph(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of what a function does, and what the function returned: the graph writes there."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured, capture_error_mode="thread_local"):
+        out = run()
+    return captured, out
+
+
+class Scored:
     """A function of the addresses of keys, captured.
 
     Parameters
@@ -35,14 +71,7 @@ class Captured:
 
     def __init__(self, scored: Callable[[torch.Tensor], torch.Tensor], keys: list[torch.Tensor], alive: list):
         self.alive, self.where = alive, addresses(keys)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            scored(self.where)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.out = scored(self.where)
+        self.graph, self.out = graph(lambda: scored(self.where))
 
     def __call__(self, keys: list[torch.Tensor]) -> torch.Tensor:
         self.where.copy_(torch.tensor([k.data_ptr() for k in keys]), non_blocking=True)
@@ -55,23 +84,12 @@ def scores(
 ) -> torch.Tensor:
     """`scored` of where keys lie `[kv_heads, tokens, dim]`, from the second time on by replaying a graph.
 
-    `key` is all that it depends on beside keys and their shape. Nobody else uses the graph on another stream.
+    `key` is all that it depends on beside keys and their shape.
     """
-    rows, tokens = len(keys) * keys[0].shape[0], keys[0].shape[1]
-    if 4 * rows * tokens > LARGEST or torch.cuda.is_current_stream_capturing():
-        return scored(addresses(keys))
-    stream = torch.cuda.current_stream(keys[0].device).cuda_stream
-    key = (key, len(keys), keys[0].shape, keys[0].dtype, keys[0].device, stream)
-    with _lock:
-        if key in _graphs:
-            _graphs.move_to_end(key)
-            return _graphs[key](keys)
-        if key not in _seen:
-            _seen[key] = None
-            while len(_seen) > SEEN:
-                _seen.popitem(last=False)
-            return scored(addresses(keys))
-        while len(_graphs) >= GRAPHS:
-            _graphs.popitem(last=False)
-        _graphs[key] = Captured(scored, keys, alive())
-        return _graphs[key](keys)
+    heads, tokens = keys[0].shape[:2]
+    if 4 * len(keys) * heads * tokens <= LARGEST:
+        shape = ("scores", key, len(keys), keys[0].shape, keys[0].dtype)
+        found = replayed(shape, keys[0], lambda: Scored(scored, keys, alive()), keys)
+        if found is not None:
+            return found
+    return scored(addresses(keys))

@@ -8,6 +8,7 @@ import torch
 
 from spectral_kv.engine.banded import STEP, TILE, Plan
 from spectral_kv.rope import Rope
+from spectral_kv.selection import not_numbers
 
 ROWS_WHOLE = 32768  # scores of a row that one program can hold
 TILE_OF_MANY = 8192  # scores that it reads at a time where there are more
@@ -31,7 +32,11 @@ def suits(keys: list[torch.Tensor]) -> bool:
     dim, device = keys[0].shape[-1], keys[0].device
     if dim < 16 or dim & (dim - 1) or keys[0].dtype == torch.float64:
         return False
-    return all(k.device == device and k.is_contiguous() and not k.data_ptr() & 15 for k in keys)
+    place = keys[0].get_device()  # a number, quicker to compare; all that is on no GPU shares one
+    return all(
+        k.get_device() == place and k.is_contiguous() and not k.data_ptr() & 15 and (place >= 0 or k.device == device)
+        for k in keys
+    )
 
 
 class _Tables:
@@ -187,10 +192,10 @@ def blended(
     return out
 
 
-def highest(scores: torch.Tensor, evictable: slice, quota: int) -> tuple[torch.Tensor, Callable[[], None]]:
-    """What `selection.select` keeps of scores float32 `[rows, tokens]`: `[rows, kept]`.
+def select_into(scores: torch.Tensor, evictable: slice, quota: int, kept: torch.Tensor, bad: torch.Tensor) -> None:
+    """What `selection.select` keeps of scores float32 `[rows, tokens]`, into `[rows, kept]`; ones into `bad` `[rows]`.
 
-    And a question to the device, which raises if a score that decided was not a number.
+    They stand where a score that decided was not a number.
     """
     import triton
 
@@ -200,12 +205,22 @@ def highest(scores: torch.Tensor, evictable: slice, quota: int) -> tuple[torch.T
     start, stop, _ = evictable.indices(tokens)
     whole = stop - start <= ROWS_WHOLE
     tile = max(64, triton.next_power_of_2(stop - start)) if whole else TILE_OF_MANY
-    kept = torch.empty(rows, start + quota + tokens - stop, dtype=torch.int64, device=scores.device)
-    bad = torch.empty(rows, dtype=torch.int32, device=scores.device)
     kernels.select_rows[(rows,)](
         scores, kept, bad, tokens, start, stop, quota, WHOLE=whole, BT=tile,
         num_warps=32 if tile >= 8192 else 8 if tile >= 1024 else 4,
     )  # fmt: skip
+
+
+def highest(scores: torch.Tensor, evictable: slice, quota: int) -> tuple[torch.Tensor, Callable[[], None]]:
+    """What `selection.select` keeps of scores float32 `[rows, tokens]`: `[rows, kept]`.
+
+    And a question to the device, which raises if a score that decided was not a number.
+    """
+    rows, tokens = scores.shape
+    start, stop, _ = evictable.indices(tokens)
+    kept = torch.empty(rows, start + quota + tokens - stop, dtype=torch.int64, device=scores.device)
+    bad = torch.empty(rows, dtype=torch.int32, device=scores.device)
+    select_into(scores, evictable, quota, kept, bad)
 
     answer = torch.empty(rows, dtype=torch.int32, pin_memory=scores.is_cuda)
     answer.copy_(bad, non_blocking=True)  # it comes while the host goes on
@@ -215,27 +230,34 @@ def highest(scores: torch.Tensor, evictable: slice, quota: int) -> tuple[torch.T
         if stream is not None:
             stream.synchronize()
         if any(answer.tolist()):
-            raise ValueError("a scorer returned NaN; scores must be numbers for every evictable token")
+            raise not_numbers()
 
     return kept, question
 
 
-def kept_rows(
-    keys: list[torch.Tensor], values: list[torch.Tensor], kept: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows `kept` `[layers, kv_heads, kept]` of keys and values `[kv_heads, tokens, dim]` of all layers.
+def take_into(where: torch.Tensor, first: torch.Tensor, layers: int, kept: torch.Tensor, out: torch.Tensor) -> None:
+    """Rows `kept` of keys and values of all layers, into `[keys, then values of every layer, ..., dim]`.
 
-    `[layers, kv_heads, kept, dim]` each.
+    `where` are the addresses of all keys and all values, `first` is one of them, `[kv_heads, tokens, dim]`, and `kept`
+    is contiguous, `[layers, kv_heads, kept]` in whatever shape.
     """
     import triton
 
     from spectral_kv.engine import scoring_kernels as kernels
 
-    layers, heads, count = kept.shape
-    tokens, dim = keys[0].shape[1:]
-    out = [torch.empty(layers, heads, count, dim, dtype=keys[0].dtype, device=keys[0].device) for _ in range(2)]
-    where = addresses([*keys, *values])
+    heads, tokens, dim = first.shape
+    count = kept.numel() // (layers * heads)
     kernels.take_rows[(triton.cdiv(count, 64), layers * heads)](
-        where, where[layers:], kept.contiguous(), *out, tokens, count, heads, D=dim, BT=64, DTYPE=dtype_of(keys[0])
+        where, where[layers:], kept, out, out[layers:], tokens, count, heads, D=dim, BT=64, DTYPE=dtype_of(first)
     )
-    return out[0], out[1]
+
+
+def kept_rows(keys: list[torch.Tensor], values: list[torch.Tensor], kept: torch.Tensor) -> torch.Tensor:
+    """Rows `kept` `[layers, kv_heads, kept]` of keys and values `[kv_heads, tokens, dim]` of all layers.
+
+    `[2 * layers, 1, kv_heads, kept, dim]`, those of the keys first.
+    """
+    layers, heads, count = kept.shape
+    out = torch.empty(2 * layers, 1, heads, count, keys[0].shape[-1], dtype=keys[0].dtype, device=keys[0].device)
+    take_into(addresses([*keys, *values]), keys[0], layers, kept.contiguous(), out)
+    return out

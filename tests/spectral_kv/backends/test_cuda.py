@@ -61,6 +61,30 @@ def test_the_allocator_holds_what_the_cache_counts(gpu, tokens, storage):
     assert cache.nbytes <= held <= cache.nbytes + 512 * tensors
 
 
+@pytest.mark.parametrize("storage", [Dense(), TurboQuantStorage(sinks=2, recent=16)], ids=["dense", "packed"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_compression_by_one_captured_pass_makes_the_same_cache(monkeypatch, gpu, rng, storage, batch):
+    from spectral_kv.engine import captured
+
+    compressor, passes = Compressor(gpu, Wavelet(), BUDGET, storage), []
+    monkeypatch.setattr(
+        gpu, "select_and_compress", lambda *a, take=gpu.select_and_compress: passes.append(take(*a)) or passes[-1]
+    )
+    for _ in range(3):
+        prefill = gpu.prefill(rng.integers(2, 8000, size=2000), observe=1)
+        scores = compressor.scores(prefill)
+        cache, kept, _ = compressor.select_and_store(prefill, scores, batch)
+        want = compressor.select(scores)
+        other = compressor.store(prefill, want, batch)
+        assert torch.equal(kept, want)
+        assert (cache.nbytes, cache.position) == (other.nbytes, other.position)
+        for one, same in zip(cache.layers, other.layers, strict=True):
+            np.testing.assert_array_equal(one.positions, same.positions)
+            for a, b in zip(one.stored.load(), same.stored.load(), strict=True):
+                assert torch.equal(a, b)
+    assert passes[-1] is not None and captured._graphs
+
+
 def test_bfloat16_is_the_default_on_a_gpu(checkpoint, tokens):
     backend = TorchBackend(str(checkpoint), device="auto", dtype="auto")
     assert (backend.device.type, backend.dtype) == ("cuda", torch.bfloat16)

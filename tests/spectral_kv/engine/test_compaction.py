@@ -1,0 +1,109 @@
+"""Selection and kept rows of all layers in one graph; without a GPU the same runs without one."""
+
+import numpy as np
+import pytest
+import torch
+
+from spectral_kv.engine import captured
+from spectral_kv.engine.compaction import kept
+from spectral_kv.selection import Budget, select
+from spectral_kv.xp import rows
+
+LAYERS, HEADS, TOKENS, DIM = 3, 2, 300, 16
+BUDGET = Budget(70, sinks=3, recent=20)
+
+
+class Again:
+    """In place of a graph."""
+
+    def __init__(self, run):
+        self.run, self.out = run, run()
+
+    def replay(self) -> None:
+        for old, new in zip(self.out, self.run(), strict=True):
+            old.copy_(new)
+
+
+@pytest.fixture(autouse=True)
+def graphs(monkeypatch):
+    """None of other tests; without a GPU functions that run again."""
+    captured._graphs.clear()
+    captured._seen.clear()
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(captured, "graph", lambda run: (again := Again(run), again.out))
+        monkeypatch.setattr(captured, "replayed", replayed_on_cpu)
+    yield
+    captured._graphs.clear()
+    captured._seen.clear()
+
+
+def replayed_on_cpu(key, where, capture, *arguments):
+    if key not in captured._seen:
+        captured._seen[key] = None
+        return None
+    if key not in captured._graphs:
+        captured._graphs[key] = capture()
+    return captured._graphs[key](*arguments)
+
+
+def drawn(device, dtype=torch.float32, nan=False):
+    scores = torch.randn(LAYERS, HEADS, TOKENS)
+    if nan:
+        scores[1, 1, 50] = float("nan")
+    sides = [[torch.randn(HEADS, TOKENS, DIM).to(device, dtype) for _ in range(LAYERS)] for _ in range(2)]
+    return scores.to(device), *sides
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_is_kept_is_what_selection_keeps_and_its_own(device, dtype):
+    results = []
+    for turn in range(4):  # not captured, captured, replayed twice
+        scores, keys, values = drawn(device, dtype)
+        found = kept(scores, keys, values, BUDGET)
+        if turn == 0:
+            assert found is None
+            continue
+        found.wait()
+        want = [select(s, BUDGET) for s in scores.cpu()]
+        results.append((found, want, keys, values))
+    assert len(captured._graphs) == 1
+    for found, want, keys, values in results:  # after the graph has written other results
+        np.testing.assert_array_equal(found.positions, np.stack(want))
+        assert torch.equal(found.tokens.cpu(), torch.stack(want))
+        for layer, chosen in enumerate(want):
+            for got, source in ((found.keys, keys), (found.values, values)):
+                assert got[layer].shape == (1, HEADS, BUDGET.tokens, DIM)
+                assert torch.equal(got[layer][0].cpu(), rows(source[layer].cpu(), chosen))
+
+
+def test_scores_that_are_no_numbers_are_refused_once_they_decide(device):
+    for _ in range(2):
+        found = kept(*drawn(device), BUDGET)
+    found.wait()
+    with pytest.raises(ValueError, match="NaN"):
+        kept(*drawn(device, nan=True), BUDGET).wait()
+    scores, keys, values = drawn(device)
+    scores[:, :, :3] = float("nan")  # of sinks, which nobody asks
+    kept(scores, keys, values, BUDGET).wait()
+    kept(*drawn(device), BUDGET).wait()
+
+
+@pytest.mark.parametrize(
+    ("budget", "why"),
+    [
+        (Budget(TOKENS, 3, 20), "nothing to choose"),
+        (Budget(70, 3, 20, allocation="head"), "not as many in every head"),
+        (Budget(70, 3, 20, selection="per_head"), "heads of all layers together"),
+    ],
+)
+def test_what_one_graph_does_not_do(device, budget, why):
+    given = drawn(device)
+    assert [kept(*given, budget) for _ in range(3)] == [None] * 3, why
+
+
+def test_large_results_and_odd_layouts_are_left_to_others(monkeypatch, device):
+    scores, keys, values = drawn(device)
+    odd = [k.mT.contiguous().mT for k in keys]
+    assert [kept(scores, odd, values, BUDGET) for _ in range(3)] == [None] * 3
+    monkeypatch.setattr(captured, "LARGEST", 1000)
+    assert [kept(scores, keys, values, BUDGET) for _ in range(3)] == [None] * 3
