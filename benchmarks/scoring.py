@@ -94,9 +94,8 @@ def measured(backend: TorchBackend, tokens: int, methods: list[str], kept: int) 
             torch.cuda.reset_peak_memory_stats()
         compressed()
         peak = torch.cuda.max_memory_allocated() - before if torch.cuda.is_available() else None
-        repeats = (
-            99 if tokens < 10_000 and torch.cuda.is_available() else 9
-        )  # a host changes its pace from one millisecond to the next
+        # a host that sets the pace has another one every few milliseconds
+        repeats = 99 if tokens < 10_000 and torch.cuda.is_available() else 9
         ms, low, high = quartiles(wall_milliseconds(compressed, repeats, 2))
         parts = [quartiles(wall_milliseconds(part, repeats, 1))[0] for part in (scored, chosen)]
         alone = quartiles(wall_milliseconds(layers, 3, 1))[0]
