@@ -124,13 +124,20 @@ def applicable(experiment: str, overrides: list[str]) -> list[str]:
     """The overrides that mean something to an experiment.
 
     An experiment that chooses the option of a group itself, as `synthetic` does with the model, keeps its choice; and
-    settings that its options do not have, as `model.path` there, are for other experiments.
+    settings that its options do not have, as `model.path` there, are for other experiments. What is added to an option,
+    as `+model.bases`, is for all that don't choose it themselves.
     """
     own = _chosen_groups(experiment)
     spelled = spelled_out(overrides)
     groups = [o for o in spelled if "." not in (key := o.partition("=")[0]) and key not in own]
     known = set(_keys(composed([f"experiment={experiment}", *(o for o in groups if "," not in o)])))
-    return [o for o in spelled if o in groups or ("." in o.partition("=")[0] and o.partition("=")[0] in known)]
+
+    def meant(override: str) -> bool:
+        key = override.partition("=")[0]
+        added = key.startswith("+") and key[1:].partition(".")[0] not in own
+        return override in groups or ("." in key and (key in known or added))
+
+    return [o for o in spelled if meant(o)]
 
 
 def _inside(job: list[str]) -> Iterator[tuple[list[str], list[str]]]:

@@ -116,6 +116,8 @@ def test_a_section_takes_the_settings_that_it_has():
     assert applicable("budgets", given) == [*given[:4], "budget.tokens=300", "outputs=/z"]
     assert applicable("retrieval", given) == [*given[:2], "budget.tokens=300", "outputs=/z"]
     assert applicable("synthetic", given) == ["budget.tokens=300", "outputs=/z"]
+    added = ["model=smollm2", "+model.bases=/x"]
+    assert applicable("codec", added) == added and applicable("synthetic", added) == []
 
 
 def test_refuses_what_no_section_can_use(settings, tmp_path):
