@@ -63,6 +63,10 @@ class Rope:
         """
         return self._turn(x, positions, -1.0, 1.0 / self.attention_scaling, tokens, bands)
 
+    def unrotation(self, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Cosine and sine `[tokens, dim / 2]`, in single precision, by which `unrotate` turns positions from 0 on."""
+        return self._waves(np.arange(tokens), -1.0, 1.0 / self.attention_scaling)
+
     def _waves(self, positions: np.ndarray, direction: float, scale: float) -> tuple[np.ndarray, np.ndarray]:
         positions, frequencies = (np.asarray(y, dtype=np.float64) for y in (positions, self.inv_freq))
         return _waves(frequencies.tobytes(), positions.tobytes(), positions.shape, direction, scale)

@@ -31,6 +31,7 @@ __all__ = [
     "stable_order",
     "to_numpy",
     "turned",
+    "weighted_sums",
     "wide",
 ]
 
@@ -188,6 +189,18 @@ def picked(x: Array, index: Array, axis: int) -> Array:
     if hasattr(x, "detach"):
         return x.index_select(axis, index)
     return namespace(x).take(x, index, axis=axis)
+
+
+def weighted_sums(x: Array, index: Array, gain: Array) -> Array:
+    """`sum_k gain[..., k] * x[:, index[..., k]]`, `[heads, ...]`, of `x` `[heads, n]`; gains repeat over first axes."""
+    xp, (*shape, reach) = namespace(x), index.shape
+    if hasattr(x, "detach") and x.device.type == "cpu" and x.dtype == gain.dtype and not x.requires_grad:
+        # torch: as sums over bags of rows, without what is gathered
+        gain, starts = gain.expand(index.shape).reshape(-1), xp.arange(0, index.numel(), reach)
+        found = xp.embedding_bag(x.T.contiguous(), index.reshape(-1), starts, per_sample_weights=gain)[0]
+        return found.T.reshape(len(x), *shape)
+    gathered = xp.reshape(picked(x, xp.reshape(index, (-1,)), -1), (x.shape[0], *index.shape))
+    return xp.sum(gathered * gain, axis=-1)
 
 
 def rows(x: Array, chosen: Array) -> Array:

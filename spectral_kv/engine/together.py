@@ -42,9 +42,9 @@ def scores(scorer: Scorer, views: list[LayerView]) -> list[Array]:
 
 
 def in_one_pass(scorer: Scorer, first: LayerView, cached: Any, queries: list[Array] | None) -> Array | None:
-    """Scores `[layers, kv_heads, tokens]` by kernels that read the keys of all layers where they lie.
+    """Scores `[layers, kv_heads, tokens]` from the keys of all layers where they lie: by kernels, or products of a CPU.
 
-    None where there is no GPU or no such kernel.
+    None where a device has neither for the scorer.
 
     Parameters
     ----------
@@ -56,9 +56,13 @@ def in_one_pass(scorer: Scorer, first: LayerView, cached: Any, queries: list[Arr
         As of `Compressor.scores`.
     """
     keys, tokens = cached.keys, first.tokens
-    if type(scorer) not in PASSES or not _on_gpu(first.keys):
+    passes = PASSES if _on_gpu(first.keys) else CPU_PASSES if _on_cpu(first.keys) else {}
+    if type(scorer) not in passes:
         return None
-    from spectral_kv.engine.scoring import suits
+    if passes is PASSES:
+        from spectral_kv.engine.scoring import suits
+    else:
+        from spectral_kv.engine.products import suits
 
     if not isinstance(cached, Prefill):  # whose tokens follow one another from 0 on
         whole = np.arange(tokens)
@@ -66,13 +70,18 @@ def in_one_pass(scorer: Scorer, first: LayerView, cached: Any, queries: list[Arr
             return None
     if first.gathered is not None or not suits(keys):
         return None
-    found = PASSES[type(scorer)](scorer, first, keys, cached.values, queries)
+    found = passes[type(scorer)](scorer, first, keys, cached.values, queries)
     return None if found is None else found.reshape(len(keys), *first.keys.shape[:2])
 
 
 def _on_gpu(x: Array) -> bool:
     """Whether kernels can read an array."""
     return getattr(x, "is_cuda", False) and find_spec("triton") is not None
+
+
+def _on_cpu(x: Array) -> bool:
+    """Whether torch computes on an array on a CPU."""
+    return hasattr(x, "detach") and x.device.type == "cpu"
 
 
 def _in_groups(keys: list[Array], copies: float, found: Callable[[slice], tuple[Array, ...]]) -> tuple[Array, ...]:
@@ -108,6 +117,16 @@ def _spectral(scorer: Spectral, first: LayerView, keys: list, *others: Any) -> A
     return captured.scores(key, scored, keys, constants)
 
 
+def _by_products(scorer: Spectral, first: LayerView, keys: list, *others: Any) -> Array | None:
+    """`_spectral` on a CPU."""
+    from spectral_kv.engine import products
+
+    made = products.products(scorer, first.tokens)
+    if made is None:
+        return None
+    return scorer.blend(*products.deviations(scorer, made, keys, first.rope), first)
+
+
 def _cascade(scorer: WaveletFourier, first: LayerView, keys: list, *others: Any) -> Array | None:
     from spectral_kv.engine import cascade
 
@@ -132,7 +151,7 @@ def _blended(scorer: Spectral, first: LayerView, deviation: Array, norms: Array)
 def _with_tri(scorer: WaveletTri, first: LayerView, keys: list, *others: Any) -> Array | None:
     import torch
 
-    wavelet = _spectral(scorer, first, keys)
+    wavelet = (_spectral if _on_gpu(first.keys) else _by_products)(scorer, first, keys)
     if wavelet is None:
         return None
     views = [replace(first, keys=k, index=first.index + i) for i, k in enumerate(keys)]
@@ -152,6 +171,7 @@ PASSES = {
     Wavelet: _spectral, Fourier: _spectral, WaveletFourier: _cascade, WaveletTri: _with_tri,
     ExpectedAttention: _expected,
 }  # fmt: skip
+CPU_PASSES = {Wavelet: _by_products, Fourier: _by_products, WaveletTri: _with_tri}
 
 
 def _worth_it(x: Array) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import pywt
 from scipy import sparse
 
-from spectral_kv.xp import Array, blocks, constant, like, namespace, picked
+from spectral_kv.xp import Array, blocks, constant, like, namespace, picked, weighted_sums
 
 MODES = ("symmetric", "periodization")
 TRANSFORMS = ("decimated", "stationary")
@@ -164,6 +164,17 @@ def _filter_matrix(tokens: int, taps: tuple[float, ...], mode: str, step: int, d
     return sparse.coo_matrix((np.tile(taps[::-1], count), (rows, columns.ravel())), shape=(count, tokens)).tocsr()
 
 
+def responses(tokens: int, wavelet: str, levels: int, mode: str, transform: str) -> list[sparse.csr_matrix]:
+    """What detail coefficients make of a unit impulse at every token, `[coefficients, tokens]`, finest level first."""
+    low, high = _filters(wavelet)
+    approximation, found = sparse.identity(tokens, format="csr"), []
+    for level in range(levels):
+        size, strides = approximation.shape[0], _strides(transform, level)
+        found.append(_filter_matrix(size, high, mode, *strides) @ approximation)
+        approximation = _filter_matrix(size, low, mode, *strides) @ approximation
+    return found
+
+
 @lru_cache(maxsize=16)
 def back_projection(
     tokens: int, wavelet: str, levels: int, mode: str, weights: tuple[float, ...], transform: str = "decimated"
@@ -182,13 +193,8 @@ def back_projection(
     gain : [tokens, k]
         Their gains; what fills short rows has gain 0.
     """
-    low, high = _filters(wavelet)
-    approximation = sparse.identity(tokens, format="csr")
-    blocks = []
-    for level, weight in enumerate(weights[:levels]):
-        size, strides = approximation.shape[0], _strides(transform, level)
-        blocks.append(np.sqrt(weight) * (_filter_matrix(size, high, mode, *strides) @ approximation).power(2))
-        approximation = _filter_matrix(size, low, mode, *strides) @ approximation
+    found = responses(tokens, wavelet, levels, mode, transform)
+    blocks = [np.sqrt(weight) * one.power(2) for one, weight in zip(found, weights, strict=False)]
     response = sparse.vstack(blocks).tocsc()  # sqrt(w) psi^2
     length = np.sqrt(np.asarray(response.power(2).sum(axis=0)).ravel())
     root_weight = np.concatenate([np.full(b.shape[0], np.sqrt(w)) for b, w in zip(blocks, weights, strict=False)])
@@ -280,8 +286,7 @@ def to_tokens(
 
     def weighted(index: Array, gain: Array) -> Array:
         """`[heads, ...]` of index `[..., rows, k]` and gain `[rows, k]`."""
-        gathered = xp.reshape(picked(energy, xp.reshape(index, (-1,)), -1), (heads, *index.shape))
-        return xp.reshape(xp.sum(gathered * gain, axis=-1), (heads, -1))
+        return xp.reshape(weighted_sums(energy, index, gain), (heads, -1))
 
     inner = slice(table.first, table.first + table.period)
     found = [weighted(index[: table.first], gain[: table.first])]

@@ -76,3 +76,14 @@ def test_what_is_picked_is_in_the_order_of_the_indices(rng):
     x, index = rng.normal(size=(3, 7, 4)), np.array([6, 0, 0, 3])
     for values in (x, torch.from_numpy(x)):
         np.testing.assert_array_equal(xp.picked(values, xp.like(index, values), -2), x[:, index])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_weighted_sums_are_alike_in_numpy_and_torch(rng, dtype):
+    x, index = rng.normal(size=(3, 50)).astype(dtype), rng.integers(50, size=(4, 7, 5))
+    gain = rng.normal(size=(7, 5)).astype(np.float32)
+    want = (x[:, index] * gain).sum(axis=-1)
+    np.testing.assert_allclose(xp.weighted_sums(x, index, gain), want, rtol=1e-4, atol=1e-5)
+    got = xp.weighted_sums(*map(torch.from_numpy, (x, index, gain)))
+    assert got.dtype == torch.from_numpy(x).dtype
+    np.testing.assert_allclose(got.numpy(), want, rtol=1e-4, atol=1e-5)
