@@ -1,6 +1,7 @@
 """The tables of every section."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ from pipeline.paper.finished import FinishedRun
 from pipeline.paper.measured import MeasuredSection
 from pipeline.paper.recency import RECENCY
 from pipeline.paper.table import MISSING, Column, Table, cell, flat, grid, listing, number
+from pipeline.phases.retrieval import LEAST_FULL_RECALL
 from pipeline.statistics import estimate, gap_closed
 
 
@@ -354,7 +356,6 @@ def codec(section: MeasuredSection) -> list[Table]:
 
 def rivals(section: MeasuredSection) -> list[Table]:
     """Every method with every allocation, beside the latest tokens and beside its own uniform budget."""
-    recent = next((r for r in section.runs if _allocated(r) == (RECENCY, "uniform")), None)
     uniform = {run.method: run for run in section.runs if run.choice["budget.allocation"] == "uniform"}
     heads = {**METHOD, "allocation": lambda run: run.choice["budget.allocation"]}
     columns = [
@@ -376,7 +377,7 @@ def rivals(section: MeasuredSection) -> list[Table]:
         Column("ppl/kl", "KL - uniform", "{:+.3f}", difference=True),
     ]
     shared = [run for run in runs if run.choice["budget.allocation"] != "uniform"]
-    tables = [listing("rivals", "Methods and allocations", runs, heads, columns, note, lambda run: recent)]
+    tables = [listing("rivals", "Methods and allocations", runs, heads, columns, note, _recent(runs))]
     if shared:
         paired = "Paired differences to the same method with a uniform budget: below 0, the allocation helps."
         title = "What an allocation changes"
@@ -385,8 +386,42 @@ def rivals(section: MeasuredSection) -> list[Table]:
     return tables
 
 
-def _allocated(run: FinishedRun) -> tuple[str, str]:
-    return run.method, run.choice["budget.allocation"]
+def _recent(runs: list[FinishedRun]) -> Callable[[FinishedRun], FinishedRun | None]:
+    """The reference of differences to the latest tokens, which are the same with every allocation."""
+    uniform = (run for run in runs if (run.method, run.choice["budget.allocation"]) == (RECENCY, "uniform"))
+    recent = next(uniform, None)
+    return lambda run: None if run.method == RECENCY else recent
+
+
+def rivals_retrieval(section: MeasuredSection) -> list[Table]:
+    """What every method finds with every allocation, one table a task that the full cache can do."""
+    heads = {**METHOD, "allocation": lambda run: run.choice["budget.allocation"]}
+    columns = [
+        Column("retrieval/recall", "recall", "{:.2f}"),
+        Column("retrieval/recall", "recall - StreamingLLM's", "{:+.2f}", difference=True),
+        Column("retrieval/kept", "kept", "{:.2f}"),
+        Column("retrieval/gone_everywhere", "gone", "{:.2f}"),
+    ]
+    tables, beyond = [], []
+    for task in dict.fromkeys(run.choice["document.task"] for run in section.runs):
+        runs = [run for run in section.runs if run.choice["document.task"] == task]
+        full = runs[0].estimate("retrieval/full_recall")
+        if full.mean < LEAST_FULL_RECALL:
+            beyond.append(f"{task} ({full.mean:.2f})")
+            continue
+        reference = _recent(runs)
+        runs.sort(key=lambda run: -run.metrics["retrieval/recall"])
+        note = (
+            f"The full cache finds {cell(full, '{:.2f}')}. The same bytes in all rows, the question hidden at "
+            "compression. Kept, gone: of the sentences that hold an answer the share that a layer and head keeps on "
+            "average, and that none of them keeps. Differences to StreamingLLM's uniform budget, paired."
+        )
+        title = f"What is still found: {task}"
+        tables.append(listing(f"rivals_{task}", title, runs, heads, columns, note, reference))
+    if beyond:
+        left_out = f" Left out, as the full cache finds fewer than {LEAST_FULL_RECALL}: {', '.join(beyond)}."
+        tables[-1] = replace(tables[-1], note=tables[-1].note + left_out)
+    return tables
 
 
 def refit(section: MeasuredSection) -> list[Table]:
@@ -439,8 +474,8 @@ def synthetic(section: MeasuredSection) -> list[Table]:
 
 
 TABLES: dict[str, Callable[[MeasuredSection], list[Table]]] = {
-    "paper": paper, "speed": speed, "baselines": baselines, "seeds": seeds, "rivals": rivals, "refit": refit,
-    "budgets": budgets, "equal_bytes": equal_bytes, "ablation": ablation, "recent": recent, "multiturn": multiturn,
-    "correlation": correlation, "retrieval": retrieval, "codec": codec,
-    "synthetic": synthetic,
+    "paper": paper, "speed": speed, "baselines": baselines, "seeds": seeds, "rivals": rivals,
+    "rivals_retrieval": rivals_retrieval, "refit": refit, "budgets": budgets, "equal_bytes": equal_bytes,
+    "ablation": ablation, "recent": recent, "multiturn": multiturn, "correlation": correlation, "retrieval": retrieval,
+    "codec": codec, "synthetic": synthetic,
 }  # fmt: skip

@@ -13,6 +13,11 @@ def test_a_task_that_the_full_cache_fails_has_no_table(made, recall, said):
     assert withheld is None if said is None else said in withheld
 
 
+def test_one_task_that_the_full_cache_can_do_is_enough(made):
+    runs = [made("tri", {"retrieval/full_recall": [recall] * 8}) for recall in (0.1, 0.9)]
+    assert MeasuredSection("rivals_retrieval", "What rivals still find", 8, [], runs).withheld is None
+
+
 @pytest.fixture
 def job():
     """Makes what planning asks of a job."""
