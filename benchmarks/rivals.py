@@ -194,7 +194,7 @@ def predicted(of: pd.DataFrame) -> list[str]:
 
 def recalled(of: pd.DataFrame) -> list[str]:
     """What is still found: methods and allocations down, tasks across."""
-    first, lines = of.iloc[0], []
+    lines = []
     for task, own in of.groupby("task", sort=False):
         if (full := own["full_recall"].iloc[0]) < LEAST_FULL_RECALL:
             lines += [f"- {task}, {own['documents'].iloc[0]} windows: the full cache finds {full:.2f}, left out.", ""]
@@ -205,15 +205,22 @@ def recalled(of: pd.DataFrame) -> list[str]:
         task: f"{task}, {own['documents'].iloc[0]} windows (full cache {own['full_recall'].iloc[0]:.2f})"
         for task, own in of.groupby("task", sort=False)
     }
-    of = of.assign(task=of["task"].map(heads), method=of["method"] + ", " + of["allocation"])
-    best = of.groupby("method")["mean"].max().sort_values(ascending=False, kind="stable").index
-    of = of.set_index("method").loc[list(best)].reset_index()
+    evicts = of[of["kept"] != "all"]
+    first = (evicts if len(evicts) else of).iloc[0]
+    of = of.assign(task=of["task"].map(heads), row=of["method"] + ", " + of["allocation"])
+    best = of.groupby("row")["mean"].max().sort_values(ascending=False, kind="stable").index
+    of = of.assign(method=of["row"]).set_index("row").loc[list(best)].reset_index()
     count = of["vs_streaming_tests"].max() if "vs_streaming_tests" in of else 0
     title = (
         f"## {first['model']}: recall of planted facts, question hidden, {first['kept']} of {first['tokens']} tokens, "
         f"{first['hardware']}; * differs from StreamingLLM's after Holm over {count:.0f} tests"
     )
-    return [*titled(title, wide(of, "task", tuple(heads.values()), None, "{:.2f}")), *lines]
+    found = titled(title, wide(of, "task", tuple(heads.values()), None, "{:.2f}"))
+    for name, said_of in (("streaming", "StreamingLLM's uniform budget"), ("uniform", "the same method's uniform one")):
+        if f"vs_{name}_tests" in of and len(own := of[of[f"vs_{name}"].notna()]):
+            title = f"Difference to {said_of}, * after Holm over {own[f'vs_{name}_tests'].max():.0f} tests"
+            found += titled(title, wide(own, "task", tuple(heads.values()), name, "{:.2f}"))
+    return [*found, *lines]
 
 
 def refitted(of: pd.DataFrame) -> list[str]:
