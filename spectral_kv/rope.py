@@ -54,14 +54,19 @@ class Rope:
         return self._turn(x, positions, 1.0, self.attention_scaling)
 
     def unrotate(
-        self, x: Array, positions: np.ndarray, tokens: slice = slice(None), bands: slice = slice(None)
+        self,
+        x: Array,
+        positions: np.ndarray,
+        tokens: slice = slice(None),
+        bands: slice = slice(None),
+        out: Array | None = None,
     ) -> Array:
         """The inverse of `rotate`: keys as they were before their position was written into them.
 
         `x` may hold some of the tokens at `positions` and some of the bands only, two channels each, those of the first
-        half before those of the second.
+        half before those of the second. `out` is where torch shall write the result.
         """
-        return self._turn(x, positions, -1.0, 1.0 / self.attention_scaling, tokens, bands)
+        return self._turn(x, positions, -1.0, 1.0 / self.attention_scaling, tokens, bands, out)
 
     def unrotation(self, tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Cosine and sine `[tokens, dim / 2]`, in single precision, by which `unrotate` turns positions from 0 on."""
@@ -79,6 +84,7 @@ class Rope:
         scale: float,
         tokens: slice = slice(None),
         bands: slice = slice(None),
+        out: Array | None = None,
     ) -> Array:
         xp = namespace(x)
         positions = np.asarray(positions)
@@ -93,4 +99,4 @@ class Rope:
             )
         else:
             cos, sin = (constant(wave, x)[..., tokens, bands] for wave in self._waves(positions, direction, scale))
-        return turned(x, cos, sin)
+        return turned(x, cos, sin, out)

@@ -160,17 +160,22 @@ def largest(x: Array, count: int) -> Array:
     return found.scatter_(-1, place, xp.arange(x.shape[-1], device=x.device).expand(place.shape))[..., :count]
 
 
-def turned(x: Array, cos: Array, sin: Array) -> Array:
+def turned(x: Array, cos: Array, sin: Array, out: Array | None = None) -> Array:
     """Channels of the first half of `[..., dim]` and those of the second as real and imaginary parts, turned.
 
-    By angles of which the cosines and sines `[..., dim / 2]` are given.
+    By angles of which the cosines and sines `[..., dim / 2]` are given. `out` is where torch shall write the result.
     """
     half = x.shape[-1] // 2
     a, b = x[..., :half], x[..., half:]
     if hasattr(x, "detach") and x.dtype == cos.dtype and not x.requires_grad:  # torch: with no temporary but the result
-        xp, out = namespace(x), x.new_empty(x.shape)
+        xp, out = namespace(x), x.new_empty(x.shape) if out is None else out
         xp.multiply(a, cos, out=out[..., :half]).addcmul_(b, sin, value=-1)
         xp.multiply(b, cos, out=out[..., half:]).addcmul_(a, sin)
+        return out
+    if out is not None:
+        xp = namespace(x)
+        xp.multiply(a, cos, out=out[..., :half]).sub_(b * sin)
+        xp.multiply(b, cos, out=out[..., half:]).add_(a * sin)
         return out
     return namespace(x).concat([a * cos - b * sin, b * cos + a * sin], axis=-1)
 

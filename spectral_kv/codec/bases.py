@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from spectral_kv.xp import Array, like, namespace, to_numpy
+from spectral_kv.rope import Rope
+from spectral_kv.xp import Array, constant, float32, like, namespace, to_numpy
 
 FORMAT = "spectral_kv bases 1"
 
@@ -26,6 +27,26 @@ def columns(keys: list[Array], values: list[Array]) -> Array:
     xp = namespace(keys[0])
     joined = xp.moveaxis(xp.concat([*keys, *values], axis=-3), -3, -2)
     return xp.reshape(joined, (*joined.shape[:-2], joined.shape[-2] * joined.shape[-1]))
+
+
+def centred(keys: list[Array], values: list[Array], positions: np.ndarray, rope: Rope, mean: np.ndarray) -> Array:
+    """Rotated keys and values `[..., kv_heads, tokens, dim]` of a block as float32 `[..., tokens, columns]`.
+
+    Keys are as before RoPE, and the mean `[columns]` is subtracted.
+    """
+    xp = namespace(keys[0])
+    if not hasattr(keys[0], "detach") or keys[0].requires_grad or keys[0].dtype == xp.float64:
+        before = [rope.unrotate(k, positions) for k in keys]
+        return float32(columns(before, values)) - constant(mean, keys[0])
+    # torch: each is written once, to where it belongs
+    keys, values = (xp.concat(x, axis=-3) for x in (keys, values))
+    heads, tokens, dim = keys.shape[-3:]
+    found = keys.new_empty((*keys.shape[:-3], tokens, 2 * heads, dim), dtype=xp.float32)
+    first, second = (xp.moveaxis(x, -3, -2) for x in found.split(heads, dim=-2))
+    mean = constant(mean, keys).view(2, heads, 1, dim)
+    rope.unrotate(keys, positions, out=first).sub_(mean[0])
+    xp.subtract(values, mean[1], out=second)
+    return found.flatten(-2)
 
 
 def by_head(x: Array, dim: int) -> Array:

@@ -6,6 +6,7 @@ codes it: TurboQuant inside each class. The scale of its own is what lets a clas
 calibration's. Rotations are part of the matrices that go to components and back and cost nothing.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,7 +16,7 @@ from spectral_kv.codec.bases import Block
 from spectral_kv.quantization.codebook import codebook
 from spectral_kv.quantization.packing import pack, unpack
 from spectral_kv.quantization.rotation import haar
-from spectral_kv.xp import Array, constant, float32, namespace
+from spectral_kv.xp import Array, constant, float32, namespace, on_accelerator, picked
 
 GAIN_BITS = 8  # of a token's scale of a class
 OCTAVE = 16  # steps of a scale a factor of 2: its rounding adds 1.6e-4 to the relative squared error
@@ -24,6 +25,7 @@ CELLS = (
     128  # cells a standard deviation of the table that finds a code; rounding thresholds to it costs nothing visible
 )
 RANGE = 6  # standard deviations
+PART = 2**17  # numbers that a CPU codes at a time, so that what comes between stays in its cache
 
 
 @cache
@@ -105,7 +107,7 @@ class FixedRate:
             self.analysis[:, part] = analysis[:, part] / deviations[part] @ rotation.T
             self.synthesis[part] = rotation @ (deviations[part, None] * synthesis[part])
         self.class_of = np.repeat(np.arange(len(self.classes)), [c.stop - c.start for c in self.classes])
-        self.table_of = self.class_of * (2 * RANGE * CELLS)
+        self.table_of = (self.class_of * (2 * RANGE * CELLS)).astype(np.int32)
         self.tables = np.concatenate([np.zeros(0, dtype=np.uint8), *(cells(c.bits) for c in self.classes)])
 
     @property
@@ -115,15 +117,37 @@ class FixedRate:
 
     def encode(self, x: Array) -> Codes:
         """Code tokens `[..., tokens, columns]`, every token on its own."""
+        return self.encode_centred(float32(x) - constant(self.mean, x))
+
+    def encode_centred(self, x: Array) -> Codes:
+        """`encode`, of float32 tokens of which the mean is subtracted already."""
         xp = namespace(x)
-        y = xp.matmul(float32(x) - constant(self.mean, x), constant(self.analysis, x))
-        powers = [xp.mean(y[..., c.start : c.stop] ** 2, axis=-1, keepdims=True) for c in self.classes]
+        y = xp.matmul(x, constant(self.analysis, x))
+        tokens = y.shape[-2]
+        size = tokens if on_accelerator(y) else max(PART * tokens // math.prod(y.shape), 1)
+        parts = [self._codes(y[..., start : start + size, :]) for start in range(0, tokens, size)]
+        return (
+            parts[0]
+            if len(parts) == 1
+            else Codes(xp.concat([p.packed for p in parts], axis=-2), xp.concat([p.gains for p in parts], axis=-2))
+        )
+
+    def _codes(self, y: Array) -> Codes:
+        """Codes of rotated components `[..., tokens, used]`, which are overwritten.
+
+        On a GPU every step costs its launch, so that most are taken for all classes at once.
+        """
+        xp = namespace(y)
+        squares = y**2
+        powers = [xp.mean(squares[..., c.start : c.stop], axis=-1, keepdims=True) for c in self.classes]
         gain = xp.round(0.5 * OCTAVE * xp.log2(xp.clip(xp.concat(powers, axis=-1), 1e-30, None))) + ZERO
-        gain = xp.clip(gain, 0, 255)  # all classes at once from here on: on a GPU every step costs its launch
-        scale = xp.take(2.0 ** ((gain - ZERO) / OCTAVE), constant(self.class_of, x), axis=-1)
-        cell = xp.clip(xp.floor((y / scale + RANGE) * CELLS), 0, 2 * RANGE * CELLS - 1)
-        at = xp.astype(cell, xp.int64) + constant(self.table_of, x)
-        codes = xp.reshape(xp.take(constant(self.tables, x), xp.reshape(at, (-1,)), axis=0), at.shape)
+        gain = xp.clip(gain, 0, 255)
+        cell = 2.0 ** ((gain - ZERO) / OCTAVE) / CELLS  # a power of two, which changes no rounding
+        y /= picked(cell, constant(self.class_of, y), -1)
+        y += RANGE * CELLS
+        at = xp.astype(xp.clip(y, 0, 2 * RANGE * CELLS - 1), xp.int32)  # which rounds towards 0
+        at += constant(self.table_of, y)
+        codes = xp.reshape(picked(constant(self.tables, y), xp.reshape(at, (-1,)), 0), at.shape)
         packed = [pack(codes[..., c.start : c.stop], c.bits) for c in self.classes]
         return Codes(xp.concat(packed, axis=-1), xp.astype(gain, xp.uint8))
 

@@ -11,15 +11,12 @@ LOW = {3: 2, 5: 4, 6: 4}  # bits of the low plane of codes that take two
 
 
 def _pack_plane(codes: Array, bits: int) -> Array:
-    xp = namespace(codes)
-    parts = 8 // bits
-    width = codes.shape[-1] // parts
-    packed = codes[..., :width]
-    for part in range(1, parts):
-        packed = packed | xp.bitwise_left_shift(
-            codes[..., part * width : (part + 1) * width], xp.full_like(packed, part * bits)
-        )
-    return packed
+    shift = 4  # of the parts in the second half; of what is left then, half as much
+    while shift >= bits:
+        half = codes.shape[-1] // 2
+        codes = codes[..., :half] | codes[..., half:] << shift
+        shift //= 2
+    return codes
 
 
 def _unpack_plane(packed: Array, bits: int) -> Array:
@@ -44,9 +41,7 @@ def pack(codes: Array, bits: int) -> Array:
     if bits not in LOW:
         return _pack_plane(codes, bits)
     xp, split = namespace(codes), LOW[bits]
-    low = codes & xp.full_like(codes, 2**split - 1)
-    high = xp.bitwise_right_shift(codes, xp.full_like(codes, split))
-    return xp.concat([_pack_plane(low, split), _pack_plane(high, bits - split)], axis=-1)
+    return xp.concat([_pack_plane(codes & 2**split - 1, split), _pack_plane(codes >> split, bits - split)], axis=-1)
 
 
 def planes(packed: Array) -> tuple[Array, Array]:

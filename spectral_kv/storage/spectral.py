@@ -7,12 +7,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from spectral_kv.codec.bases import Bases, by_head, columns
+from spectral_kv.codec.bases import Bases, by_head, centred
 from spectral_kv.codec.fixed_rate import Codes, FixedRate
 from spectral_kv.codec.rates import Rate, rate
 from spectral_kv.rope import Rope
 from spectral_kv.storage.base import Pair
-from spectral_kv.storage.windowed import part
 from spectral_kv.xp import Array, namespace
 
 
@@ -32,6 +31,13 @@ def read(
     if path is None:
         raise ValueError("bases=None: this storage needs bases that were measured on the model")
     return _read(path, shape, model, layers, transform, Path(path).stat().st_mtime_ns if Path(path).is_file() else 0)
+
+
+def _own(pairs: list[Pair], start: int, stop: int) -> list[Pair]:
+    """Tokens `start` to `stop` of every layer, by one copy for all, which keeps nothing else alive."""
+    parts = [x[..., start:stop, :] for pair in pairs for x in pair]
+    together = namespace(parts[0]).stack(parts)
+    return [(together[i], together[i + 1]) for i in range(0, len(parts), 2)]
 
 
 def _joined(*parts: Array) -> Array:
@@ -117,11 +123,11 @@ class Group:
         if count <= 0:
             return
         start = self.sinks + self.coded
+        oldest = ([x[..., :count, :] for x in kind] for kind in zip(*self.recent, strict=True))
         where = self.positions[start : start + count]
-        keys = [self.rope.unrotate(part(k, 0, count), where) for k, _ in self.recent]
-        codes = self.coder.encode(columns(keys, [part(v, 0, count) for _, v in self.recent]))
+        codes = self.coder.encode_centred(centred(*oldest, where, self.rope, self.coder.mean))
         self.codes = codes if self.codes is None else self.codes.append(codes)
-        self.recent = [tuple(part(x, count, x.shape[-2]) for x in pair) for pair in self.recent]
+        self.recent = _own(self.recent, count, self.recent[0][0].shape[-2])
 
     def settle(self) -> None:
         """Code what has left the recent window, in chunks of `flush`: all layers have got their tokens."""
@@ -224,10 +230,14 @@ class Arriving:
         """Hold the next layer; arguments as of `SpectralStorage.store_together`."""
         group, index = self._opened(keys, positions, seen)
         tokens, sinks = keys.shape[-2], min(self.storage.sinks, keys.shape[-2])
-        group.first.append((part(keys, 0, sinks), part(values, 0, sinks)))
-        group.recent.append((part(keys, sinks, tokens), part(values, sinks, tokens)))
+        group.first.append((keys[..., :sinks, :], values[..., :sinks, :]))
+        group.recent.append((keys[..., sinks:, :], values[..., sinks:, :]))
         if len(group.recent) == group.layers:
-            group.encode(tokens - sinks - self.storage.recent)
+            group.first = _own(group.first, 0, sinks)
+            if (coded := tokens - sinks - self.storage.recent) > 0:
+                group.encode(coded)
+            else:
+                group.recent = _own(group.recent, 0, tokens - sinks)
         return SpectralTokens(group, index)
 
     def restore(self, tensors: dict[str, Array], positions: np.ndarray, seen: int) -> SpectralTokens:

@@ -1,11 +1,14 @@
 import numpy as np
 import pytest
+import torch
 
+from spectral_kv.codec import fixed_rate
 from spectral_kv.codec.allocation import water_filling
 from spectral_kv.codec.bases import Bases
-from spectral_kv.codec.fixed_rate import FixedRate
+from spectral_kv.codec.fixed_rate import CELLS, RANGE, FixedRate
 from spectral_kv.codec.rates import rate
 from spectral_kv.quantization.codebook import distortion
+from spectral_kv.quantization.packing import pack
 
 
 @pytest.fixture
@@ -35,6 +38,25 @@ def test_bytes_are_those_of_the_buffers(block, coder):
     bits = coder[1]
     assert coder[0].token_bytes == bits.sum() // 8 + len(set(bits.tolist()) - {0})
     assert codes.nbytes == 600 * coder[0].token_bytes
+
+
+@pytest.mark.parametrize("at_once", [1000, 2**17])
+def test_codes_are_those_of_the_definition_of_every_class(block, coder, at_once, monkeypatch):
+    """To the byte, however many tokens are coded at a time, also where some are far beyond the codebooks."""
+    monkeypatch.setattr(fixed_rate, "PART", at_once)
+    x = torch.from_numpy(block[1]) * torch.logspace(-3, 3, 600)[:, None]
+    x[7], x[8, :5] = torch.from_numpy(block[0].mean), 1e6
+    y = (x - torch.from_numpy(coder[0].mean)) @ torch.from_numpy(coder[0].analysis)
+    expected, gains = [], []
+    for c in coder[0].classes:
+        own = y[:, c.start : c.stop]
+        gain = (8 * (own**2).mean(-1, keepdim=True).clip(1e-30).log2()).round().add(128).clip(0, 255)
+        cell = ((own / 2.0 ** ((gain - 128) / 16) + RANGE) * CELLS).floor().clip(0, 2 * RANGE * CELLS - 1)
+        expected.append(pack(fixed_rate.cells(c.bits)[cell.long().numpy()], c.bits))
+        gains.append(gain.to(torch.uint8))
+    codes = coder[0].encode(x)
+    np.testing.assert_array_equal(codes.packed.numpy(), np.concatenate(expected, axis=-1))
+    np.testing.assert_array_equal(codes.gains.numpy(), torch.cat(gains, dim=-1).numpy())
 
 
 def test_a_token_has_the_same_codes_alone_and_among_others(block, coder):

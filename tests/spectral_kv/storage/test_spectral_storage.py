@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectral_kv.backends.torch_bases import gradients
+from spectral_kv.codec import fixed_rate
 from spectral_kv.storage.dense import Dense
 from spectral_kv.storage.spectral import SpectralStorage
 
@@ -120,3 +122,39 @@ def test_impossible_settings_are_refused(settings, sentence):
 def test_a_ratio_that_the_exact_tokens_rule_out_is_refused(backend, prefill, bases_path):
     with pytest.raises(ValueError, match="can't be met"):
         backend.compress(prefill, None, SpectralStorage(bases_path, 30))
+
+
+@pytest.mark.parametrize("recent", [20, 400])
+def test_a_cache_has_memory_of_its_own(backend, prefill, bases_path, recent):
+    """Whether tokens were coded or all stay exact: what was given may change or go."""
+    pairs = [[x[None].clone() for x in pair] for pair in zip(prefill.keys, prefill.values, strict=True)]
+    storage = SpectralStorage(bases_path, None, 3, recent=recent)
+    stored = storage.store_together(*zip(*pairs, strict=True), np.arange(300), 300, backend.rope)
+    before = [x.clone() for tokens in stored for x in tokens.load()]
+    for x in (x for pair in pairs for x in pair):
+        x.zero_()
+    assert all(torch.equal(x, y) for x, y in zip(before, (x for s in stored for x in s.load()), strict=True))
+    if recent == 20:
+        exact = [x for group in {id(s.group): s.group for s in stored}.values() for x in group.first + group.recent]
+        held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for pair in exact for x in pair}
+        assert sum(held.values()) == 2 * 2 * 2 * 16 * 4 * (4 + 20)
+
+
+def test_few_steps_are_given_to_a_gpu(backend, prefill, bases_path, monkeypatch):
+    """A host starts each of them, which takes longer than most of what they do."""
+
+    class Launches(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            self.count += not function.is_view and "empty" not in str(function)
+            return found
+
+    storage = SpectralStorage(bases_path, None, 3, recent=20)
+    monkeypatch.setattr(fixed_rate, "on_accelerator", lambda x: True)
+    backend.compress(prefill, None, storage)  # constants are there
+    classes = sum(len(coder.classes) for coder in storage.rate(300, (2, 2, 16), 4).coders)
+    with Launches() as launches:
+        backend.compress(prefill, None, storage)
+    assert 0 < launches.count < 30 + 10 * classes
