@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from spectral_kv.rope import Rope
-from spectral_kv.xp import Array, constant, float32, like, namespace, to_numpy
+from spectral_kv.xp import Array, blocks, constant, float32, like, namespace, to_numpy
 
 FORMAT = "spectral_kv bases 1"
 
@@ -29,23 +29,28 @@ def columns(keys: list[Array], values: list[Array]) -> Array:
     return xp.reshape(joined, (*joined.shape[:-2], joined.shape[-2] * joined.shape[-1]))
 
 
-def centred(keys: list[Array], values: list[Array], positions: np.ndarray, rope: Rope, mean: np.ndarray) -> Array:
+def centred(
+    keys: list[Array], values: list[Array], positions: np.ndarray, rope: Rope, mean: np.ndarray, wide: bool = False
+) -> Array:
     """Rotated keys and values `[..., kv_heads, tokens, dim]` of a block as float32 `[..., tokens, columns]`.
 
-    Keys are as before RoPE, and the mean `[columns]` is subtracted.
+    Keys are as before RoPE, and the mean `[columns]` is subtracted. With `wide`, keys are in single precision before
+    they are turned and not after that, which rounds otherwise.
     """
     xp = namespace(keys[0])
+    *before, heads, tokens, dim = keys[0].shape
     if not hasattr(keys[0], "detach") or keys[0].requires_grad or keys[0].dtype == xp.float64:
-        before = [rope.unrotate(k, positions) for k in keys]
-        return float32(columns(before, values)) - constant(mean, keys[0])
+        turned = [rope.unrotate(float32(k) if wide else k, positions) for k in keys]
+        return float32(columns(turned, values)) - constant(mean, keys[0])
     # torch: each is written once, to where it belongs
-    keys, values = (xp.concat(x, axis=-3) for x in (keys, values))
-    heads, tokens, dim = keys.shape[-3:]
-    found = keys.new_empty((*keys.shape[:-3], tokens, 2 * heads, dim), dtype=xp.float32)
+    heads *= len(keys)
+    found = keys[0].new_empty((*before, tokens, 2 * heads, dim), dtype=xp.float32)
     first, second = (xp.moveaxis(x, -3, -2) for x in found.split(heads, dim=-2))
-    mean = constant(mean, keys).view(2, heads, 1, dim)
-    rope.unrotate(keys, positions, out=first).sub_(mean[0])
-    xp.subtract(values, mean[1], out=second)
+    mean = constant(mean, found).view(2, heads, 1, dim)
+    for part in blocks(tokens, 2 * found.nbytes, found[..., :1, :, :]):
+        k, v = (xp.concat([x[..., part, :] for x in kind], axis=-3) for kind in (keys, values))
+        rope.unrotate(float32(k) if wide else k, positions, part, out=first[..., part, :]).sub_(mean[0])
+        xp.subtract(v, mean[1], out=second[..., part, :])
     return found.flatten(-2)
 
 

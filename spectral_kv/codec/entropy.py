@@ -97,13 +97,16 @@ class Tables:
 
     def encode(self, numbers: np.ndarray, contexts: np.ndarray) -> np.ndarray:
         """Words, uint32, of numbers `[n]` in contexts `[n]`."""
-        coder = _library().stack.AnsCoder()
         ordered = numbers.take(np.argsort(contexts, kind="stable")).astype(np.int32, copy=False)
+        return self.encode_ordered(ordered, _edges(contexts, len(self.lengths)))
+
+    def encode_ordered(self, ordered: np.ndarray, edges: np.ndarray) -> np.ndarray:
+        """`encode`, of numbers int32 `[n]` by context, each of which has those from its edge `[contexts + 1]` on."""
+        coder = _library().stack.AnsCoder()
         far = ordered[:0]
         if len(ordered) and max(ordered.max(), -int(ordered.min())) >= CAP:
             far = ordered[np.abs(ordered) >= CAP]
             ordered = np.clip(ordered, -CAP, CAP)
-        edges = _edges(contexts, len(self.lengths))
         for index in reversed(range(len(self.lengths))):
             part = ordered[edges[index] : edges[index + 1]]
             if len(part):

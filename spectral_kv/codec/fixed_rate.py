@@ -6,7 +6,6 @@ codes it: TurboQuant inside each class. The scale of its own is what lets a clas
 calibration's. Rotations are part of the matrices that go to components and back and cost nothing.
 """
 
-import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,7 +15,7 @@ from spectral_kv.codec.bases import Block
 from spectral_kv.quantization.codebook import codebook
 from spectral_kv.quantization.packing import pack, unpack
 from spectral_kv.quantization.rotation import haar
-from spectral_kv.xp import Array, constant, float32, namespace, on_accelerator, picked
+from spectral_kv.xp import Array, blocks, constant, float32, namespace, picked
 
 GAIN_BITS = 8  # of a token's scale of a class
 OCTAVE = 16  # steps of a scale a factor of 2: its rounding adds 1.6e-4 to the relative squared error
@@ -25,7 +24,6 @@ CELLS = (
     128  # cells a standard deviation of the table that finds a code; rounding thresholds to it costs nothing visible
 )
 RANGE = 6  # standard deviations
-PART = 2**17  # numbers that a CPU codes at a time, so that what comes between stays in its cache
 
 
 @cache
@@ -123,17 +121,12 @@ class FixedRate:
         """`encode`, of float32 tokens of which the mean is subtracted already."""
         xp = namespace(x)
         y = xp.matmul(x, constant(self.analysis, x))
-        tokens = y.shape[-2]
-        size = tokens if on_accelerator(y) else max(PART * tokens // math.prod(y.shape), 1)
-        parts = [self._codes(y[..., start : start + size, :]) for start in range(0, tokens, size)]
-        return (
-            parts[0]
-            if len(parts) == 1
-            else Codes(xp.concat([p.packed for p in parts], axis=-2), xp.concat([p.gains for p in parts], axis=-2))
-        )
+        parts = [self._codes(y[..., part, :]) for part in blocks(y.shape[-2], 5 * y.nbytes, y[..., :1, :])]
+        packed, gains = zip(*parts, strict=True)
+        return Codes(xp.concat(packed, axis=-2), xp.concat(gains, axis=-2)) if len(parts) > 1 else Codes(*parts[0])
 
-    def _codes(self, y: Array) -> Codes:
-        """Codes of rotated components `[..., tokens, used]`, which are overwritten.
+    def _codes(self, y: Array) -> tuple[Array, Array]:
+        """Packed codes and scales of rotated components `[..., tokens, used]`, which are overwritten.
 
         On a GPU every step costs its launch, so that most are taken for all classes at once.
         """
@@ -149,7 +142,7 @@ class FixedRate:
         at += constant(self.table_of, y)
         codes = xp.reshape(picked(constant(self.tables, y), xp.reshape(at, (-1,)), 0), at.shape)
         packed = [pack(codes[..., c.start : c.stop], c.bits) for c in self.classes]
-        return Codes(xp.concat(packed, axis=-1), xp.astype(gain, xp.uint8))
+        return xp.concat(packed, axis=-1), xp.astype(gain, xp.uint8)
 
     def components(self, codes: Codes) -> Array:
         """Rotated components `[..., tokens, used]` that the codes stand for."""

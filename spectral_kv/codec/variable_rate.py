@@ -7,12 +7,13 @@ Their sum is the context of the entropy coder. A number is rounded down where th
 (rate-distortion optimised quantisation), and stands for the mean of what was rounded to it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from spectral_kv.codec.entropy import CAP, Tables, entropy, histogram, with_zeros
+from spectral_kv.codec.entropy import Tables, entropy, histogram, with_zeros
 from spectral_kv.codec.threads import each
 
 OCTAVE = 4  # steps of a scale a factor of 2
@@ -88,21 +89,22 @@ class Rounding:
     def __call__(self, components: np.ndarray, step: float, levels: np.ndarray) -> tuple[np.ndarray, ...]:
         """Rows and columns where components `[tokens, components]` are not rounded to 0, and the numbers there, int32.
 
-        Most are: the others are found by comparisons. All are whose component is of level 0.
+        Most are, and all whose component is of level 0. To round them too costs less than to pick out the others first.
         """
-        inverse, slightly = np.float32(1 / step), np.float32(1 - 1e-5)  # what follows is rounded itself
-        least = np.where(levels, self.least[levels] * slightly / inverse, np.inf).astype(np.float32)
+        inverse, below = np.float32(1 / step), self.below[levels]
+        least = np.where(levels, self.least[levels], np.float32(np.inf))
 
         def part_from(start: int) -> tuple[np.ndarray, ...]:
             part = components[start : start + ROWS]
-            at = np.flatnonzero((part >= least) | (part <= -least)).astype(np.int32)
+            size = np.abs(part)
+            size *= inverse
+            there = size >= least
+            size += below
+            there &= size >= 1
+            at = np.flatnonzero(there).astype(np.int32)
             row, column = taken_apart(at, len(levels))
-            own, level = part.ravel()[at], levels[column]
-            size = np.abs(own) * inverse
-            number = np.floor(size + self.below[level])
-            there = (size >= self.least[level]) & (number > 0)
-            number = np.copysign(number[there], own[there]).astype(np.int32)
-            return row[there] + start, column[there], number
+            number = np.copysign(np.floor(size.ravel()[at]), part.ravel()[at])
+            return row + start, column, number.astype(np.int32)
 
         found = each(part_from, range(0, len(components), ROWS))
         return tuple(np.concatenate(x) for x in zip(*found, strict=True))
@@ -220,6 +222,51 @@ def values(
     return found
 
 
+class Places:
+    """Where numbers of a chunk of tokens lie once they are in order: by context, of one token after the other.
+
+    All of a token's components in a block have one gain, so that their order there is one of 25, and how many a token
+    has of a context follows from its gains: nothing is sorted.
+    """
+
+    def __init__(self, sizes: Sizes):
+        levels, block = sizes.levels.astype(np.int8)[sizes.there], sizes.block[sizes.there]
+        self.blocks = sizes.gains.shape[1]
+        self.rank = np.empty((2 * GAIN + 1, len(levels)), dtype=np.int32)
+        self.counts = np.zeros((2 * GAIN + 1, self.blocks, CONTEXTS), dtype=np.int32)
+        for index in range(self.blocks):
+            own = np.flatnonzero(block == index)
+            for row, gain in enumerate(range(-GAIN, GAIN + 1)):
+                contexts = np.clip(levels[own] + gain, 0, CONTEXTS - 1)
+                counts = np.bincount(contexts, minlength=CONTEXTS)
+                order = np.argsort(contexts, kind="stable")
+                before = np.cumsum(counts) - counts
+                self.rank[row, own[order]] = np.arange(len(own)) - before[contexts[order]]
+                self.counts[row, index] = counts
+
+    def __call__(
+        self, gains: np.ndarray, token: np.ndarray, block: np.ndarray, column: np.ndarray, context: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Places of some numbers, and where each context begins and the last ends, `[contexts + 1]`.
+
+        Parameters
+        ----------
+        gains : np.ndarray of int8, [tokens, blocks]
+        token, block, column, context : np.ndarray of int, [n]
+            Of the numbers.
+        """
+        gain = gains.astype(np.int32) + GAIN
+        counts = self.counts[gain, np.arange(self.blocks)].reshape(-1, CONTEXTS)
+        before = np.cumsum(counts, axis=0, dtype=np.int32) - counts
+        edges = np.concatenate([[0], np.cumsum(counts.sum(axis=0))])
+        before += edges[:-1].astype(np.int32)
+        of = token * self.blocks + block
+        width = self.rank.shape[1]
+        found = before.ravel().take(of * CONTEXTS + context)
+        found += self.rank.ravel().take(gain.ravel().take(of) * width + column)
+        return found, edges
+
+
 @dataclass(frozen=True)
 class Rounded:
     """Whole numbers of steps.
@@ -250,17 +297,43 @@ class Rounded:
         return found
 
     @cached_property
-    def frequencies(self) -> np.ndarray:
+    def _met(self) -> tuple[np.ndarray, np.ndarray]:
+        """Blocks and contexts of the numbers."""
         levels, gains = self.sizes.levels.astype(np.int8)[self.sizes.there], self.sizes.gains
-        block = self.sizes.block[self.sizes.there].astype(np.int32)
+        block = self.sizes.block[self.sizes.there].astype(np.uint8)
 
+        def part_from(start: int) -> tuple[np.ndarray, np.ndarray]:
+            row, column = (x[start : start + PART] for x in (self.row, self.column))
+            own, sums = block.take(column), levels.take(column)
+            sums += gains.ravel().take(row * gains.shape[1] + own)
+            return own, np.clip(sums, 0, CONTEXTS - 1, out=sums)
+
+        found = each(part_from, range(0, len(self.row) or 1, PART))
+        return tuple(np.concatenate(x) for x in zip(*found, strict=True))
+
+    @cached_property
+    def frequencies(self) -> np.ndarray:
         def part_from(start: int) -> np.ndarray:
-            row, column, number = (x[start : start + PART] for x in (self.row, self.column, self.nonzero))
-            sums = levels[column] + gains.ravel()[row * gains.shape[1] + block[column]]
-            return histogram(number, np.clip(sums, 0, CONTEXTS - 1), CONTEXTS)
+            own = slice(start, start + PART)
+            return histogram(self.nonzero[own], self._met[1][own], CONTEXTS)
 
-        found = each(part_from, range(0, len(self.row), PART))
-        return with_zeros(sum(found, np.zeros((CONTEXTS, CAP + 1), dtype=np.int64)), self.sizes.often)
+        _ = self._met  # made once, before threads ask for it
+        return with_zeros(sum(each(part_from, range(0, len(self.row) or 1, PART))), self.sizes.often)
+
+    def ordered(self, chunk: int) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
+        """A function of the first token of a chunk: its numbers by context, int32, and where each context begins."""
+        places, width = Places(self.sizes), len(self.sizes.there)
+        block, context = self._met
+
+        def of(start: int) -> tuple[np.ndarray, np.ndarray]:
+            gains = self.sizes.gains[start : start + chunk]
+            own = slice(*np.searchsorted(self.row, np.array([start, start + chunk], dtype=self.row.dtype)))
+            at, edges = places(gains, self.row[own] - np.int32(start), block[own], self.column[own], context[own])
+            found = np.zeros(len(gains) * width, dtype=np.int32)
+            found[at] = self.nonzero[own]
+            return found, edges
+
+        return of
 
     @cached_property
     def gain_frequencies(self) -> np.ndarray:
@@ -316,15 +389,14 @@ class VariableRate:
     def of(cls, components: Components, step: float, chunk: int) -> "VariableRate":
         rounded = components.rounded(step)
         tables, gain_tables = Tables.of(rounded.frequencies), Tables.of(rounded.gain_frequencies)
-        sizes, numbers = rounded.sizes, rounded.numbers
+        sizes, ordered = rounded.sizes, rounded.ordered(chunk)
         _ = tables.models, gain_tables.models  # made once, before threads ask for them
 
         def words_from(start: int) -> list[np.ndarray]:
-            own = Sizes(sizes.levels, sizes.gains[start : start + chunk], sizes.block)
-            gains = own.gains.ravel()
+            gains = sizes.gains[start : start + chunk].ravel().astype(np.int32)
             return [
-                gain_tables.encode(gains, np.zeros(gains.size, dtype=np.uint8)),
-                tables.encode(numbers[start : start + chunk].ravel(), own.contexts().ravel()),
+                gain_tables.encode_ordered(gains, np.array([0, len(gains)])),
+                tables.encode_ordered(*ordered(start)),
             ]
 
         words = [x for two in each(words_from, range(0, len(sizes.gains), chunk)) for x in two]

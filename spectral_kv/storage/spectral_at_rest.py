@@ -10,7 +10,7 @@ import numpy as np
 
 from spectral_kv.codec import along_tokens, exact
 from spectral_kv.codec.at_rest import AtRest
-from spectral_kv.codec.bases import Bases, Block, by_head, columns
+from spectral_kv.codec.bases import Bases, Block, by_head, centred
 from spectral_kv.codec.entropy import EXTRA, Tables
 from spectral_kv.codec.variable_rate import CONTEXTS, OCTAVE, Components, VariableRate
 from spectral_kv.rope import Rope
@@ -18,7 +18,7 @@ from spectral_kv.storage.base import Pair
 from spectral_kv.storage.dense import DenseTokens
 from spectral_kv.storage.spectral import read
 from spectral_kv.storage.windowed import part
-from spectral_kv.xp import Array, constant, float32, like, namespace, to_numpy
+from spectral_kv.xp import Array, constant, like, namespace, to_numpy
 
 SEARCHED = 512  # tokens of which bits are counted while a step is looked for
 CLOSE = 0.015  # of the logarithm to base 2 of what is met, where the search ends
@@ -173,7 +173,7 @@ class SpectralAtRest:
             tensors["positions"] = np.asarray(positions, dtype=np.int32)
         if coded:
             where = np.asarray(positions)[sinks : sinks + coded]
-            middle = [[part(x, sinks, sinks + coded) for x in pair] for pair in pairs]
+            middle = [[x[..., sinks : sinks + coded, :] for x in pair] for pair in pairs]
             blocks = [components_of(block, middle, where, rope) for block in bases.blocks]
             if (fineness := self._fineness(sinks, coded)) is not None:
                 tensors["fineness"] = fineness
@@ -390,6 +390,6 @@ def root(function: Callable[[float], float], at: float, close: float) -> tuple[f
 
 def components_of(block: Block, pairs: list[Pair], positions: np.ndarray, rope: Rope) -> np.ndarray:
     """Components `[tokens, components]` of a block of rotated keys and values of all layers."""
-    keys = [rope.unrotate(float32(pairs[layer][0]), positions) for layer in block.layers]
-    x = columns(keys, [float32(pairs[layer][1]) for layer in block.layers])
-    return to_numpy(namespace(x).matmul(x - constant(block.mean, x), constant(block.analysis, x)))
+    keys, values = zip(*(pairs[layer] for layer in block.layers), strict=True)
+    x = centred(keys, values, positions, rope, block.mean, wide=True)
+    return to_numpy(namespace(x).matmul(x, constant(block.analysis, x)))

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from spectral_kv import xp
 from spectral_kv.codec.bases import Bases, Moments, by_head, centred, columns, groups
 from spectral_kv.rope import Rope
 from spectral_kv.xp import float32, like, to_numpy
@@ -129,17 +130,20 @@ def test_groups_are_cut_where_the_bases_allow_it(bases):
         bases.regrouped(1).regrouped(2)
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "numpy"])
-def test_columns_less_their_mean_are_written_as_they_are_defined(rng, dtype):
-    """Of 2 sequences, 2 layers with 3 heads of 8 channels; what was given stays as it is."""
+def test_columns_less_their_mean_are_written_as_they_are_defined(rng, dtype, wide, monkeypatch):
+    """To the bit, in one go or in parts, of two sequences and two layers; what was given stays as it is."""
     rope, positions = Rope(np.geomspace(1, 1e-2, 4)), np.arange(5, 25)
     keys, values = ([rng.normal(size=(2, 3, 20, 8)).astype(np.float32) for _ in range(2)] for _ in range(2))
     if dtype != "numpy":
         keys, values = ([torch.from_numpy(x).to(getattr(torch, dtype)) for x in kind] for kind in (keys, values))
     mean = rng.normal(size=96).astype(np.float32)
+    monkeypatch.setattr(xp, "ROOM", 20_000 if wide else 2**22)
     copies = [x.copy() if dtype == "numpy" else x.clone() for x in keys]
-    found = centred(keys, values, positions, rope, mean)
-    expected = float32(columns([rope.unrotate(k, positions) for k in keys], values)) - like(mean, keys[0])
+    found = centred(keys, values, positions, rope, mean, wide)
+    turned = [rope.unrotate(float32(k) if wide else k, positions) for k in keys]
+    expected = float32(columns(turned, values)) - like(mean, keys[0])
     assert found.dtype == expected.dtype and found.shape == (2, 20, 96)
     np.testing.assert_array_equal(to_numpy(found), to_numpy(expected))
     assert all((x == y).all() for x, y in zip(keys, copies, strict=True))

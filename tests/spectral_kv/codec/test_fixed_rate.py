@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from spectral_kv import xp
 from spectral_kv.codec import fixed_rate
 from spectral_kv.codec.allocation import water_filling
 from spectral_kv.codec.bases import Bases
@@ -40,10 +41,10 @@ def test_bytes_are_those_of_the_buffers(block, coder):
     assert codes.nbytes == 600 * coder[0].token_bytes
 
 
-@pytest.mark.parametrize("at_once", [1000, 2**17])
-def test_codes_are_those_of_the_definition_of_every_class(block, coder, at_once, monkeypatch):
+@pytest.mark.parametrize("room", [20_000, 2**22])
+def test_codes_are_those_of_the_definition_of_every_class(block, coder, room, monkeypatch):
     """To the byte, however many tokens are coded at a time, also where some are far beyond the codebooks."""
-    monkeypatch.setattr(fixed_rate, "PART", at_once)
+    monkeypatch.setattr(xp, "ROOM", room)
     x = torch.from_numpy(block[1]) * torch.logspace(-3, 3, 600)[:, None]
     x[7], x[8, :5] = torch.from_numpy(block[0].mean), 1e6
     y = (x - torch.from_numpy(coder[0].mean)) @ torch.from_numpy(coder[0].analysis)

@@ -62,6 +62,24 @@ def test_most_numbers_are_zero_and_are_counted_without_being_looked_at(blocks):
     assert 0 < (found > 0).mean() < 0.5
 
 
+@pytest.mark.parametrize("step", [0.02, 2.0, 500.0])
+def test_words_are_those_of_numbers_sorted_by_context(blocks, step):
+    """Nothing is sorted on the way; nearly all, few and none of the numbers are not zero, and contexts end at both."""
+    blocks[0][100:150] *= 1e-3
+    blocks[1][700:720] *= 50
+    components = Components(blocks)
+    written, rounded = VariableRate.of(components, step, 256), components.rounded(step)
+    numbers, contexts, gains = rounded.numbers, rounded.sizes.contexts(), rounded.sizes.gains
+    words = []
+    for start in range(0, 3000, 256):
+        part = slice(start, start + 256)
+        own = gains[part].ravel()
+        words.append(written.gain_tables.encode(own, np.zeros(len(own), dtype=np.uint8)))
+        words.append(written.tables.encode(numbers[part].ravel(), contexts[part].ravel()))
+    np.testing.assert_array_equal(written.ends.ravel(), np.cumsum([len(w) for w in words]))
+    np.testing.assert_array_equal(written.words, np.concatenate(words))
+
+
 def test_what_has_no_size_is_refused(blocks):
     with pytest.raises(ValueError, match=r"step=1e-09 is finer than single precision"):
         Components(blocks).rounded(1e-9)

@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from spectral_kv import xp
 from spectral_kv.backends.torch_bases import gradients
-from spectral_kv.codec import fixed_rate
 from spectral_kv.storage.dense import Dense
 from spectral_kv.storage.spectral import SpectralStorage
 
@@ -152,7 +152,7 @@ def test_few_steps_are_given_to_a_gpu(backend, prefill, bases_path, monkeypatch)
             return found
 
     storage = SpectralStorage(bases_path, None, 3, recent=20)
-    monkeypatch.setattr(fixed_rate, "on_accelerator", lambda x: True)
+    monkeypatch.setattr(xp, "on_accelerator", lambda x: True)
     backend.compress(prefill, None, storage)  # constants are there
     classes = sum(len(coder.classes) for coder in storage.rate(300, (2, 2, 16), 4).coders)
     with Launches() as launches:
