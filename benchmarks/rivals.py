@@ -197,7 +197,8 @@ def recalled(of: pd.DataFrame) -> list[str]:
     lines = []
     for task, own in of.groupby("task", sort=False):
         if (full := own["full_recall"].iloc[0]) < LEAST_FULL_RECALL:
-            lines += [f"- {task}, {own['documents'].iloc[0]} windows: the full cache finds {full:.2f}, left out.", ""]
+            about = f"{task}, {own['model'].iloc[0]}, {own['documents'].iloc[0]} windows"
+            lines += [f"- {about}: the full cache finds {full:.2f}, left out.", ""]
     of = of[of["full_recall"] >= LEAST_FULL_RECALL]
     if not len(of):
         return lines

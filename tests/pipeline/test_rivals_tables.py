@@ -71,7 +71,7 @@ def test_what_is_decided_has_a_star_and_what_the_model_fails_no_table(runs):
     _, _, uniform, shared_out, _ = next(x for x in text.splitlines() if x.startswith("| Kvzip ")).split("|")
     assert "*" not in uniform and shared_out.strip().endswith("[0.000, 1.000] *")
     assert "one: recall of planted facts" in text and "other: recall" not in text
-    assert "single, 8 windows: the full cache finds 0.50, left out" in text
+    assert "single, other, 8 windows: the full cache finds 0.50, left out" in text
     recall = text[text.index("one: recall") :]
     beside, own = (
         next(x for x in part.splitlines() if x.startswith("| Kvzip, global")) for part in recall.split("Difference")[1:]
