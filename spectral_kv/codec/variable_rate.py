@@ -101,8 +101,8 @@ class Rounding:
             there = size >= least
             size += below
             there &= size >= 1
-            at = np.flatnonzero(there).astype(np.int32)
-            row, column = taken_apart(at, len(levels))
+            at = np.flatnonzero(there)
+            row, column = taken_apart(at.astype(np.int32), len(levels))
             number = np.copysign(np.floor(size.ravel()[at]), part.ravel()[at])
             return row + start, column, number.astype(np.int32)
 
