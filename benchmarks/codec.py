@@ -4,9 +4,9 @@
     python -m benchmarks.codec --shape reference --tokens 4096 --csv codec.csv
 
 A model of a published shape with random weights is prefilled, and its bases are random rotations over variances that
-fall as those of the embedded model do: time depends on neither. `live` codes a cache 8 times smaller, `at rest` writes
-it 16 times smaller, the search for the step included; `read` brings it back. Milliseconds by the host's clock, in
-percent of the prefill and in megabytes of the 16-bit cache a second.
+fall as those of the embedded model do: time depends on neither. `live` codes a cache 8 times smaller, `at rest`
+writes it `--ratio` times smaller, the search for the step included; `read` brings it back. Milliseconds by the host's
+clock, in percent of the prefill and in megabytes of the 16-bit cache a second.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def typical(prefill: Prefill, backend: TorchBackend, bases: Bases) -> Prefill:
     return Prefill(prefill.tokens, keys, values, prefill.queries, prefill.logits)
 
 
-def measured(backend: TorchBackend, tokens: int, layers: int, folder: str) -> list[Row]:
+def measured(backend: TorchBackend, tokens: int, layers: int, ratio: float, folder: str) -> list[Row]:
     ids = np.random.default_rng(0).integers(0, backend.shape.vocabulary, size=tokens)
     bases = random_bases(backend, layers)
     path = str(Path(folder) / "bases.safetensors")
@@ -71,7 +71,7 @@ def measured(backend: TorchBackend, tokens: int, layers: int, folder: str) -> li
     prefill_ms = quartiles(wall_milliseconds(lambda: backend.prefill(ids, 1), 3, 1))[0]
     prefill = typical(backend.prefill(ids, 1), backend, bases)
     shape, positions = (backend.shape.layers, backend.shape.kv_heads, backend.shape.dim), np.arange(tokens)
-    live, rest = SpectralStorage(path), SpectralAtRest(path)
+    live, rest = SpectralStorage(path), SpectralAtRest(path, ratio)
     written = rest.encode(prefill.keys, prefill.values, positions, backend.rope)
     full = sum(x.numel() * 2 for x in (*prefill.keys, *prefill.values))
     work = {
@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--shape", default="qwen2.5-0.5b" if gpu else "reference", choices=shapes.SHAPES)
     parser.add_argument("--tokens", default="4096,32768" if gpu else "4096")
     parser.add_argument("--layers", type=int, default=4, help="of a group, at most")
+    parser.add_argument("--ratio", type=float, default=16, help="of caches at rest")
     parser.add_argument("--csv")
     options = parser.parse_args()
     print(f"{card()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
@@ -105,7 +106,7 @@ def main() -> None:
     rows: list[Row] = []
     with TemporaryDirectory() as folder:
         for tokens in map(int, options.tokens.split(",")):
-            rows += measured(backend, tokens, options.layers, folder)
+            rows += measured(backend, tokens, options.layers, options.ratio, folder)
     for row in rows:
         row |= {"shape": options.shape, "card": card()}
     report("codec", rows, options.csv)
