@@ -41,6 +41,7 @@ def measured(model: str, budgets: list[int], overrides: list[str]) -> list[dict]
             kept = compressor.select(scores)
             lengths = [len(head) for layer in kept for head in layer]
             compressor.store(prefill, kept)  # builds what is cached once
+            cache = None  # the one before
             gc.collect()
             before = torch.cuda.memory_allocated() if torch.cuda.is_available() else None
             cache = compressor.store(prefill, kept)
