@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 
 from spectral_kv.codec.entropy import histogram
-from spectral_kv.codec.variable_rate import Components, Rounded, Rounding, VariableRate, means
+from spectral_kv.codec.variable_rate import (
+    CONTEXTS,
+    GAIN,
+    Components,
+    Places,
+    Rounded,
+    Rounding,
+    Sizes,
+    VariableRate,
+    means,
+)
 
 pytest.importorskip("constriction")
 
@@ -78,6 +88,28 @@ def test_words_are_those_of_numbers_sorted_by_context(blocks, step):
         words.append(written.tables.encode(numbers[part].ravel(), contexts[part].ravel()))
     np.testing.assert_array_equal(written.ends.ravel(), np.cumsum([len(w) for w in words]))
     np.testing.assert_array_equal(written.words, np.concatenate(words))
+
+
+def test_places_are_those_of_a_stable_sort_at_both_ends_of_the_contexts(rng):
+    levels, block = np.sort(rng.integers(0, CONTEXTS, size=40)).astype(np.uint8), np.repeat([0, 1], 20)
+    sizes = Sizes(levels, rng.integers(-GAIN, GAIN + 1, size=(30, 2)).astype(np.int8), block)
+    token, column = map(np.ravel, np.indices((30, len(sizes.there))))
+    contexts = sizes.contexts().ravel()
+    assert {0, 1, CONTEXTS - 1} <= set(contexts.tolist())
+    found, edges = Places(sizes)(sizes.gains, token, block[sizes.there][column], column, contexts.astype(np.int32))
+    np.testing.assert_array_equal(np.argsort(found), np.argsort(contexts, kind="stable"))
+    np.testing.assert_array_equal(np.diff(edges), np.bincount(contexts, minlength=CONTEXTS))
+
+
+def test_nothing_that_is_rounded_is_zero_or_of_level_0():
+    """Whatever was learnt: a bound for 1 below what begins a 1 brings no zeros in."""
+    rounding = Rounding()
+    rounding.least[:], rounding.below[:] = 0.5, 0.3
+    components = np.array([[0.6, -0.8, 1.6, 9.0], [-0.6, 0.8, -2.8, -9.0]], dtype=np.float32)
+    row, column, number = rounding(components, 1.0, np.array([5, 5, 5, 0]))
+    assert list(zip(row.tolist(), column.tolist(), number.tolist(), strict=True)) == [
+        (0, 1, -1), (0, 2, 1), (1, 1, 1), (1, 2, -3),
+    ]  # fmt: skip
 
 
 def test_what_has_no_size_is_refused(blocks):

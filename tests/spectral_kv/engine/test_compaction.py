@@ -101,6 +101,19 @@ def test_what_one_graph_does_not_do(device, budget, why):
     assert [kept(*given, budget) for _ in range(3)] == [None] * 3, why
 
 
+def test_a_graph_is_for_what_it_was_captured_of_alone(monkeypatch, device):
+    """Numbers of tokens to choose, windows, dtypes and shapes have graphs of their own."""
+    asked = []
+    monkeypatch.setattr(captured, "replayed", lambda key, *others: asked.append(key))
+    scores, keys, values = drawn(device)
+    for budget in (BUDGET, Budget(71, 3, 20), Budget(71, 4, 20), Budget(71, 3, 21), BUDGET):
+        kept(scores, keys, values, budget)
+    kept(scores, *([x.half() for x in kind] for kind in (keys, values)), BUDGET)
+    kept(scores[:2], keys[:2], values[:2], BUDGET)
+    kept(scores[:, :, :299].contiguous(), *([x[:, :299].contiguous() for x in kind] for kind in (keys, values)), BUDGET)
+    assert len(asked) == 8 and len(set(asked)) == 7
+
+
 def test_large_results_and_odd_layouts_are_left_to_others(monkeypatch, device):
     scores, keys, values = drawn(device)
     odd = [k.mT.contiguous().mT for k in keys]

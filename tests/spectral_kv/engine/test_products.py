@@ -68,6 +68,8 @@ def test_what_is_no_band_of_a_whole_prompt_goes_its_own_way(rng):
     assert together.in_one_pass(Fourier(taper=0.0), view, whole, None) is None, "a box rings for ever"
     asked = Prefill(tokens, [k.requires_grad_() for k in drawn(rng, 1100)], keys, [], None)
     assert together.in_one_pass(Wavelet(), view, asked, None) is None, "products into buffers have no gradients"
+    double = Prefill(tokens, [k.double() for k in drawn(rng, 1100)], keys, [], None)
+    assert together.in_one_pass(Wavelet(), view, double, None) is None, "nor what single precision lacks"
 
 
 def test_buffers_do_not_grow_with_the_prompt():
