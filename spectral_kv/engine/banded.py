@@ -126,7 +126,8 @@ def wavelet_bands(scorer: Wavelet, tokens: int, tile: int = TILE) -> Plan | None
 
     Both are measured on a shorter sequence that ends in the same place of a tile.
     """
-    if tokens < SHORTEST:
+    period = 2**scorer.levels if scorer.transform == "decimated" else 1  # after which the grids of all levels meet
+    if tokens < SHORTEST or tile % period:
         return None
     short = SHORTEST + tokens % tile
     impulses = _impulses(scorer, short)

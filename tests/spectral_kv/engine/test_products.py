@@ -72,6 +72,13 @@ def test_what_is_no_band_of_a_whole_prompt_goes_its_own_way(rng):
     assert together.in_one_pass(Wavelet(), view, double, None) is None, "nor what single precision lacks"
 
 
+@pytest.mark.parametrize("tokens", [1025, 1060, 2111])
+def test_grids_wider_than_a_tile_go_layer_by_layer(tokens):
+    """Of 64 tokens that share a coefficient of the sixth level a tile of 32 has none of its own."""
+    assert products(Wavelet(wavelet="haar", levels=6), tokens) is None
+    assert products(Wavelet(wavelet="haar", levels=5), tokens) is not None
+
+
 def test_buffers_do_not_grow_with_the_prompt():
     made = products(Fourier(), 40_000)
     assert max(s.stop - s.start for s in made.stretches) <= STRETCH + made.matrices.shape[2]
