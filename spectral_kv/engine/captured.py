@@ -38,7 +38,8 @@ def replayed(key: Hashable, where: torch.Tensor, capture: Callable[[], Callable]
                 return None
             while len(_graphs) >= GRAPHS:
                 _graphs.popitem(last=False)
-            _graphs[key] = capture()
+            with torch.inference_mode(False):  # what is written again later may be written in either mode
+                _graphs[key] = capture()
         _graphs.move_to_end(key)
         return _graphs[key](*arguments)
 

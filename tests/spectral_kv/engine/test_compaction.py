@@ -9,6 +9,7 @@ from spectral_kv.engine.compaction import kept
 from spectral_kv.selection import Budget, select
 from spectral_kv.xp import rows
 
+REPLAYED = captured.replayed
 LAYERS, HEADS, TOKENS, DIM = 3, 2, 300, 16
 BUDGET = Budget(70, sinks=3, recent=20)
 
@@ -112,6 +113,21 @@ def test_a_graph_is_for_what_it_was_captured_of_alone(monkeypatch, device):
     kept(scores[:2], keys[:2], values[:2], BUDGET)
     kept(scores[:, :, :299].contiguous(), *([x[:, :299].contiguous() for x in kind] for kind in (keys, values)), BUDGET)
     assert len(asked) == 8 and len(set(asked)) == 7
+
+
+def test_a_graph_captured_in_inference_mode_serves_outside_of_it(monkeypatch):
+    class Stream:
+        cuda_stream = 0
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    buffer = []
+    for mode in (True, True, False):
+        with torch.inference_mode(mode):
+            found = REPLAYED(
+                "a", torch.zeros(1), lambda: buffer.append(torch.zeros(1)) or buffer[0].copy_, torch.ones(1)
+            )
+    assert found == 1 and len(buffer) == 1
 
 
 def test_large_results_and_odd_layouts_are_left_to_others(monkeypatch, device):
