@@ -66,7 +66,7 @@ def _stretches(plan: Plan) -> list[Stretch]:
     found: list[Stretch] = []
     window = plan.matrices.shape[2]
     for block, (kind, start) in enumerate(zip(plan.kind.tolist(), plan.start.tolist(), strict=True)):
-        if not found or start - found[-1].start > STRETCH:
+        if not found or abs(start - found[-1].start) > STRETCH:
             found.append(Stretch(start, start + window, []))
         last = found[-1]
         last.start, last.stop = min(last.start, start), max(last.stop, start + window)

@@ -82,6 +82,8 @@ def test_grids_wider_than_a_tile_go_layer_by_layer(tokens):
 def test_buffers_do_not_grow_with_the_prompt():
     made = products(Fourier(), 40_000)
     assert max(s.stop - s.start for s in made.stretches) <= STRETCH + made.matrices.shape[2]
+    several = products(Wavelet(transform="stationary"), 40_000)  # matrices a tile, one after another along all tiles
+    assert max(s.stop - s.start for s in several.stretches) <= STRETCH + 2 * several.matrices.shape[2]
     assert sum(run[2] for s in made.stretches for run in s.runs) == made.blocks == 40_000 // TILE
 
 
