@@ -29,7 +29,7 @@ def replayed(key: Hashable, where: torch.Tensor, capture: Callable[[], Callable]
     if torch.cuda.is_current_stream_capturing():
         return None
     key = (key, where.device, torch.cuda.current_stream(where.device).cuda_stream)
-    with _lock:
+    with _lock, torch.inference_mode():  # buffers that a graph reads are written in the mode that made them
         if key not in _graphs:
             if key not in _seen:
                 _seen[key] = None
@@ -38,8 +38,7 @@ def replayed(key: Hashable, where: torch.Tensor, capture: Callable[[], Callable]
                 return None
             while len(_graphs) >= GRAPHS:
                 _graphs.popitem(last=False)
-            with torch.inference_mode(False):  # what is written again later may be written in either mode
-                _graphs[key] = capture()
+            _graphs[key] = capture()
         _graphs.move_to_end(key)
         return _graphs[key](*arguments)
 
