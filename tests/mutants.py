@@ -111,7 +111,7 @@ MUTANTS = [
     Mutant("backends/torch_runs.py", "tril(rows - new)", "tril(0)", "backends/test_torch_runs.py::test_a_ragged"),
     Mutant("attention.py", "> own", ">= own", "test_attention.py::test_causal"),
     Mutant("rope.py", "self._turn(x, positions, -1.0,", "self._turn(x, positions, 1.0,", "test_rope.py::test_rotates"),
-    Mutant("rope.py", "1.0 / self.attention_scaling", "1.0", "test_rope.py::test_rotates"),
+    Mutant("rope.py", "1.0 / self.attention_scaling, tokens", "1.0, tokens", "test_rope.py::test_rotates"),
     Mutant("backends/torch_cache.py", "return self.seen\n", "return self.held\n", "backends/test_torch.py::test_new"),
 ]
 
