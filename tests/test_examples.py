@@ -58,6 +58,7 @@ def test_the_batch_says_what_each_prompt_says_alone(monkeypatch, capsys):
     assert len(lines) == 3 and "16180" in lines[2]
 
 
+@pytest.mark.slow
 def test_the_held_budget_takes_less_memory(monkeypatch, capsys):
     whole, ours = (re.search(r"(\d+) tokens, ([\d.]+) MB", line) for line in run("held_budget", monkeypatch, capsys))
     assert whole[1] == ours[1] and float(ours[2]) < float(whole[2])

@@ -105,6 +105,7 @@ def test_refuses_to_convert_without_a_place_or_with_settings(more, command, auth
     assert "give --out and no overrides" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_log_shows_progress_and_how_much_text_was_used(small, tmp_path, capsys):
     """Two windows of 200 tokens are asked for, and two are read."""
     calibrate([*small, "document=docstrings", "document.count=2"], tmp_path / "s.safetensors")

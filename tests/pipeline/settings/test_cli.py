@@ -63,6 +63,7 @@ def test_a_store_that_can_not_be_used_is_refused_before_frameworks_are_imported(
     assert "tracking.uri=null" in said if "uri" in setting else "mlflow.db" in " ".join(said)
 
 
+@pytest.mark.slow
 def test_a_sweep_on_the_command_line_gives_a_finished_run_a_budget(small):
     import mlflow
 

@@ -460,6 +460,7 @@ def test_bytes_are_those_of_torch_and_room_to_grow_comes_in_steps(pair, prefills
     assert cache.allocated == 2 * 2 * 2 * 512 * 16 * 4
 
 
+@pytest.mark.slow
 def test_memory_of_evicted_tokens_is_given_back(ours, tokens):
     def live() -> int:
         gc.collect()

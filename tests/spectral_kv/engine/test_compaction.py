@@ -55,7 +55,7 @@ def drawn(device, dtype=torch.float32, nan=False):
     return scores.to(device), *sides
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_what_is_kept_is_what_selection_keeps_and_its_own(device, dtype):
     results = []
     for turn in range(4):  # not captured, captured, replayed twice
