@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from spectral_kv.engine.captured import graph
+
 Row = dict[str, object]
 
 
@@ -50,15 +52,7 @@ def wall_milliseconds(run: Callable[[], object], repeats: int = 7, warmup: int =
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:
     """A function that replays what `run` did on the GPU."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+    return graph(run)[0].replay
 
 
 def copy_bandwidth() -> float:
