@@ -24,13 +24,16 @@ def asked(description: str, ratios: str) -> tuple[Job, list[float]]:
 
 
 def coded(job: Job, ratios: list[float]) -> Iterator[tuple[float, list[np.ndarray], AtRest]]:
-    """Of every window at every ratio: components `[tokens, components]` of the blocks, and what is written of them."""
+    """Of every window at every ratio: components `[tokens, components]` of the blocks, and what is written of them.
+
+    Without a transform along tokens.
+    """
     _, backend = loaded(job.settings, job.checkpoint)
     tokens, shape = job.settings.documents.tokens, backend.shape
     for window in job.windows:
         prefill = backend.prefill(window[:tokens], 1)
         for ratio in ratios:
-            storage = SpectralAtRest(job.settings.storage.bases, ratio)
+            storage = SpectralAtRest(job.settings.storage.bases, ratio, along=None)
             positions = np.arange(storage.sinks, tokens - storage.recent)
             written = storage.encode(prefill.keys, prefill.values, np.arange(tokens), backend.rope)
             pairs = [tuple(part(x, positions[0], positions[-1] + 1) for x in pair)

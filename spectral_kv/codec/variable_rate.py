@@ -172,9 +172,8 @@ class Components:
 
     def cost(self, step: float) -> float:
         """Squared error and bits of a token in one unit, in which no step is better than another for its bits."""
-        some = self.every(len(self.values) // 512 | 1)
-        rounded = some.rounded(step)
-        return rounded.distortion(some.values, step) + SLOPE * step**2 * rounded.bits / len(some.values)
+        rounded = self.rounded(step)
+        return rounded.distortion(self.values, step) + SLOPE * step**2 * rounded.bits / len(self.values)
 
     def rounded(self, step: float) -> "Rounded":
         """As whole numbers of steps."""

@@ -1,6 +1,5 @@
 """Spectral storage at rest: caches that nobody attends to for a while, in as few bytes as an entropy coder needs."""
 
-from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -12,7 +11,8 @@ from spectral_kv.codec import along_tokens, exact
 from spectral_kv.codec.at_rest import AtRest
 from spectral_kv.codec.bases import Bases, Block, by_head, centred
 from spectral_kv.codec.entropy import EXTRA, Tables
-from spectral_kv.codec.variable_rate import CONTEXTS, OCTAVE, Components, VariableRate
+from spectral_kv.codec.step_search import Goal, Search
+from spectral_kv.codec.variable_rate import OCTAVE, VariableRate
 from spectral_kv.rope import Rope
 from spectral_kv.storage.base import Pair
 from spectral_kv.storage.dense import DenseTokens
@@ -20,12 +20,6 @@ from spectral_kv.storage.spectral import read
 from spectral_kv.storage.windowed import part
 from spectral_kv.xp import Array, constant, like, namespace, to_numpy
 
-SEARCHED = 512  # tokens of which bits are counted while a step is looked for
-CLOSE = 0.015  # of the logarithm to base 2 of what is met, where the search ends
-FINE = 2 * np.pi * np.e  # squares of the step that a variance is, where a number takes no bits if steps were fine
-SPARSE = 0.2  # the same, where it takes half of them as most are rounded to 0: where to look first, within a tenth
-MISSED = np.log2(1.02)  # what is left by then and is not good enough
-TURNS = 12  # at most
 FINEST = 2 * OCTAVE  # a factor of 4: 16 times the importance
 BESIDE = 1500  # bytes of names and sizes, about
 LEAST = 0.6  # share of their bytes that exact numbers take at least
@@ -57,7 +51,8 @@ class SpectralAtRest:
     chunk : int
         Tokens that are read at once where only some are wanted.
     along : int, optional
-        Tokens of a block of a cosine transform along tokens, which is used for the caches for which it pays.
+        Tokens of a block of a cosine transform along tokens, which is used for the caches for which it pays; None for
+        none of them.
     """
 
     bases: str | None = None
@@ -68,7 +63,7 @@ class SpectralAtRest:
     sinks: int = 4
     recent: int = 64
     chunk: int = 256
-    along: int | None = None
+    along: int | None = 64
 
     torch_only: ClassVar[bool] = True
     keeps_all: ClassVar[bool] = True
@@ -94,7 +89,7 @@ class SpectralAtRest:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.along is not None and self.chunk % self.along:
-            raise ValueError(f"along={self.along} must divide chunk={self.chunk}")
+            raise ValueError(f"along={self.along} must divide chunk={self.chunk}: choose another, or None for along")
 
     def read(self, shape: tuple[int, int, int], model: str | None = None) -> Bases:
         """The bases of a model of `shape` = (layers, kv_heads, dim); `model` is its hash.
@@ -178,15 +173,16 @@ class SpectralAtRest:
             if (fineness := self._fineness(sinks, coded)) is not None:
                 tensors["fineness"] = fineness
                 blocks = [y * finer(fineness) for y in blocks]
-            target = 2 * tokens * 2 * len(keys) * heads * dim, sum(x.nbytes for x in tensors.values()), bases.following
-            components = Components(blocks)
-            step = self._step(components, *target)
-            if self.along is not None:
-                other = Components([along_tokens.forward(y, self.along) for y in blocks])
-                if other.cost(step) < components.cost(step):
-                    components, step = other, self._step(other, *target)
-                    header["along"] = self.along
-            written = VariableRate.of(components, step, self.chunk)
+            full = 2 * tokens * 2 * len(keys) * heads * dim
+            goal = self._goal(blocks, full, sum(x.nbytes for x in tensors.values()), bases.following)
+            search = Search(blocks, goal)
+            if self.along is not None and coded >= self.along:
+                other = Search([along_tokens.forward(y, self.along) for y in blocks], goal)
+                at = other.near()  # where the search goes on if it is used, which it mostly is
+                if other.cost(at) < search.cost(at):
+                    search, header["along"] = other, self.along
+            step = search.step()
+            written = VariableRate.of(search.components, step, self.chunk)
             header |= {"step": step, "chunk": self.chunk}
             tensors |= {
                 "coded.levels": written.levels, "coded.means": written.means,
@@ -196,55 +192,27 @@ class SpectralAtRest:
             }  # fmt: skip
         return AtRest(header, tensors)
 
-    def _step(self, components: Components, full: int, held: int, following: int) -> float:
-        """The step that meets the target, of a cache of `full` bytes in 16 bits, where `held` bytes are spent already.
+    def _goal(self, blocks: list[np.ndarray], full: int, held: int, following: int) -> Goal:
+        """What a cache of `full` bytes in 16 bits shall meet, where `held` bytes are spent already.
 
         The unit of the bases is the nats that an error costs in `following` predictions together.
         """
         if self.step is not None:
-            return float(np.float32(self.step))
-        tokens = len(components.values)
-        wanted = 0.0
+            return Goal(step=float(np.float32(self.step)))
+        tokens = len(blocks[0])
         if self.ratio is not None:
-            chunks = -(-tokens // self.chunk)
-            wanted = 8 * (full / self.ratio - held - len(components.block) - BESIDE - CHUNK * chunks)
-            if wanted < tokens:
+            chunks, width = -(-tokens // self.chunk), sum(y.shape[1] for y in blocks)
+            bits = 8 * (full / self.ratio - held - width - BESIDE - CHUNK * chunks)
+            if bits < tokens:
                 raise ValueError(
                     f"ratio={self.ratio:g} can't be met: what stays exact and the tables of the codes alone take more; "
                     "lower ratio, sinks or recent"
                 )
-
-        allowed = 0.0
-        if self.distortion is not None:
-            allowed = self.distortion * following / tokens
-            if allowed > 0.9 * (components.values**2).sum(axis=1).mean():
-                raise ValueError(f"distortion={self.distortion:g} is what losing all coded tokens costs: lower it")
-
-        def beyond(some: Components, logarithm: float) -> float:
-            rounded = some.rounded(float(np.float32(2.0**logarithm)))
-            if self.ratio is None:
-                return 0.5 * np.log2(max(rounded.distortion(some.values, 2.0**logarithm), 1e-30) / allowed)
-            tables = 8 * (Tables.of(rounded.frequencies).nbytes + 2 * CONTEXTS) * len(some.values)
-            return np.log2(wanted * len(some.values) / max(tokens * rounded.bits + tables, 1.0))
-
-        def expected(logarithm: float) -> float:
-            relative = (components.deviations / 2.0**logarithm) ** 2
-            if self.ratio is None:
-                lost = (components.deviations**2 / (1 + 6 * relative)).sum()
-                return 0.5 * np.log2(max(lost, 1e-30) / allowed)
-            bits = 0.5 * np.log2(1 + FINE * relative) * relative / (relative + SPARSE)
-            return np.log2(wanted / max(tokens * bits.sum(), 1.0))
-
-        few = components.every(tokens // SEARCHED | 1)
-        about = 0.5 * np.log2(float((components.deviations**2).mean()) + 1e-24)
-        about, _ = root(expected, about, CLOSE)
-        about, _ = root(lambda at: beyond(few, at), about, CLOSE / 2)
-        found, off = root(lambda at: beyond(components, at), about, CLOSE)
-        if self.ratio is not None and off > MISSED:
-            raise ValueError(
-                f"ratio={self.ratio:g} can't be met within 2 %, no step does: choose another, or give a step"
-            )
-        return float(np.float32(2.0**found))
+            return Goal(bits=bits, asked=f"ratio={self.ratio:g}")
+        error = self.distortion * following / tokens
+        if error > 0.9 * sum(float(np.einsum("tc,tc->", y, y)) for y in blocks) / tokens:
+            raise ValueError(f"distortion={self.distortion:g} is what losing all coded tokens costs: lower it")
+        return Goal(error=error)
 
     def decode(
         self,
@@ -367,25 +335,6 @@ class SpectralAtRest:
 def finer(fineness: np.ndarray) -> np.ndarray:
     """Factors, float32 `[tokens, 1]`, of such logarithms."""
     return (2.0 ** (fineness.astype(np.float32) / OCTAVE))[:, None]
-
-
-def root(function: Callable[[float], float], at: float, close: float) -> tuple[float, float]:
-    """Where a rising function of about unit slope is within `close` of zero, and how far it is there.
-
-    By the secant method, or the middle of what is known to lie on either side where that would leave it.
-    """
-    value, slope, below, above = function(at), 0.8, -np.inf, np.inf
-    for _ in range(TURNS):
-        if abs(value) < close:
-            break
-        below, above = (at, above) if value < 0 else (below, at)
-        new = at + float(np.clip(-value / slope, -2, 2))
-        if not below < new < above:
-            new = (below + above) / 2
-        other = function(new)
-        slope = float(np.clip((other - value) / (new - at), 0.3, 3.0))
-        at, value = new, other
-    return at, abs(value)
 
 
 def components_of(block: Block, pairs: list[Pair], positions: np.ndarray, rope: Rope) -> np.ndarray:

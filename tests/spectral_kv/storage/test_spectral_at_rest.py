@@ -4,7 +4,7 @@ import torch
 
 from spectral_kv.codec.at_rest import AtRest
 from spectral_kv.storage.dense import Dense, DenseTokens
-from spectral_kv.storage.spectral_at_rest import SpectralAtRest, root
+from spectral_kv.storage.spectral_at_rest import SpectralAtRest
 
 pytest.importorskip("constriction")
 
@@ -75,7 +75,7 @@ def test_a_distortion_is_met_and_a_step_is_taken(backend, prefill, bases_path):
 
 
 def test_some_tokens_are_read_alone(backend, prefill, bases_path):
-    storage = SpectralAtRest(bases_path, 8, recent=20, chunk=100)
+    storage = SpectralAtRest(bases_path, 8, recent=20, chunk=100, along=None)
     content = written(backend, prefill, storage)
     whole = read(backend, prefill, storage, content)
     for span in ((0, 3), (2, 5), (350, 420), (1400, 1490), (1485, 1500)):
@@ -145,7 +145,7 @@ def test_a_transform_along_tokens_is_used_where_it_pays(backend, prefill, bases_
          for x in part]
         for kind, part in enumerate((prefill.keys, prefill.values))
     ]  # fmt: skip
-    plain, along = (SpectralAtRest(bases_path, None, 2e-3, along=a, recent=20) for a in (None, 64))
+    plain, along = (SpectralAtRest(bases_path, None, 2e-3, recent=20, **a) for a in ({"along": None}, {}))
     assert "along" not in along.encode(*rough, np.arange(1500), backend.rope).header
     held, less = (s.encode(*smooth, np.arange(1500), backend.rope) for s in (plain, along))
     assert less.header["along"] == 64
@@ -153,9 +153,32 @@ def test_a_transform_along_tokens_is_used_where_it_pays(backend, prefill, bases_
     whole = along.decode(less, SHAPE, backend.rope, prefill.keys[0])
     for (k, v), a, b in zip(whole, *smooth, strict=True):
         assert ((k - a) ** 2).mean() < 0.05 * (a**2).mean() and ((v - b) ** 2).mean() < 0.05 * (b**2).mean()
-    part_of_it = along.decode(less, SHAPE, backend.rope, prefill.keys[0], 290, 1480)
-    for (k, _), (some, _) in zip(whole, part_of_it, strict=True):
-        torch.testing.assert_close(some, k[:, 290:1480], atol=1e-4, rtol=1e-4)
+    for span in ((290, 1480), (259, 261), (1470, 1490), (0, 5)):
+        part_of_it = along.decode(less, SHAPE, backend.rope, prefill.keys[0], *span)
+        for (k, _), (some, _) in zip(whole, part_of_it, strict=True):
+            torch.testing.assert_close(some, k[:, slice(*span)], atol=1e-4, rtol=1e-4)
+
+
+def test_ratios_are_met_and_weights_count_with_a_transform_along_tokens(backend, prefill, bases_path):
+    held = [x[:, np.arange(1500) // 16 * 16] for x in prefill.values]
+    storage, positions = SpectralAtRest(bases_path, 8, recent=20), np.arange(1500)
+    importance = np.ones(1500)
+    importance[320:640] = 8
+    errors = []
+    for own in (storage, storage.weighing(importance)):
+        content = own.encode(held, held, positions, backend.rope)
+        assert content.header["along"] == 64
+        assert abs(1500 * 2 * 2 * 2 * 16 * 2 / len(content.to_bytes()) / 8 - 1) < 0.02
+        (_, v), _ = storage.decode(content, SHAPE, backend.rope, held[0])
+        lost = (v - held[0]) ** 2
+        errors.append([float(lost[:, part].mean()) for part in (slice(320, 640), slice(700, 1400))])
+    assert errors[1][0] < 0.7 * errors[0][0] and errors[1][1] > errors[0][1]
+
+
+def test_fewer_tokens_than_a_block_are_not_transformed_along_them(backend, prefill, bases_path):
+    keys, values = ([x[:, :100] for x in part] for part in (prefill.keys, prefill.values))
+    content = SpectralAtRest(bases_path, None, 1e-4).encode(keys, values, np.arange(100), backend.rope)
+    assert content.header["coded"] == 32 and "along" not in content.header
 
 
 def test_tokens_that_matter_are_coded_finer_at_the_same_bytes(backend, prefill, bases_path):
@@ -250,10 +273,3 @@ def test_targets_that_can_not_be_met_are_refused(backend, prefill, bases_path):
         written(backend, prefill, SpectralAtRest(bases_path, 40))
     with pytest.raises(ValueError, match="losing all coded tokens"):
         written(backend, prefill, SpectralAtRest(bases_path, None, distortion=1e9))
-
-
-def test_a_root_is_found():
-    found, off = root(lambda x: 0.7 * x + 0.1 * np.tanh(x) - 2, 9.0, 1e-6)
-    assert found == pytest.approx(2.7156, abs=1e-3) and off < 1e-6
-    found, off = root(lambda x: -1.0 if x < 3.2 else 0.4, 0.0, 1e-6)
-    assert found == pytest.approx(3.2, abs=0.1) and off >= 0.4  # jumps over what is wanted

@@ -1,0 +1,24 @@
+import numpy as np
+import pytest
+
+from spectral_kv.codec.step_search import Goal, Search, root
+
+
+def test_a_root_is_found():
+    found, off = root(lambda x: 0.7 * x + 0.1 * np.tanh(x) - 2, 9.0, 1e-6)
+    assert found == pytest.approx(2.7156, abs=1e-3) and off < 1e-6
+    found, off = root(lambda x: -1.0 if x < 3.2 else 0.4, 0.0, 1e-6)
+    assert found == pytest.approx(3.2, abs=0.1) and off >= 0.4  # jumps over what is wanted
+
+
+def test_a_step_meets_bits_or_an_error_and_is_near_before_all_tokens_are_looked_at():
+    blocks = [
+        np.random.default_rng(0).normal(size=(3000, 40)).astype(np.float32) * np.geomspace(1, 1e-2, 40, dtype="f")
+    ]
+    search = Search(blocks, Goal(error=0.4))
+    step = search.step()
+    assert search.components.rounded(step).distortion(blocks[0], step) == pytest.approx(0.4, rel=0.05)
+    assert search.near() == pytest.approx(step, rel=0.1)
+    search = Search(blocks, Goal(bits=3000 * 30))
+    assert search.components.rounded(search.step()).bits == pytest.approx(3000 * 30, rel=0.05)
+    assert Search(blocks, Goal(step=0.25)).step() == 0.25
