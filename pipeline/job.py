@@ -5,16 +5,18 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import PackageNotFoundError, version
+from functools import cache
+from importlib import metadata
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from pipeline.documents.base import Asked, Documents, content_hash
 from pipeline.documents.book import Calibration
 from pipeline.documents.mixed import Mixed
-from pipeline.settings.config import MLX, BackendConfig, Settings, check, prefixed
+from pipeline.settings.config import MLX, BackendConfig, Settings, check, prefixed, resolved
 from pipeline.settings.errors import InputError
 from pipeline.sources import code_fingerprint
 from pipeline.stages.checkpoint import Checkpoint, Weightless, locate
@@ -44,6 +46,7 @@ NOT_IDENTITY = {
 SEPARATOR = "; "  # between the names of the texts that a file was measured on
 WEIGHTLESS = "pipeline.synthetic.backend.SyntheticBackend"  # the backend of models without weights
 
+version = cache(metadata.version)  # a document's jobs ask for the same few, and each answer takes a millisecond
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 
 
@@ -272,14 +275,15 @@ def _budget(settings: Settings, checkpoint: Checkpoint | Weightless) -> Budget |
     return settings.budget.resolve(settings.documents.tokens, held_in(Dense()), refitted)
 
 
-def prepare(cfg: DictConfig) -> Job:
-    """Check a configuration and read what it names, without loading a framework.
+def prepare(cfg: DictConfig | dict) -> Job:
+    """Check a configuration, composed or resolved, and read what it names, without loading a framework.
 
     Raises
     ------
     InputError
         Names the key and the remedy.
     """
+    cfg = resolved(cfg)
     settings = check(cfg)
     writable(settings.outputs)
     checkpoint = locate(
@@ -292,15 +296,14 @@ def prepare(cfg: DictConfig) -> Job:
     for name, phase in settings.phases.items():
         if getattr(phase, "asks", False) and not any(lookups):
             raise InputError(
-                f"phase.{name} asks for what was planted in the prompt, "
-                f"and document={cfg.document.name} plants nothing: choose document=needles, or leave the phase out"
+                f"phase.{name} asks for what was planted in the prompt, and document={cfg['document']['name']} plants "
+                "nothing: choose document=needles, or leave the phase out"
             )
     statistics = _statistics(settings, checkpoint)
     bases = _bases(settings, checkpoint)
     maps = _maps(settings, checkpoint)
     budget = _budget(settings, checkpoint)
-    resolved = OmegaConf.to_container(cfg, resolve=True)
-    what = {k: v for k, v in resolved.items() if k not in NOT_IDENTITY}
+    what = {k: v for k, v in cfg.items() if k not in NOT_IDENTITY}
     what["model"] = checkpoint.hash
     what["document"] = document_hash = content_hash(
         [*windows, *(tokens for asked in lookups for one in asked for tokens in (one.question, one.answer))]
@@ -319,6 +322,6 @@ def prepare(cfg: DictConfig) -> Job:
         what["statistics"] = statistics.digest
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
     return Job(
-        settings, checkpoint, budget, windows, lookups, statistics, resolved, digest, document_hash, code_hash,
+        settings, checkpoint, budget, windows, lookups, statistics, cfg, digest, document_hash, code_hash,
         versions,
     )  # fmt: skip

@@ -21,6 +21,7 @@ PRESENTATION = (
 )  # fmt: skip
 
 
+@cache
 def _file(module: str) -> Path | None:
     """The source of one of our modules."""
     root, *parts = module.split(".")
@@ -33,10 +34,19 @@ def _ours_if_any(name: str) -> bool:
 
 
 @cache
+def _read(file: Path) -> bytes:
+    return file.read_bytes()
+
+
+@cache
 def _imported(file: Path) -> frozenset[str]:
     """Modules that a source names in its imports, wherever in it; without those relative to its own package."""
     found = set()
-    for node in ast.walk(ast.parse(file.read_bytes())):
+    left: list[ast.AST] = [ast.parse(_read(file))]
+    while left:
+        node = left.pop()
+        for field in ("body", "orelse", "handlers", "finalbody", "cases"):  # statements are in no other
+            left += getattr(node, field, ())
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -117,7 +127,7 @@ def modules_of(thing: object) -> set[str]:
 def _ours(modules: frozenset[str]) -> bytes:
     digest = hashlib.sha256()
     for name in sorted(reached({RUNNER, *modules})):
-        digest.update(name.encode() + _file(name).read_bytes())
+        digest.update(name.encode() + _read(_file(name)))
     return digest.digest()
 
 

@@ -1,11 +1,13 @@
 """Python's own language reference, present in every CPython."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 from pipeline.documents.base import Documents
 
 
+@cache
 def topics_text() -> str:
     """The language reference as one text, in the order in which CPython stores its topics.
 

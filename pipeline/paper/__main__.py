@@ -23,10 +23,8 @@ from typing import TYPE_CHECKING
 
 from pipeline.paper.readme import refresh
 from pipeline.paper.sections import Section, plan, titles, usual
-from pipeline.paper.stored import ahead
 from pipeline.settings.cli import reporting
 from pipeline.settings.compose import composed
-from pipeline.settings.config import TrackingConfig, typed
 from pipeline.settings.errors import InputError
 
 if TYPE_CHECKING:
@@ -69,21 +67,18 @@ def regenerate(
     if twice := [model for model in models or [] if models.count(model) > 1 or not model]:
         raise InputError(f"--models names '{twice[0]}' twice or no model: write each option of model once, with commas")
     general = [o for o in overrides if o.partition("=")[0] in ("outputs", "tracking.uri", "tracking.experiment")]
-    where = composed(general)
-    outputs = Path(where.outputs).resolve()
-    folder = outputs / "paper"
+    folder = Path(composed(general).outputs).resolve() / "paper"
     chosen = [[f"model={model}", *overrides] for model in models] if models else [overrides]
-    with ahead(typed(TrackingConfig, where.tracking, "tracking"), outputs, processes) as (stored, other):
-        planned = [plan(experiments, own, folder / "compositions.json", full, processes, other) for own in chosen]
-        from pipeline.paper.document import judged, tally, write, write_results
-        from pipeline.paper.measured import measure
-        from pipeline.paper.models import ModelResults, over_models
-        from pipeline.paper.placement import Placements
-        from pipeline.paper.provenance import timed
+    planned = [plan(experiments, own, folder / "compositions.json", full, processes) for own in chosen]
+    from pipeline.paper.document import judged, tally, write, write_results
+    from pipeline.paper.measured import measure
+    from pipeline.paper.models import ModelResults, over_models
+    from pipeline.paper.placement import Placements
+    from pipeline.paper.provenance import timed
 
-        placements = Placements(folder / "placements.json")
-        everything = [section for sections in planned for section in sections]
-        measured, fresh = measure(everything, placements, lambda line: print(line, flush=True), processes, stored)
+    placements = Placements(folder / "placements.json")
+    everything = [section for sections in planned for section in sections]
+    measured, fresh = measure(everything, placements, lambda line: print(line, flush=True), processes)
     each = [measured[i : i + len(experiments)] for i in range(0, len(measured), len(experiments))]
     origins = [_origin(sections, general) for sections in planned]
     over = None

@@ -13,10 +13,10 @@ from typing import Any
 
 from pipeline.job import NOT_IDENTITY, Job
 from pipeline.paper.finished import FinishedRun
-from pipeline.paper.follow import follow
+from pipeline.paper.follow import follow, outliving
 from pipeline.paper.placement import Placements
 from pipeline.paper.sections import Section
-from pipeline.paper.stored import Stored, finished
+from pipeline.paper.stored import finished
 from pipeline.phases.retrieval import LEAST_FULL_RECALL
 
 
@@ -102,7 +102,7 @@ def _by_several(jobs: list[Job], processes: int) -> Iterator[tuple[Job, Any]]:
 
     context = multiprocessing.get_context("spawn")  # a forked process can't use a GPU
     left, busy, held = list(jobs), {}, {}
-    with ExitStack() as stack:
+    with outliving(processes), ExitStack() as stack:
         count = min(processes, len(jobs))
         idle = [stack.enter_context(ProcessPoolExecutor(1, context, _one_of, (processes,))) for _ in range(count)]
         while left or busy:
@@ -153,7 +153,6 @@ def measure(
     placements: Placements,
     say: Callable[[str], None],
     processes: int = 1,
-    stored: Callable[[], dict[str, Stored]] | None = None,
 ) -> tuple[list[MeasuredSection], int]:
     """Measure what is missing; the sections with their runs, and how many runs are new.
 
@@ -165,8 +164,6 @@ def measure(
     ----------
     processes : int
         How many share the work, each with the model loaded. Speeds are timed by one alone.
-    stored : function, optional
-        Gives what the store of the jobs held before; by default it is read.
     """
     from pipeline.run import identity
 
@@ -185,7 +182,7 @@ def measure(
         return {i: job for i, job in wanted.items() if i not in serving}, serving
 
     store = sections[0].jobs[0].settings
-    there = stored() if stored else finished(store.tracking, store.outputs)
+    there = finished(store.tracking, store.outputs)
     missing, serving = lacking()
     if missing:  # frameworks are needed anyway, and know where they compute
         placements.forget()

@@ -5,7 +5,7 @@ import json
 import multiprocessing
 import shlex
 from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -14,10 +14,11 @@ from pathlib import Path
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.documents.base import TooFewWindows
 from pipeline.job import Job, prepare
-from pipeline.paper.follow import follow
+from pipeline.paper.follow import follow, outliving
 from pipeline.settings.compose import composed, spelled_out, sweep
 from pipeline.settings.errors import InputError
 from pipeline.settings.folders import PACKAGE, conf_dir, register_resolvers
@@ -151,6 +152,20 @@ def _inside(job: list[str]) -> Iterator[tuple[list[str], list[str]]]:
         yield inner, [word.partition("=")[0] for word in words]
 
 
+def _written_out(cfg: DictConfig) -> tuple[dict, bool]:
+    """A configuration as JSON can hold it, and whether its references are resolved in it.
+
+    Those to the environment are looked up anew each time; for those that lead nowhere `prepare` has the words.
+    """
+    written = OmegaConf.to_container(cfg, resolve=False)
+    if "${oc.env:" in json.dumps(written):
+        return written, False
+    try:
+        return OmegaConf.to_container(cfg, resolve=True), True
+    except OmegaConfBaseException:
+        return written, False
+
+
 def _composed(experiment: str, overrides: list[str], narrowed: list[str]) -> dict:
     """What JSON can hold of a section: the documents that its experiment asks for, the overrides that it takes, and
     what the experiment varies and the configuration of every job.
@@ -161,8 +176,8 @@ def _composed(experiment: str, overrides: list[str], narrowed: list[str]) -> dic
     for outer in sweep(experiment, [f"tracking.table={experiment}", *narrowed, *taken]):
         for job, inner in _inside(outer):
             choice = {key: value for key, value in (o.split("=", 1) for o in job) if key in (*varied, *inner)}
-            config = OmegaConf.to_container(composed(job), resolve=False)
-            jobs.append({"choice": choice, "config": config})
+            config, resolved = _written_out(composed(job))
+            jobs.append({"choice": choice, "config": config, "resolved": resolved})
     counted = [o for o in narrowed if o.startswith("document.count=")]
     asked = int(composed([f"experiment={experiment}", *counted]).document.count)
     return {"asked": asked, "taken": taken, "narrowed": narrowed, "jobs": jobs}
@@ -174,7 +189,7 @@ def _each_composed(asked: list[tuple[str, list[str], list[str]]], processes: int
         return [_composed(*one) for one in asked]
     # Hydra keeps state of the process, and frameworks may have started threads: nothing is forked
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(asked)), context, follow) as pool:
+    with outliving(processes), ProcessPoolExecutor(min(processes, len(asked)), context, follow) as pool:
         return list(pool.map(_composed, *zip(*asked, strict=True)))
 
 
@@ -189,13 +204,12 @@ def _conf_hash() -> str:
 
 
 def plan(
-    experiments: list[str], overrides: list[str], memory: Path, full: bool = False, processes: int = 1,
-    other: Executor | None = None,
-) -> list[Section]:  # fmt: skip
+    experiments: list[str], overrides: list[str], memory: Path, full: bool = False, processes: int = 1
+) -> list[Section]:
     """The jobs of the sections, each checked; of whole experiments if `full`.
 
     Hydra takes 80 ms and more to compose a job, so that `processes` share the sections, and what was composed is
-    remembered in the file `memory`, as long as no configuration file changes. The `other` process helps to check jobs.
+    remembered in the file `memory`, as long as no configuration file changes.
 
     Raises
     ------
@@ -229,22 +243,7 @@ def plan(
     memory.parent.mkdir(parents=True, exist_ok=True)
     memory.write_text(json.dumps(remembered))
     counted = any(o.startswith("document.count=") for o in overrides)
-    fewest = None if counted else FEWEST
-    # the other one begins at the end, and what it has not come to by then is checked here
-    theirs = {name: other.submit(_prepared_there, name, found[name], fewest) for name in reversed(found) if other}
-    return [
-        theirs[name].result() if other and not theirs[name].cancel() else _prepared(name, section, fewest)
-        for name, section in found.items()
-    ]
-
-
-def _prepared_there(name: str, section: dict, fewest: int | None) -> Section:
-    """`_prepared` in another process."""
-    register_resolvers()
-    try:
-        return _prepared(name, section, fewest)
-    except TooFewWindows as error:  # which says more than can be sent
-        raise InputError(str(error)) from None
+    return [_prepared(name, section, None if counted else FEWEST) for name, section in found.items()]
 
 
 def _prepared(name: str, section: dict, fewest: int | None) -> Section:
@@ -253,18 +252,21 @@ def _prepared(name: str, section: dict, fewest: int | None) -> Section:
     Of a text that the model's tokenizer cuts into fewer windows than the experiment asks for the section takes them
     all, if there are `fewest`; None takes no fewer.
     """
-    configs, choices = ([job[key] for job in section["jobs"]] for key in ("config", "choice"))
+    configs, choices, resolved = ([job[key] for job in section["jobs"]] for key in ("config", "choice", "resolved"))
+
+    def prepared(configs: list[dict]) -> list[Job]:
+        pairs = zip(configs, resolved, strict=True)
+        return [prepare(config if plain else OmegaConf.create(config)) for config, plain in pairs]
+
     try:
-        jobs = [prepare(OmegaConf.create(config)) for config in configs]
+        jobs = prepared(configs)
     except TooFewWindows as error:
         if fewest is None or error.held < fewest:
             raise
-        fewer = [
-            OmegaConf.create(config | {"document": config["document"] | {"count": error.held}}) for config in configs
-        ]
+        fewer = [config | {"document": config["document"] | {"count": error.held}} for config in configs]
         narrowed = [o for o in section["narrowed"] if not o.startswith("document.count=")]
         return Section(
-            name, error.held, [*narrowed, f"document.count={error.held}"], choices, list(map(prepare, fewer)),
+            name, error.held, [*narrowed, f"document.count={error.held}"], choices, prepared(fewer),
             section["taken"],
         )  # fmt: skip
     return Section(name, section["asked"], section["narrowed"], choices, jobs, section["taken"])

@@ -1,19 +1,24 @@
-"""What the store holds for the document, which another process may read while jobs are made ready."""
+"""What the store holds for the document."""
 
-import multiprocessing
-import signal
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import contextmanager
+import math
+import sqlite3
+from collections import defaultdict
+from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
-from pipeline.paper.follow import follow
+from filelock import FileLock
+
 from pipeline.settings.config import TrackingConfig
 from pipeline.store import tracking
+
+FINISHED = """
+    SELECT run_uuid, artifact_uri, start_time FROM runs JOIN experiments USING (experiment_id)
+    WHERE status = 'FINISHED' AND runs.lifecycle_stage = 'active' AND experiments.lifecycle_stage = 'active'
+    AND experiments.name = ? ORDER BY start_time
+"""
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,35 @@ class Stored:
         return mlflow.artifacts.load_text(f"{self.artifacts}/rows.json")
 
 
-def finished(settings: TrackingConfig, outputs: Path) -> dict[str, Stored]:
-    """The newest finished run of every identity in a store; deleted runs are not among them."""
+def _from_file(settings: TrackingConfig, outputs: Path) -> list[Stored]:
+    """Finished runs of a store that is a sqlite file, the oldest first, read from MLflow's own tables.
+
+    Importing MLflow takes seconds, which a document whose runs are all there need not wait for. Nothing is found where
+    there is no such file or its tables are others: MLflow brings old ones up to date, and has words for the rest.
+    """
+    file = tracking.database(settings, outputs)
+    if file is None or not file.is_file():
+        return []
+    tags, metrics = defaultdict(dict), defaultdict(dict)
+    try:
+        if file.parent == outputs:
+            with FileLock(outputs / "mlflow.lock"):
+                tracking.artifacts_follow(file, (outputs / "artifacts").as_uri())
+        with closing(sqlite3.connect(file)) as store:
+            runs = store.execute(FINISHED, (settings.experiment,)).fetchall()
+            of = f"JOIN ({FINISHED}) USING (run_uuid)"
+            for run, key, value in store.execute(f"SELECT run_uuid, key, value FROM tags {of}", (settings.experiment,)):
+                tags[run][key] = value
+            latest = f"SELECT run_uuid, key, value, is_nan FROM latest_metrics {of}"
+            for run, key, value, is_nan in store.execute(latest, (settings.experiment,)):
+                metrics[run][key] = math.nan if is_nan else value
+    except (sqlite3.Error, OSError):
+        return []
+    return [Stored(run, metrics[run], tags[run], artifacts, started) for run, artifacts, started in runs]
+
+
+def _from_mlflow(settings: TrackingConfig, outputs: Path) -> list[Stored]:
+    """The same as MLflow gives it, wherever the store is."""
     mlflow = tracking.connect(settings, outputs)
     found = mlflow.search_runs(
         experiment_names=[settings.experiment],
@@ -54,44 +86,21 @@ def finished(settings: TrackingConfig, outputs: Path) -> dict[str, Stored]:
         max_results=50_000,
         output_format="list",
     )
-    return {
-        run.data.tags[tracking.CONFIGURATION]: Stored(
+    return [
+        Stored(
             run.info.run_id, dict(run.data.metrics), dict(run.data.tags), run.info.artifact_uri, run.info.start_time
         )
         for run in found
-        if tracking.CONFIGURATION in run.data.tags
-    }
+    ]  # fmt: skip
 
 
-def _apart() -> None:
-    """End with the process that waits for this one, and not by Ctrl-C, which reaches all processes of a terminal."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    follow()
+def finished(settings: TrackingConfig, outputs: Path) -> dict[str, Stored]:
+    """The newest finished run of every identity in a store; deleted runs are not among them.
 
-
-@contextmanager
-def ahead(
-    settings: TrackingConfig, outputs: Path, processes: int
-) -> Iterator[tuple[Callable[[], dict[str, Stored]], Executor | None]]:
-    """What gives the finished runs of a store, which a process of its own begins to read at once, and that process.
-
-    Importing MLflow and opening a store takes seconds. With one process, or where there is no store to read yet, it is
-    read when it is asked for. The process takes other work until then, and ends.
+    Raises
+    ------
+    InputError
+        If the store can't be used.
     """
-    file = tracking.database(settings, outputs)
-    if processes < 2 or (file is not None and not file.is_file()):
-        yield partial(finished, settings, outputs), None
-        return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(1, context, _apart)
-    reading = pool.submit(finished, settings, outputs)
-
-    def read() -> dict[str, Stored]:
-        found = reading.result()
-        pool.shutdown()  # measuring may take hours
-        return found
-
-    try:
-        yield read, pool
-    finally:
-        pool.shutdown(cancel_futures=True)
+    found = _from_file(settings, outputs) or _from_mlflow(settings, outputs)
+    return {run.tags[tracking.CONFIGURATION]: run for run in found if tracking.CONFIGURATION in run.tags}

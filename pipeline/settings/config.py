@@ -40,7 +40,7 @@ class MethodConfig:
     scorer: Scorer | None  # None keeps every token
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelConfig:
     """`model`: where a checkpoint is and how prompts for it begin."""
 
@@ -84,7 +84,7 @@ class SyntheticConfig:
     bos: ClassVar[bool] = False
 
 
-@dataclass
+@dataclass(frozen=True)
 class BudgetConfig:
     """`budget`: see `spectral_kv.selection.Budget`; `bytes` or `ratio`, where set, win over `tokens`."""
 
@@ -160,7 +160,7 @@ class BudgetConfig:
         return Budget(tokens, self.sinks, self.recent, self.selection, self.allocation, self.safeguard)
 
 
-@dataclass
+@dataclass(frozen=True)
 class BackendConfig:
     """`backend`: which class loads the model, and its arguments."""
 
@@ -190,7 +190,7 @@ class BackendConfig:
                 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class MLXConfig(BackendConfig):
     """`backend` for MLX, which numbers no GPUs and can be given another BLAS."""
 
@@ -199,7 +199,7 @@ class MLXConfig(BackendConfig):
     devices: ClassVar[tuple[str, str]] = (r"auto|cpu|gpu", "auto, cpu or gpu")
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrackingConfig:
     """`tracking`: the MLflow store."""
 
@@ -214,7 +214,7 @@ class TrackingConfig:
             raise ValueError("tracking.experiment is empty: give it a name")
 
 
-@dataclass
+@dataclass(frozen=True)
 class GeneralConfig:
     """The settings that belong to no group."""
 
@@ -288,12 +288,17 @@ def _possible(key: str, name: str, value: object) -> None:
         raise InputError(f"{key}={value} can't be negative: give a seed of 0 or more")
 
 
-def typed(cls: type, node: DictConfig, key: str, option: str | None = None) -> Any:
+def plain(node: DictConfig | dict) -> dict:
+    """A part of a composed configuration with its references resolved; a dictionary has none."""
+    return node if isinstance(node, dict) else OmegaConf.to_container(node, resolve=True)
+
+
+def typed(cls: type, node: DictConfig | dict, key: str, option: str | None = None) -> Any:
     """An instance of dataclass `cls` from the node at `key` (of the chosen `option`).
 
     Unknown keys, wrong types and impossible values are refused. The jobs of a sweep share instances of frozen classes.
     """
-    written = json.dumps(OmegaConf.to_container(node, resolve=True))
+    written = json.dumps(plain(node))
     return (_shared if cls.__dataclass_params__.frozen else _typed)(cls, written, key, option)
 
 
@@ -324,7 +329,7 @@ def _typed(cls: type, written: str, key: str, option: str | None) -> Any:
 _shared = cache(_typed)
 
 
-def target(node: DictConfig, key: str, *extra: str) -> Any:
+def target(node: dict, key: str, *extra: str) -> Any:
     """The object that a node with a `_target_` describes; keys in `extra` belong to the pipeline, not to the object."""
     path = str(node.get("_target_"))
     module, _, name = path.rpartition(".")
@@ -334,20 +339,20 @@ def target(node: DictConfig, key: str, *extra: str) -> Any:
         raise InputError(f"{key}._target_={path} can't be imported: write the full path of a dataclass") from None
     if not is_dataclass(cls):
         raise InputError(f"{key}._target_={path} is not a dataclass")
-    own = {k: v for k, v in OmegaConf.to_container(node, resolve=True).items() if k not in ("_target_", *extra)}
-    return typed(cls, OmegaConf.create(own), key, node.get("name"))
+    own = {k: v for k, v in node.items() if k not in ("_target_", *extra)}
+    return typed(cls, own, key, node.get("name"))
 
 
-def _model(node: DictConfig) -> ModelConfig | SyntheticConfig:
+def _model(node: dict) -> ModelConfig | SyntheticConfig:
     """A checkpoint, or with a `_target_` a model that needs none."""
     if "_target_" in node:
-        return SyntheticConfig(node.name, target(node, "model", "name"))
+        return SyntheticConfig(_said(node, "model", "name"), target(node, "model", "name"))
     return typed(ModelConfig, node, "model")
 
 
 def model_settings(cfg: DictConfig) -> ModelConfig:
     """The checked `model` of a composed configuration, which must be one with a checkpoint."""
-    model = _model(cfg.model)
+    model = _model(plain(cfg.model))
     if isinstance(model, SyntheticConfig):
         raise InputError(f"model={model.name} has no checkpoint")
     return model
@@ -376,60 +381,82 @@ def _fits(scorer: Scorer | None, documents: Documents) -> None:
         )
 
 
-def check(cfg: DictConfig) -> Settings:
-    """Turn a composed configuration into checked settings.
+def resolved(cfg: DictConfig | dict) -> dict:
+    """A composed configuration with its references resolved; a dictionary has none.
+
+    Raises
+    ------
+    InputError
+        If the method's title is made of what the storage has not got.
+    """
+    try:
+        return plain(cfg)
+    except InterpolationKeyError:
+        try:
+            _ = cfg.method.title
+        except InterpolationKeyError as error:
+            lacking = re.search(r"'([\w.]+)'", str(error))
+            raise InputError(
+                f"method={cfg.method.name} is named by {lacking[1] if lacking else 'the storage'}, which "
+                f"storage={cfg.storage.name} does not have: "
+                "choose storage=turboquant_4bit, or method=full with this storage"
+            ) from None
+        raise
+
+
+def _said(node: dict, group: str, key: str) -> Any:
+    """What an option says for a key that every option of its group has."""
+    if key not in node:
+        raise InputError(f"{group}.{key} is missing: write it into the option's file, or +{group}.{key}=<value>")
+    return node[key]
+
+
+def check(cfg: DictConfig | dict) -> Settings:
+    """Turn a composed configuration, or what `resolved` made of it, into checked settings.
 
     Raises
     ------
     InputError
         Names the key and the remedy.
     """
-    method = cfg.method
-    try:
-        title = method.title
-    except InterpolationKeyError as error:
-        lacking = re.search(r"'([\w.]+)'", str(error))
-        raise InputError(
-            f"method={method.name} is named by {lacking[1] if lacking else 'the storage'}, which "
-            f"storage={cfg.storage.name} does not have: "
-            "choose storage=turboquant_4bit, or method=full with this storage"
-        ) from None
-    if method._target_ is None:
+    cfg = resolved(cfg)
+    method, storage, backend = cfg["method"], cfg["storage"], cfg["backend"]
+    name, title = _said(method, "method", "name"), _said(method, "method", "title")
+    if _said(method, "method", "_target_") is None:
         extra = set(method) - {"name", "title", "_target_"}
         if extra:
-            raise InputError(
-                f"method.{sorted(extra)[0]} is not a setting of method={method.name}, which keeps every token"
-            )
+            raise InputError(f"method.{sorted(extra)[0]} is not a setting of method={name}, which keeps every token")
         scorer = None
     else:
         scorer = target(method, "method", "name", "title")
-    documents = target(cfg.document, "document", "name")
+    documents = target(cfg["document"], "document", "name")
     documents.check()
     _fits(scorer, documents)
-    phases = {name: target(node, f"phase.{name}") for name, node in cfg.get("phase", {}).items()}
+    phases = {key: target(node, f"phase.{key}") for key, node in cfg.get("phase", {}).items()}
     if not phases:
         raise InputError("phase=[] measures nothing: choose among memory, perturbation, perplexity, or phase=all")
-    for name, phase in phases.items():
+    for key, phase in phases.items():
         if phase.needs > documents.continuation:
             raise InputError(
-                f"phase.{name} needs {phase.needs} tokens after the prompt "
+                f"phase.{key} needs {phase.needs} tokens after the prompt "
                 f"but document.continuation={documents.continuation}: raise the latter"
             )
-    backend = typed(MLXConfig if cfg.backend._target_ == MLX else BackendConfig, cfg.backend, "backend")
+    backend = typed(MLXConfig if _said(backend, "backend", "_target_") == MLX else BackendConfig, backend, "backend")
     if importlib.util.find_spec(backend._target_.partition(".")[0] or "-") is None:
         raise InputError(f"backend._target_={backend._target_} can't be found: write the full path of a class")
-    general = typed(GeneralConfig, OmegaConf.create({f.name: cfg.get(f.name) for f in fields(GeneralConfig)}), "")
+    general = typed(GeneralConfig, {f.name: cfg.get(f.name) for f in fields(GeneralConfig)}, "")
+    refit = cfg["refit"]
     return Settings(
-        method=MethodConfig(method.name, title, scorer),
-        model=_model(cfg.model),
-        budget=None if scorer is None else typed(BudgetConfig, cfg.budget, "budget"),
-        storage=target(cfg.storage, "storage", "name"),
-        storage_name=cfg.storage.name,
-        refit=None if cfg.refit._target_ is None else target(cfg.refit, "refit", "name"),
+        method=MethodConfig(name, title, scorer),
+        model=_model(cfg["model"]),
+        budget=None if scorer is None else typed(BudgetConfig, cfg["budget"], "budget"),
+        storage=target(storage, "storage", "name"),
+        storage_name=_said(storage, "storage", "name"),
+        refit=None if _said(refit, "refit", "_target_") is None else target(refit, "refit", "name"),
         backend=backend,
         documents=documents,
         phases=phases,
-        tracking=typed(TrackingConfig, cfg.tracking, "tracking"),
+        tracking=typed(TrackingConfig, cfg["tracking"], "tracking"),
         outputs=Path(general.outputs).resolve(),
         checkpoints=Path(general.checkpoints).expanduser().resolve(),
         seed=general.seed,

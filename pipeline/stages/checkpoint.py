@@ -245,6 +245,11 @@ def _plausible(folder: Path, config: dict) -> None:
         )
 
 
+@lru_cache(maxsize=4)  # the jobs of a sweep ask for the same
+def _last_token(tokenizer: Tokenizer) -> int:
+    return max(tokenizer.get_vocab().values(), default=0)
+
+
 def _same_vocabulary(checkpoint: Checkpoint, last: int) -> None:
     """Refuse a tokenizer whose `last` token, or weights whose embedding, the configuration does not know."""
     size, folder = checkpoint.config.get("vocab_size"), checkpoint.folder
@@ -309,7 +314,7 @@ def locate(
         )
     _plausible(folder, checkpoint.config)
     try:
-        last = max(checkpoint.tokenizer.get_vocab().values(), default=0)
+        last = _last_token(checkpoint.tokenizer)
     except Exception as error:  # the tokenizers library raises plain Exception
         raise InputError(f"{folder}/tokenizer.json can't be read ({error}): save the tokenizer again") from None
     _same_vocabulary(checkpoint, last)

@@ -161,7 +161,7 @@ def _prepared(mlflow, experiment: str, outputs: Path, file: Path | None) -> str:
             store.execute("PRAGMA journal_mode=WAL")
         store.close()
         if file.parent == outputs:
-            _artifacts_follow(file, (outputs / "artifacts").as_uri())
+            artifacts_follow(file, (outputs / "artifacts").as_uri())
     found = mlflow.get_experiment_by_name(experiment)
     if found is not None and found.lifecycle_stage == "deleted":
         raise InputError(
@@ -180,7 +180,7 @@ def _chosen(mlflow, name: str) -> str:
     return experiment.experiment_id
 
 
-def _artifacts_follow(file: Path, artifacts: str) -> None:
+def artifacts_follow(file: Path, artifacts: str) -> None:
     """Point the experiments and runs of a copied or moved outputs folder at the artifacts that came with it.
 
     MLflow records absolute locations only; a location of somebody's own choice, which no outputs folder has, stays.

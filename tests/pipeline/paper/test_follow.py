@@ -1,16 +1,20 @@
 """A worker does not outlive the process that it works for, and closes its run first."""
 
+import multiprocessing
+import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 
-from pipeline.paper import measured, stored
-from pipeline.paper.follow import PATIENCE
+from pipeline.paper import measured
+from pipeline.paper.follow import PATIENCE, outliving
+from pipeline.settings.errors import Exhausted
 
 POOL = """
 import multiprocessing, os, signal, sys, time
@@ -77,8 +81,15 @@ def test_what_composes_the_sections_ends_with_the_command(tmp_path):
 def test_those_that_share_the_work_follow(monkeypatch):
     followed = []
     monkeypatch.setattr("torch.set_num_threads", lambda count: None)
-    monkeypatch.setattr("signal.signal", lambda number, handler: None)
-    for module, begin in ((measured, lambda: measured._one_of(2)), (stored, stored._apart)):
-        monkeypatch.setattr(module, "follow", lambda name=module.__name__: followed.append(name))
-        begin()
-    assert followed == ["pipeline.paper.measured", "pipeline.paper.stored"]
+    monkeypatch.setattr(measured, "follow", lambda: followed.append(True))
+    measured._one_of(2)
+    assert followed == [True]
+
+
+def test_a_process_that_was_killed_is_a_sentence():
+    context = multiprocessing.get_context("fork")
+    said = r"one of the 3 processes .* fewer --processes.* finished runs are kept"
+    with pytest.raises(Exhausted, match=said), outliving(3), ProcessPoolExecutor(1, context) as pool:
+        pool.submit(os._exit, 9).result()
+    with pytest.raises(ZeroDivisionError), outliving(3):
+        _ = 1 / 0

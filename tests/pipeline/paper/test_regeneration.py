@@ -1,12 +1,10 @@
 """The command on the small checkpoint: what it measures, what it doesn't, and what becomes of an interruption."""
 
-import pickle
 import random
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import Future
 from pathlib import Path
 
 import pandas as pd
@@ -256,45 +254,3 @@ def test_rivals_and_refits_stand_beside_what_they_change(settings, tmp_path):
 
 def test_sections_apart_are_left_to_the_whole_document():
     assert not {"rivals", "refit"} & set(usual(False)) and {"rivals", "refit"} <= set(usual(True))
-
-
-class Helper:
-    """In the place of another process: takes at once what it is given, or never comes to it."""
-
-    def __init__(self, comes: bool):
-        self.comes, self.asked = comes, []
-
-    def submit(self, function, *arguments) -> Future:
-        self.asked.append(arguments[0])
-        future = Future()
-        if self.comes:
-            try:
-                future.set_result(pickle.loads(pickle.dumps(function(*arguments))))
-            except InputError as error:
-                future.set_exception(pickle.loads(pickle.dumps(error)))
-        return future
-
-
-def test_jobs_are_the_same_whoever_checks_them(settings, tmp_path, monkeypatch):
-    from pipeline.paper import sections
-
-    memory, names = tmp_path / "compositions.json", ["budgets", "recent"]
-    given = [*settings, "method=streaming", "budget.tokens=60,80"]
-    alone = plan(names, given, memory)
-    checked, prepared = [], sections._prepared
-    monkeypatch.setattr(sections, "_prepared", lambda name, *more: checked.append(name) or prepared(name, *more))
-    monkeypatch.setattr(sections, "_prepared_there", lambda *about: prepared(*about))
-    for comes in (True, False):
-        helper = Helper(comes)
-        found = plan(names, given, memory, other=helper)
-        assert helper.asked == names[::-1] and checked == ([] if comes else names)
-        for one, other in zip(alone, found, strict=True):
-            assert (one.experiment, one.choices, one.asked) == (other.experiment, other.choices, other.asked)
-            assert [job.digest for job in one.jobs] == [job.digest for job in other.jobs]
-            assert [job.resolved for job in one.jobs] == [job.resolved for job in other.jobs]
-
-
-def test_what_another_process_refuses_is_refused(settings, tmp_path):
-    given = [*settings, "method=streaming", "budget.tokens=60", "document.count=100000"]
-    with pytest.raises(InputError, match=r"document\.count=100000 windows"):
-        plan(["budgets"], given, tmp_path / "compositions.json", other=Helper(True))

@@ -1,10 +1,12 @@
-"""What the store holds, read in time: the same by whichever process, and never before there is one."""
+"""What the store holds: the same from its file as MLflow gives it."""
 
-import os
+import shutil
 
+import numpy as np
 import pytest
 
-from pipeline.paper.stored import Stored, ahead, finished
+from pipeline.paper import stored
+from pipeline.paper.stored import Stored, finished
 from pipeline.settings.config import TrackingConfig
 from pipeline.settings.errors import InputError
 from pipeline.store import tracking
@@ -23,6 +25,8 @@ def outputs(tmp_path_factory):
     ):
         with mlflow.start_run(tags={"identity": identity} if identity else {}) as run:
             mlflow.log_metric("aop/mean", number)
+            if identity is None:
+                mlflow.log_metric("none", float("nan"))
             mlflow.log_text(f"rows of {number}", "rows.json")
         mlflow.MlflowClient().set_terminated(run.info.run_id, status)
     return folder
@@ -43,25 +47,26 @@ def test_rows_that_lie_elsewhere_are_asked_of_mlflow(monkeypatch):
     assert run.rows() == "text of mlflow-artifacts:/0/id/artifacts/rows.json"
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_without_a_store_or_processes_it_is_read_when_it_is_asked_for(outputs, tmp_path, monkeypatch, processes):
-    read = []
-    monkeypatch.setattr("pipeline.paper.stored.finished", lambda *about: read.append(about) or {})
-    folder = outputs if processes == 1 else tmp_path
-    with ahead(SETTINGS, folder, processes) as (stored, other):
-        assert not read and other is None
-        assert stored() == {} and read == [(SETTINGS, folder)]
-    assert not list(tmp_path.iterdir())
+def test_a_file_is_read_as_mlflow_gives_it(outputs, monkeypatch):
+    monkeypatch.setattr(tracking, "connect", lambda *about: pytest.fail("MLflow was asked"))
+    found = stored._from_file(SETTINGS, outputs)
+    monkeypatch.undo()
+    assert repr(found) == repr(stored._from_mlflow(SETTINGS, outputs)) and len(found) == 4
+    assert np.isnan(found[3].metrics["none"])
 
 
-@pytest.mark.slow
-def test_another_process_finds_the_same(outputs, tmp_path):
-    with ahead(SETTINGS, outputs, 2) as (stored, other):
-        assert other.submit(os.getpid).result() != os.getpid()
-        found = stored()
-        with pytest.raises(RuntimeError, match="after shutdown"):  # nothing is left in memory
-            other.submit(os.getpid)
-    assert found == finished(SETTINGS, outputs) and len(found) == 2
+def test_a_copied_store_reads_the_files_that_came_with_it(outputs, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(outputs, copy)
+    (copy / "artifacts" / finished(SETTINGS, copy)["a"].run_id / "artifacts" / "rows.json").write_text("others")
+    assert finished(SETTINGS, copy)["a"].rows() == "others" and finished(SETTINGS, outputs)["a"].rows() == "rows of 1"
+
+
+def test_what_a_file_does_not_say_is_asked_of_mlflow(tmp_path):
+    assert finished(SETTINGS, tmp_path / "new") == {} and (tmp_path / "new" / "mlflow.db").is_file()
+    for words in ("no database", ""):
+        (tmp_path / "mlflow.db").write_text(words)
+        assert stored._from_file(SETTINGS, tmp_path) == []
     (tmp_path / "mlflow.db").write_text("no database")
-    with ahead(SETTINGS, tmp_path, 2) as (stored, _), pytest.raises(InputError, match=r"mlflow\.db can't be used"):
-        stored()
+    with pytest.raises(InputError, match=r"mlflow\.db can't be used"):
+        finished(SETTINGS, tmp_path)
