@@ -125,3 +125,18 @@ def test_the_model_of_a_gpu_is_part_of_where_a_run_was_made(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     assert run.hardware("cuda:0") == run.hardware("cuda:1") == "cuda a card"
     assert (run.hardware("cpu"), run.hardware("gpu")) == ("cpu", "gpu")
+
+
+def test_imports_are_found_wherever_a_statement_may_stand(tmp_path):
+    places = [
+        "if x:\n    import m\nelse:\n    import n",
+        "try:\n    import m\nexcept E:\n    import n\nelse:\n    import o",
+        "try:\n    pass\nfinally:\n    import m",
+        "for x in y:\n    import m\nelse:\n    import n",
+        "match x:\n    case 1:\n        import m",
+        "class A:\n    def f(self):\n        with x:\n            import m",
+    ]
+    for number, text in enumerate(places):
+        file = tmp_path / f"{number}.py"
+        file.write_text(text)
+        assert sources._imported(file) == {name for name in "mno" if f"import {name}" in text}, text

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 
+from pipeline.paper import sections
 from pipeline.paper.__main__ import main, regenerate
 from pipeline.paper.sections import applicable, brief, plan, titles, usual
 from pipeline.settings.errors import InputError
@@ -158,8 +160,6 @@ def test_a_part_of_an_experiment_says_so_and_is_left_with_full(settings, tmp_pat
 
 
 def test_what_was_composed_is_remembered_until_a_configuration_changes(settings, tmp_path, monkeypatch):
-    from pipeline.paper import sections
-
     memory = tmp_path / "compositions.json"
     (first,) = plan(["budgets"], [*settings, *SWEPT], memory)
     composed = []
@@ -179,8 +179,6 @@ def test_what_was_composed_is_remembered_until_a_configuration_changes(settings,
 
 
 def test_another_way_of_composing_is_not_taken_for_the_remembered_one(tmp_path, monkeypatch):
-    from pipeline.paper import sections
-
     (tmp_path / "settings").mkdir()
     source = tmp_path / "settings" / "compose.py"
     monkeypatch.setattr(sections, "PACKAGE", tmp_path)
@@ -195,8 +193,8 @@ def test_another_way_of_composing_is_not_taken_for_the_remembered_one(tmp_path, 
 def test_sections_composed_by_several_processes_are_the_same(settings, tmp_path):
     memories = [tmp_path / "one.json", tmp_path / "three.json"]
     for processes, memory in zip((1, 3), memories, strict=True):
-        sections = plan(["seeds", "budgets", "recent"], [*settings, "budget.tokens=60"], memory, processes=processes)
-        assert [section.experiment for section in sections] == ["seeds", "budgets", "recent"]
+        found = plan(["seeds", "budgets", "recent"], [*settings, "budget.tokens=60"], memory, processes=processes)
+        assert [section.experiment for section in found] == ["seeds", "budgets", "recent"]
     assert memories[0].read_text() == memories[1].read_text()
 
 
@@ -254,3 +252,12 @@ def test_rivals_and_refits_stand_beside_what_they_change(settings, tmp_path):
 
 def test_sections_apart_are_left_to_the_whole_document():
     assert not {"rivals", "refit"} & set(usual(False)) and {"rivals", "refit"} <= set(usual(True))
+
+
+def test_what_may_change_outside_of_the_configuration_is_not_remembered():
+    def written(of):
+        return sections._written_out(OmegaConf.create({"a": of, "b": 1}))
+
+    assert written("${b}") == ({"a": 1, "b": 1}, True)
+    for unresolved in ("${oc.env:HOME}", "${b}/${oc.env:HOME}", "${nothing}"):
+        assert written(unresolved) == ({"a": unresolved, "b": 1}, False)
