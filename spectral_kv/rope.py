@@ -72,6 +72,10 @@ class Rope:
         """Cosine and sine `[tokens, dim / 2]`, in single precision, by which `unrotate` turns positions from 0 on."""
         return self._waves(np.arange(tokens), -1.0, 1.0 / self.attention_scaling)
 
+    def undoing(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`unrotation` of any positions `[tokens]`."""
+        return self._waves(positions, -1.0, 1.0 / self.attention_scaling)
+
     def _waves(self, positions: np.ndarray, direction: float, scale: float) -> tuple[np.ndarray, np.ndarray]:
         positions, frequencies = (np.asarray(y, dtype=np.float64) for y in (positions, self.inv_freq))
         return _waves(frequencies.tobytes(), positions.tobytes(), positions.shape, direction, scale)

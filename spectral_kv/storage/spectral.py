@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
@@ -38,6 +39,16 @@ def _own(pairs: list[Pair], start: int, stop: int) -> list[Pair]:
     parts = [x[..., start:stop, :] for pair in pairs for x in pair]
     together = namespace(parts[0]).stack(parts)
     return [(together[i], together[i + 1]) for i in range(0, len(parts), 2)]
+
+
+def encoded(coder: FixedRate, keys: list[Array], values: list[Array], positions: np.ndarray, rope: Rope) -> Codes:
+    """Codes of rotated keys and values `[..., kv_heads, tokens, dim]` of the layers of a group."""
+    if getattr(keys[0], "is_cuda", False) and find_spec("triton") is not None:
+        from spectral_kv.engine import coding
+
+        if coding.suits(keys, values):
+            return coding.encode(coder, keys, values, positions, rope)
+    return coder.encode_centred(centred(keys, values, positions, rope, coder.mean))
 
 
 def _joined(*parts: Array) -> Array:
@@ -123,9 +134,8 @@ class Group:
         if count <= 0:
             return
         start = self.sinks + self.coded
-        oldest = ([x[..., :count, :] for x in kind] for kind in zip(*self.recent, strict=True))
-        where = self.positions[start : start + count]
-        codes = self.coder.encode_centred(centred(*oldest, where, self.rope, self.coder.mean))
+        oldest = [[x[..., :count, :] for x in kind] for kind in zip(*self.recent, strict=True)]
+        codes = encoded(self.coder, *oldest, self.positions[start : start + count], self.rope)
         self.codes = codes if self.codes is None else self.codes.append(codes)
         self.recent = _own(self.recent, count, self.recent[0][0].shape[-2])
 

@@ -1,0 +1,113 @@
+"""Codes of fixed rate on a GPU, a group of layers by two kernels and one product.
+
+The product is one of 16-bit numbers: rows and matrix are sums of a high and a low half each, of which the three
+products that matter are taken at once. What is left out is 2^-16 of a number, a hundredth of what moves one in a
+thousand codes.
+"""
+
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+
+from spectral_kv.codec.fixed_rate import CELLS, OCTAVE, ZERO, Codes, FixedRate
+from spectral_kv.engine.scoring import addresses, dtype_of
+from spectral_kv.rope import Rope
+from spectral_kv.xp import constant
+
+PART = 2**15  # tokens that are rows at a time, six bytes a number
+ROWS = 32  # of a program that writes them
+TILE, WIDTH = 8, 32  # tokens and bytes that a program packs at a time
+
+
+class _Tables:
+    """What the kernels read of a coder, on a device."""
+
+    def __init__(self, coder: FixedRate, device: torch.device):
+        matrix = torch.from_numpy(coder.analysis).to(device)
+        high = matrix.to(torch.bfloat16)
+        self.matrix = torch.cat([high, high, (matrix - high.float()).to(torch.bfloat16)])
+        self.mean = torch.from_numpy(np.asarray(coder.mean, dtype=np.float32)).to(device)
+        ends = np.cumsum([c.nbytes for c in coder.classes])
+        places = zip(coder.classes, ends, strict=True)
+        self.classes = (
+            torch.tensor([[c.bits, c.start, c.stop - c.start, end - c.nbytes] for c, end in places])
+            .to(torch.int32)
+            .to(device)
+        )
+        self.bytes = int(ends[-1])
+        self.cells = (2.0 ** ((torch.arange(256.0, device=device) - ZERO) / OCTAVE)) / CELLS
+        self.tables = torch.from_numpy(coder.tables).to(device)
+
+
+_tables: WeakKeyDictionary[FixedRate, dict[torch.device, _Tables]] = WeakKeyDictionary()
+
+
+def _on_device(coder: FixedRate, device: torch.device) -> _Tables:
+    found = _tables.setdefault(coder, {})
+    if device not in found:
+        found[device] = _Tables(coder, device)
+    return found[device]
+
+
+def suits(keys: list[torch.Tensor], values: list[torch.Tensor]) -> bool:
+    """Whether the kernels can read keys and values `[..., kv_heads, tokens, dim]`, one a layer."""
+    dim, first = keys[0].shape[-1], keys[0]
+    if dim < 16 or dim & (dim - 1) or first.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return False
+    return all(
+        x.dtype == first.dtype and x.device == first.device and x.stride() == kind[0].stride() and x.stride(-1) == 1
+        and not any(place & 15 for place in (x.data_ptr(), *(s * x.element_size() for s in x.stride()[:-1])))
+        and not x.requires_grad
+        for kind in (keys, values) for x in kind
+    )  # fmt: skip
+
+
+def _rows(keys: list, values: list, waves: list, mean: torch.Tensor, first: int, count: int) -> torch.Tensor:
+    """Tokens `first` to `first + count` of `[kv_heads, tokens, dim]` a layer, bfloat16 `[count, 3 * columns]`."""
+    from spectral_kv.engine import coding_kernels
+
+    heads, _, dim = keys[0].shape
+    out = torch.empty(count, 3 * len(mean), dtype=torch.bfloat16, device=mean.device)
+    coding_kernels.centred_rows[(-(-count // ROWS), len(keys) * heads)](
+        addresses([*keys, *values]), *waves, mean, out, first, count, *keys[0].stride()[:2], *values[0].stride()[:2],
+        LAYERS=len(keys), HEADS=heads, D=dim, BT=ROWS, DTYPE=dtype_of(keys[0]), num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    if rows.is_cuda:
+        return torch.mm(rows, matrix, out_dtype=torch.float32)
+    return rows.float() @ matrix.float()
+
+
+def encode(
+    coder: FixedRate, keys: list[torch.Tensor], values: list[torch.Tensor], positions: np.ndarray, rope: Rope
+) -> Codes:
+    """Codes of rotated keys and values `[..., kv_heads, tokens, dim]` of the layers of a group; see `FixedRate`.
+
+    Parameters
+    ----------
+    positions : np.ndarray of int, [tokens]
+    """
+    from spectral_kv.engine import coding_kernels
+
+    *before, _, tokens, _ = keys[0].shape
+    held = _on_device(coder, keys[0].device)
+    waves = [constant(wave, keys[0]) for wave in rope.undoing(positions)]
+    packed, gains = (
+        torch.empty(*before, tokens, size, dtype=torch.uint8, device=keys[0].device)
+        for size in (held.bytes, len(coder.classes))
+    )
+    rows = zip(*(x.flatten(0, -3).unbind() if before else [x] for x in (packed, gains)), strict=True)
+    for row, (codes, scales) in enumerate(rows):
+        own = [[x.flatten(0, -4)[row] if before else x for x in kind] for kind in (keys, values)]
+        for first in range(0, tokens, PART):
+            count = min(PART, tokens - first)
+            y = _product(_rows(*own, waves, held.mean, first, count), held.matrix)
+            coding_kernels.packed_codes[(-(-count // TILE), len(coder.classes))](
+                y, held.classes, held.cells, held.tables, codes[first:], scales[first:], count, y.shape[1],
+                len(coder.classes), held.bytes, BT=TILE, BJ=WIDTH, num_warps=4,
+            )  # fmt: skip
+    return Codes(packed, gains)
