@@ -213,16 +213,17 @@ def _bases(settings: Settings, checkpoint: Checkpoint | Weightless) -> Bases | N
     remedy = f"run `python -m pipeline.bases model={model}` and set storage.bases=<the file it writes>"
     if storage.bases is None:
         raise InputError(f"storage={name} reads bases of the model and model={model} has none: {remedy}")
+    key = "model.bases" if storage.bases == getattr(settings.model, "bases", None) else "storage.bases"
     if not Path(storage.bases).is_file():
-        raise InputError(f"storage.bases={storage.bases} is not a file: {remedy}")
+        raise InputError(f"{key}={storage.bases} is not a file: {remedy}")
     shape = checkpoint.shape
     try:
         bases = storage.read((shape.layers, shape.kv_heads, shape.dim), checkpoint.hash)
     except ValueError as error:
-        raise InputError(f"storage.bases: {error}; {remedy}") from None
+        raise InputError(f"{key}: {error}; {remedy}") from None
     if text := _measured_on(bases.metadata, settings.documents):
         raise InputError(
-            f"storage.bases={storage.bases} was measured on {text}, "
+            f"{key}={storage.bases} was measured on {text}, "
             "which is also what the documents are cut from: choose another document, or measure on another text"
         )
     return bases

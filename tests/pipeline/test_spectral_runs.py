@@ -80,6 +80,15 @@ def test_bases_are_not_tried_on_the_text_they_were_measured_on(small, file):
         prepare(composed([*small, *SETTINGS, f"storage.bases={file}", "document=docstrings"]))
 
 
+@pytest.mark.parametrize("key", ["model", "storage"])
+def test_bases_that_are_wrong_are_named_by_the_key_that_gave_them(small, key, tmp_path):
+    (tmp_path / "text").write_text("no bases")
+    for name, said in (("nothing", rf"^{key}.bases=.*nothing is not a file"), ("text", rf"^{key}.bases: ")):
+        given = f"{'+' if key == 'model' else ''}{key}.bases={tmp_path / name}"
+        with pytest.raises(InputError, match=said):
+            prepare(composed([*small, *SETTINGS, given]))
+
+
 def test_the_reference_model_brings_its_bases():
     """Measured on at least 100,000 tokens that share no ten words in a row with what is evaluated on."""
     job = prepare(composed(["method=full", "storage=spectral", "document.count=1"]))
