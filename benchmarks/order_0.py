@@ -1,16 +1,17 @@
-"""Bytes of codes at rest beside the order-0 entropy of their numbers, and beside zstd (`pip install zstandard`).
+"""Bytes of codes at rest beside the order-0 entropy of their numbers, and beside zstd where it is installed.
 
     python -m benchmarks.order_0 document.count=2
     python -m benchmarks.order_0 document=book document.title=king_james document.count=2
 
 Further arguments are settings of `python -m pipeline`. Order 0 is every component on its own with frequencies of its
-own, which nobody writes down; the bytes of the codes are all that is needed to read them. zstd has the same numbers, a
-byte each, component by component.
+own, which nobody writes down; the bytes of the codes are all that is needed to read them. zstd (`pip install
+zstandard`) has the same numbers, a byte each, component by component.
 """
+
+from importlib.util import find_spec
 
 import numpy as np
 import pandas as pd
-import zstandard
 
 from benchmarks.at_rest import asked, coded
 from spectral_kv.codec.variable_rate import Components
@@ -25,7 +26,10 @@ def main() -> None:
         rounded = Components(blocks).rounded(written.header["step"])
         plain = np.clip(rounded.numbers, -128, 127).astype(np.int8).T.tobytes()
         sizes = {"codes": sum(x.nbytes for x in written.part("coded").values())}
-        sizes |= {f"zstd {level}": len(zstandard.compress(plain, level=level)) for level in LEVELS}
+        if find_spec("zstandard"):
+            import zstandard
+
+            sizes |= {f"zstd {level}": len(zstandard.compress(plain, level=level)) for level in LEVELS}
         rows.append({"ratio": ratio} | {name: 8 * size / rounded.order_0 for name, size in sizes.items()})
     print(f"{len(job.windows)} windows of {job.settings.documents.source}: bytes, relative to the order-0 entropy")
     print(pd.DataFrame(rows).groupby("ratio").agg(["mean", "min", "max"]).round(4).to_markdown())
