@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from spectral_kv.codec.bases import Bases, by_head, centred
+from spectral_kv.codec.bases import Bases, Block, by_head, centred
 from spectral_kv.codec.fixed_rate import Codes, FixedRate
 from spectral_kv.codec.rates import Rate, rate
 from spectral_kv.rope import Rope
@@ -223,15 +223,17 @@ class Arriving:
         self.storage, self.layers, self.rope = storage, layers, rope
         self.arrived = 0
         self._group: Group | None = None
+        self._coders: list[tuple[Block, FixedRate]] = []
 
     def _opened(self, keys: Array, positions: np.ndarray, seen: int) -> tuple[Group, int]:
         """The group that the next layer, with such keys, belongs to, and its number in it."""
-        shape = (self.layers, keys.shape[-3], keys.shape[-1])
-        blocks = self.storage.read(shape).blocks
-        number = next(i for i, block in enumerate(blocks) if self.arrived in block.layers)
-        index = self.arrived - blocks[number].layers[0]
+        if self.arrived == 0:
+            shape, itemsize = (self.layers, keys.shape[-3], keys.shape[-1]), keys.nbytes // int(np.prod(keys.shape))
+            coders = self.storage.rate(keys.shape[-2], shape, itemsize).coders
+            self._coders = list(zip(self.storage.read(shape).blocks, coders, strict=True))
+        block, coder = next(pair for pair in self._coders if self.arrived in pair[0].layers)
+        index = self.arrived - block.layers[0]
         if index == 0:
-            coder = self.storage.rate(keys.shape[-2], shape, keys.nbytes // int(np.prod(keys.shape))).coders[number]
             self._group = Group(self.storage, coder, self.rope, [], [], positions, seen)
         self.arrived += 1
         return self._group, index
