@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-FORMAT = "spectral_kv cache at rest 1"
+FORMAT = "spectral_kv cache at rest 2"
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,22 @@
-"""Whole numbers in about the bits that their contexts say: one table a context, and an asymmetric numeral system.
+"""Whole numbers in about the bits that their contexts say: one table of frequencies a context.
 
 Numbers of one context are taken to be independent of one another, as likely as they are among all that are coded with
 it, and as often below zero as above. A table holds these frequencies by magnitude, a logarithm in 8 bits each, which
-costs less than a hundredth of a percent. Numbers beyond `CAP` are written in full.
+costs less than a hundredth of a percent. Of numbers beyond `CAP` the rest is written in full elsewhere. What a coder
+counts with are whole numbers that follow from the logarithms by whole numbers alone: see `codec/ans.py`.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
 CAP = 200  # magnitudes from here on share an entry of the table
+WIDTH = 2 * CAP + 1  # numbers of a context
 OCTAVE = 8  # steps of a frequency a factor of 2
-EXTRA = "at-rest"
-
-
-def _library() -> Any:
-    """The entropy coder, a compiled package that not everyone needs: the extra `EXTRA`."""
-    from constriction import stream
-
-    return stream
+PRECISION = 12  # bits of a frequency: costs a thousandth
+WHOLE = 1 << PRECISION
+ROOTS = np.rint(2.0 ** (np.arange(OCTAVE) / OCTAVE + 10)).astype(np.int64)  # far from halves
 
 
 def histogram(numbers: np.ndarray, contexts: np.ndarray, count: int) -> np.ndarray:
@@ -32,10 +28,11 @@ def histogram(numbers: np.ndarray, contexts: np.ndarray, count: int) -> np.ndarr
     return np.bincount(at, minlength=count * (CAP + 1)).reshape(count, CAP + 1)
 
 
-def with_zeros(frequencies: np.ndarray, often: np.ndarray) -> np.ndarray:
-    """A `histogram` of what is not zero as that of all numbers, of which every context `[count]` has so many."""
-    frequencies[:, 0] = often - frequencies[:, 1:].sum(axis=1)
-    return frequencies
+def folded(counts: np.ndarray) -> np.ndarray:
+    """The `histogram` of numbers of which `counts` `[contexts, WIDTH]` says how often each is met, from -`CAP` on."""
+    found = counts[:, CAP:].copy()
+    found[:, 1:] += counts[:, CAP - 1 :: -1]
+    return found
 
 
 def entropy(frequencies: np.ndarray) -> float:
@@ -45,11 +42,6 @@ def entropy(frequencies: np.ndarray) -> float:
     with np.errstate(divide="ignore", invalid="ignore"):
         bits = -np.where(n > 0, n * np.log2(n / total), 0.0).sum()
     return float(bits + n[:, 1:].sum() + 32 * n[:, CAP].sum())
-
-
-def _edges(contexts: np.ndarray, count: int) -> np.ndarray:
-    """Where numbers of each of `count` contexts begin, and the last end, once they are in order, `[count + 1]`."""
-    return np.concatenate([[0], np.cumsum(np.bincount(contexts, minlength=count))])
 
 
 @dataclass(frozen=True)
@@ -80,52 +72,50 @@ class Tables:
         return self.codes.nbytes + self.lengths.nbytes
 
     @cached_property
-    def models(self) -> list[Any]:
-        """Of every context that is met, the coder's model of numbers from -length + 1 to length - 1; else None."""
-        stream, made = _library(), []
-        for part in np.split(self.codes, np.cumsum(self.lengths)[:-1]):
-            if not len(part):
-                made.append(None)
-                continue
-            weights = np.where(part > 0, np.rint(64 * 2.0 ** ((part.astype(np.float64) - 1) / OCTAVE)), 0.0)
-            weights[1:] /= 2  # signs
-            both = np.concatenate([weights[:0:-1], weights])
-            if len(both) == 1:
-                both = np.array([1.0, 0.0])  # a model has two entries at least
-            made.append(stream.model.Categorical((both / both.sum()).astype(np.float32), perfect=False))
-        return made
+    def frequencies(self) -> np.ndarray:
+        """Of every number from -`CAP` to `CAP`, int64 `[contexts + 1, WIDTH]`, `WHOLE` in all.
 
-    def encode(self, numbers: np.ndarray, contexts: np.ndarray) -> np.ndarray:
-        """Words, uint32, of numbers `[n]` in contexts `[n]`."""
-        ordered = numbers.take(np.argsort(contexts, kind="stable")).astype(np.int32, copy=False)
-        return self.encode_ordered(ordered, _edges(contexts, len(self.lengths)))
+        The context behind the last knows nothing but 0, which takes no bits.
+        """
+        weights = np.zeros((len(self.lengths) + 1, WIDTH), dtype=np.int64)
+        weights[-1, CAP] = 2
+        at = np.arange(len(self.codes)) - np.repeat(
+            np.cumsum(self.lengths, dtype=np.int64) - self.lengths, self.lengths
+        )
+        row, codes = np.repeat(np.arange(len(self.lengths)), self.lengths), self.codes.astype(np.int64)
+        one = np.where(codes > 0, ROOTS[(codes - 1) % OCTAVE] << (codes - 1) // OCTAVE, 0)
+        weights[row, CAP + at] = weights[row, CAP - at] = one
+        weights[:, CAP] *= 2  # others share theirs with the number of the other sign
+        total = weights.sum(axis=1, keepdims=True)
+        found = np.where(weights > 0, np.maximum(weights * WHOLE // np.maximum(total, 1), 1), 0)
+        largest = found.argmax(axis=1)
+        met = np.flatnonzero(total)
+        found[met, largest[met]] += WHOLE - found[met].sum(axis=1)
+        return found
 
-    def encode_ordered(self, ordered: np.ndarray, edges: np.ndarray) -> np.ndarray:
-        """`encode`, of numbers int32 `[n]` by context, each of which has those from its edge `[contexts + 1]` on."""
-        coder = _library().stack.AnsCoder()
-        far = ordered[:0]
-        if len(ordered) and max(ordered.max(), -int(ordered.min())) >= CAP:
-            far = ordered[np.abs(ordered) >= CAP]
-            ordered = np.clip(ordered, -CAP, CAP)
-        for index in reversed(range(len(self.lengths))):
-            part = ordered[edges[index] : edges[index + 1]]
-            if len(part):
-                coder.encode_reverse(part + np.int32(self.lengths[index] - 1), self.models[index])
-        head = [len(far), *(np.abs(far) - CAP)]
-        return np.concatenate([np.array(head, dtype=np.uint32), coder.get_compressed()])
+    @cached_property
+    def entries(self) -> np.ndarray:
+        """Of every number its frequency, and above 16 bits those before it; int32 `[(contexts + 1) * WIDTH]`."""
+        before = np.cumsum(self.frequencies, axis=1) - self.frequencies
+        return (self.frequencies | before << 16).astype(np.int32).ravel()
 
-    def decode(self, words: np.ndarray, contexts: np.ndarray) -> np.ndarray:
-        """The numbers `[n]`, int32, that words stand for in contexts `[n]`."""
-        count = int(words[0])
-        beyond = words[1 : 1 + count].astype(np.int64)
-        coder = _library().stack.AnsCoder(np.ascontiguousarray(words[1 + count :]))
-        order, edges, parts = np.argsort(contexts, kind="stable"), _edges(contexts, len(self.lengths)), []
-        for index, length in enumerate(self.lengths):
-            if (many := int(edges[index + 1] - edges[index])) > 0:
-                parts.append(coder.decode(self.models[index], many) - np.int32(length - 1))
-        ordered = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
-        far = np.flatnonzero(np.abs(ordered) >= CAP)
-        ordered[far] += (np.sign(ordered[far]) * beyond).astype(np.int32)
-        numbers = np.empty(len(ordered), dtype=np.int32)
-        numbers[order] = ordered
-        return numbers
+    @cached_property
+    def inverses(self) -> np.ndarray:
+        """Of every number what states are multiplied by, and rounded down, to divide them by its frequency exactly."""
+        return (1 + 2.0**-40) / np.maximum(self.entries & 0xFFFF, 1)
+
+    @cached_property
+    def numbers(self) -> np.ndarray:
+        """The number at each of `WHOLE` places of every context, int16 `[(contexts + 1) * WHOLE]`."""
+        found = np.zeros((len(self.frequencies), WHOLE), dtype=np.int16)
+        for row, frequencies in zip(found, self.frequencies, strict=True):
+            if frequencies.any():
+                row[:] = np.repeat(np.arange(-CAP, CAP + 1), frequencies)
+        return found.ravel()
+
+    @cached_property
+    def slots(self) -> np.ndarray:
+        """Of the number at each place its frequency, and above 16 bits how far the place lies in it; as `numbers`."""
+        place = np.arange(len(self.numbers))
+        entry = self.entries[(place >> PRECISION) * WIDTH + CAP + self.numbers]
+        return (entry & 0xFFFF | (place & WHOLE - 1) - (entry >> 16) << 16).astype(np.int32)

@@ -5,43 +5,61 @@ there in 16 bits) is coded, the others are stored, and those that are zero in al
 """
 
 import numpy as np
+import torch
 
-from spectral_kv.codec.entropy import Tables, histogram
-from spectral_kv.xp import Array, to_numpy
+from spectral_kv.codec import ans
+from spectral_kv.codec.counting import counts
+from spectral_kv.codec.entropy import CAP, WIDTH, Tables, folded
+
+LANE = 512  # numbers of a lane at most, of which there are so many that a lane has as few
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def encode(arrays: list[Array]) -> dict[str, np.ndarray]:
+def encode(arrays: list[torch.Tensor]) -> dict[str, np.ndarray]:
     """Tensors, by name, that stand for arrays of floating-point numbers of one dtype; each array is a context."""
-    flat = [np.ascontiguousarray(to_numpy(x)).ravel() for x in arrays]
-    numbers = np.concatenate(flat)
-    little = numbers.astype(numbers.dtype.newbyteorder("<"), copy=False)
-    planes = little.view(np.uint8).reshape(-1, numbers.dtype.itemsize)
-    kept = [i for i in range(planes.shape[1] - 1) if planes[:, i].any()]
-    top = planes[:, -1].astype(np.int16)
-    signed = ((top & 127) + 1) * np.where(top & 128, -1, 1)
-    contexts = _contexts([len(x) for x in flat])
-    tables = Tables.of(histogram(signed, contexts, len(flat)))
+    numbers = torch.cat([x.flatten() for x in arrays])
+    planes = numbers.view(torch.uint8).reshape(-1, numbers.element_size())
+    kept = np.flatnonzero(planes[:, :-1].any(dim=0).cpu().numpy())
+    top = planes[:, -1].to(torch.int32)
+    signed = ((top & 127) + 1) * (1 - (top >> 7) * 2)
+    contexts = _contexts([x.numel() for x in arrays], numbers)
+    rows = _in_lanes(contexts * WIDTH + CAP + signed, len(arrays) * WIDTH + CAP)
+    met = counts(rows, (len(arrays) + 1) * WIDTH).reshape(-1, WIDTH)[:-1]
+    tables = Tables.of(folded(met))
+    words, _, states = ans.encode(rows, tables)
+    stored = planes.T[torch.from_numpy(kept).to(planes.device)].cpu().numpy()
     return {
-        "words": tables.encode(signed, contexts),
+        "words": words,
+        "states": states,
         "codes": tables.codes,
         "lengths": tables.lengths,
-        "planes": np.concatenate([np.array(kept, dtype=np.uint8), planes[:, kept].T.ravel()]),
-        "itemsize": np.array([numbers.dtype.itemsize, len(kept)], dtype=np.uint8),
+        "planes": np.concatenate([kept.astype(np.uint8), stored.ravel()]),
+        "dtype": np.array([DTYPES.index(numbers.dtype), len(kept)], dtype=np.uint8),
     }
 
 
-def decode(tensors: dict[str, np.ndarray], shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
-    """The arrays of such shapes that the tensors stand for."""
+def decode(tensors: dict[str, np.ndarray], shapes: list[tuple[int, ...]], beside: torch.Tensor) -> list[torch.Tensor]:
+    """The arrays of such shapes that the tensors stand for, on the device of `beside`."""
     sizes = [int(np.prod(shape)) for shape in shapes]
-    itemsize, count = (int(x) for x in tensors["itemsize"])
-    planes = np.zeros((sum(sizes), itemsize), dtype=np.uint8)
-    kept, stored = tensors["planes"][:count], tensors["planes"][count:].reshape(count, len(planes))
-    planes[:, kept] = stored.T
-    signed = Tables(tensors["codes"], tensors["lengths"]).decode(tensors["words"], _contexts(sizes))
-    planes[:, -1] = (np.abs(signed) - 1) | np.where(signed < 0, 128, 0)
-    numbers = planes.view(f"<f{itemsize}").ravel().astype(f"f{itemsize}", copy=False)
-    return [x.reshape(shape) for x, shape in zip(np.split(numbers, np.cumsum(sizes)[:-1]), shapes, strict=True)]
+    index, count = (int(x) for x in tensors["dtype"])
+    dtype = DTYPES[index]
+    planes = torch.zeros((sum(sizes), dtype.itemsize), dtype=torch.uint8, device=beside.device)
+    stored = torch.from_numpy(tensors["planes"][count:].reshape(count, len(planes))).to(beside.device)
+    for row, plane in zip(tensors["planes"][:count], stored, strict=True):
+        planes[:, int(row)] = plane
+    decoder = ans.decoder(tensors["words"], np.zeros(1, dtype=np.int64), tensors["states"], beside)
+    contexts = _in_lanes(_contexts(sizes, beside), len(sizes))
+    found = decoder(contexts, Tables(tensors["codes"], tensors["lengths"])).flatten()[: len(planes)]
+    planes[:, -1] = ((found.abs() - 1) | (found < 0).to(torch.int16) << 7).to(torch.uint8)
+    numbers = planes.view(dtype).flatten()
+    return [x.reshape(shape) for x, shape in zip(numbers.split(sizes), shapes, strict=True)]
 
 
-def _contexts(sizes: list[int]) -> np.ndarray:
-    return np.repeat(np.arange(len(sizes), dtype=np.uint16), sizes)
+def _contexts(sizes: list[int], beside: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)).to(beside.device)
+
+
+def _in_lanes(x: torch.Tensor, nothing: int) -> torch.Tensor:
+    """Numbers `[n]` as one stream, `[rows, 1, 1, lanes]`, with `nothing` behind the last."""
+    lanes = max(1, -(-len(x) // LANE))
+    return torch.cat([x, x.new_full((-len(x) % lanes,), nothing)]).reshape(-1, 1, 1, lanes)

@@ -31,14 +31,13 @@ class Search:
 
     Parameters
     ----------
-    blocks : list of np.ndarray, [tokens, components]
-        As of `Components`.
+    components : Components
     goal : Goal
     """
 
-    def __init__(self, blocks: list[np.ndarray], goal: Goal):
-        self.components, self.goal = Components(blocks), goal
-        self.few = self.components.every(len(self.components.values) // SEARCHED | 1)
+    def __init__(self, components: Components, goal: Goal):
+        self.components, self.goal = components, goal
+        self.few = self.components.every(self.components.tokens // SEARCHED | 1)
         self._near: float | None = None
 
     def _beyond(self, some: Components, logarithm: float) -> float:
@@ -47,9 +46,9 @@ class Search:
         rounded = some.rounded(step)
         if goal.error is not None:
             return 0.5 * np.log2(max(rounded.distortion(some.values, step), 1e-30) / goal.error)
-        tables = 8 * (Tables.of(rounded.frequencies).nbytes + 2 * CONTEXTS) * len(some.values)
-        tokens = len(self.components.values)
-        return np.log2(goal.bits * len(some.values) / max(tokens * rounded.bits + tables, 1.0))
+        tables = 8 * (Tables.of(rounded.frequencies).nbytes + 2 * CONTEXTS) * some.tokens
+        tokens = self.components.tokens
+        return np.log2(goal.bits * some.tokens / max(tokens * rounded.bits + tables, 1.0))
 
     def _expected(self, logarithm: float) -> float:
         """The same by the sizes of components alone."""
@@ -58,7 +57,7 @@ class Search:
         if goal.error is not None:
             return 0.5 * np.log2(max((deviations**2 / (1 + 6 * relative)).sum(), 1e-30) / goal.error)
         bits = 0.5 * np.log2(1 + FINE * relative) * relative / (relative + SPARSE)
-        return np.log2(goal.bits / max(len(self.components.values) * bits.sum(), 1.0))
+        return np.log2(goal.bits / max(self.components.tokens * bits.sum(), 1.0))
 
     def near(self) -> float:
         """A step that nearly meets the goal, as some tokens say."""

@@ -5,26 +5,45 @@ water-filling: what is far below the step takes almost no bits). How large a num
 in quarters of a factor of 2: that of its component over all tokens, and that of its token over the block's components.
 Their sum is the context of the entropy coder. A number is rounded down where that saves more bits than it costs
 (rate-distortion optimised quantisation), and stands for the mean of what was rounded to it.
+
+All is done by torch on the device on which the components lie, some components at a time on a CPU, so that what comes
+between stays in its cache. Numbers are written and read by `codec/ans.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
+from torch.nn.functional import pad
 
-from spectral_kv.codec.entropy import Tables, entropy, histogram, with_zeros
-from spectral_kv.codec.threads import each
+from spectral_kv.codec import ans
+from spectral_kv.codec.counting import counts
+from spectral_kv.codec.entropy import CAP, WIDTH, Tables, entropy, folded
 
 OCTAVE = 4  # steps of a scale a factor of 2
-CONTEXTS = 64
+CONTEXTS = 64  # of components
+GAINS = CONTEXTS  # that of the tokens' scales
+NOTHING = CONTEXTS + 1  # that of tokens which are not there
 ZERO = 28  # level of components whose deviation is the step
-GAIN = 12  # largest logarithm of a token's scale in a band: a factor of 8
+GAIN = 12  # largest logarithm of a token's scale in a block: a factor of 8
 SLOPE = np.log(2) / 6  # squared error, in squares of the step, that a bit is worth where rounding is at its best
-ROWS = 256  # tokens that are rounded at a time, so that what comes between stays in a CPU's cache
-PART = 2**16  # numbers, likewise
+PART = 2**17  # numbers that are looked at at a time on a CPU
+ACCELERATED = 2**25  # likewise on a GPU, whose memory what comes between takes
 FINEST = 2**24  # whole numbers that single precision tells apart
 MEANS = 240  # of what is rounded to a number, in 8 bits: from 0.5 below it to 0.5625 above
+
+
+def some_rows(rows: int, beside: torch.Tensor) -> Iterator[slice]:
+    """Slices of so many rows of numbers, each with as many numbers as the last axis of `beside` has."""
+    step = max(1, (ACCELERATED if beside.is_cuda else PART) // max(beside.shape[-1], 1))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def on(values: np.ndarray, beside: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers of components as a column on the device of `beside`."""
+    return torch.from_numpy(values).to(beside.device, dtype)[:, None]
 
 
 @dataclass(frozen=True)
@@ -35,14 +54,14 @@ class Sizes:
     ----------
     levels : np.ndarray of uint8, [components]
         Logarithms of their root mean square, in steps; 0 for those that are zero in all tokens.
-    gains : np.ndarray of int8, [tokens, blocks]
+    gains : torch.Tensor of int8, [blocks, tokens]
         Logarithms of a token's, relative to that of the components.
     block : np.ndarray of int, [components]
         Which a component belongs to.
     """
 
     levels: np.ndarray
-    gains: np.ndarray
+    gains: torch.Tensor
     block: np.ndarray
 
     @cached_property
@@ -50,25 +69,11 @@ class Sizes:
         """Components that are not zero in all tokens, `[there]`."""
         return np.flatnonzero(self.levels)
 
-    def contexts(self) -> np.ndarray:
-        """Of the components that are there, uint8 `[tokens, there]`."""
-        sums = np.empty((len(self.gains), len(self.there)), dtype=np.int8)
-        edges = np.searchsorted(self.block[self.there], np.arange(self.gains.shape[1] + 1))
-        levels = self.levels.astype(np.int8)[self.there]
-        for index, part in enumerate(map(slice, edges[:-1], edges[1:])):
-            np.add(levels[part], self.gains[:, index : index + 1], out=sums[:, part])
-        return np.clip(sums, 0, CONTEXTS - 1, out=sums).view(np.uint8)
-
-    @cached_property
-    def often(self) -> np.ndarray:
-        """How often every context is met, `[contexts]`."""
-        found = np.zeros(CONTEXTS, dtype=np.int64)
-        for index, gains in enumerate(self.gains.T):
-            own = self.levels[self.there][self.block[self.there] == index]
-            levels = np.bincount(own, minlength=CONTEXTS)
-            for gain, count in enumerate(np.bincount(gains + GAIN, minlength=2 * GAIN + 1), -GAIN):
-                np.add.at(found, np.clip(np.arange(CONTEXTS) + gain, 0, CONTEXTS - 1), levels * count)
-        return found
+    def contexts(self, rows: slice = slice(None)) -> torch.Tensor:
+        """Of some of the components that are there, int8 `[rows, tokens]`."""
+        own = self.there[rows]
+        found = self.gains[torch.from_numpy(self.block[own]).to(self.gains.device)]
+        return found.add_(on(self.levels[own], found, torch.int8)).clamp_(0, CONTEXTS - 1)
 
 
 class Rounding:
@@ -86,34 +91,12 @@ class Rounding:
         self.least = (0.5 + 0.5 * SLOPE * np.clip(bits[:, 1] - bits[:, 0], 0, 9)).astype(np.float32)
         self.below = (0.5 - 0.5 * SLOPE * np.clip(bits[:, 2] - bits[:, 1], 0, 3)).astype(np.float32)
 
-    def __call__(self, components: np.ndarray, step: float, levels: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Rows and columns where components `[tokens, components]` are not rounded to 0, and the numbers there, int32.
-
-        Most are, and all whose component is of level 0. To round them too costs less than to pick out the others first.
-        """
-        inverse, below = np.float32(1 / step), self.below[levels]
-        least = np.where(levels, self.least[levels], np.float32(np.inf))
-
-        def part_from(start: int) -> tuple[np.ndarray, ...]:
-            part = components[start : start + ROWS]
-            size = np.abs(part)
-            size *= inverse
-            there = size >= least
-            size += below
-            there &= size >= 1
-            at = np.flatnonzero(there)
-            row, column = taken_apart(at.astype(np.int32), len(levels))
-            number = np.copysign(np.floor(size.ravel()[at]), part.ravel()[at])
-            return row + start, column, number.astype(np.int32)
-
-        found = each(part_from, range(0, len(components), ROWS))
-        return tuple(np.concatenate(x) for x in zip(*found, strict=True))
-
-
-def taken_apart(at: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of places in an array with rows of a width."""
-    row = at // width
-    return row, at - row * width
+    def __call__(self, components: torch.Tensor, step: float, levels: np.ndarray) -> torch.Tensor:
+        """Components `[components, tokens]` of such levels in whole steps, float32."""
+        size = components.abs().mul_(float(np.float32(1 / step)))
+        small = size < on(self.least[levels], size, torch.float32)
+        size.add_(on(self.below[levels], size, torch.float32)).floor_()
+        return size.masked_fill_(small, 0).copysign_(components)
 
 
 class Components:
@@ -121,27 +104,34 @@ class Components:
 
     Parameters
     ----------
-    blocks : list of np.ndarray, [tokens, components]
-        Of every block of the bases, by falling variance.
+    values : torch.Tensor of float32, [components, tokens]
+        Those of one block after the other.
+    block : np.ndarray of int, [components]
+        Which each belongs to.
     """
 
-    def __init__(self, blocks: list[np.ndarray]):
-        self.values = np.concatenate(blocks, axis=1)
-        self.block = np.repeat(np.arange(len(blocks)), [y.shape[1] for y in blocks])
+    def __init__(self, values: torch.Tensor, block: np.ndarray):
+        self.values, self.block = values, block
         self._last: tuple[float, Rounded] | None = None
 
+    @property
+    def tokens(self) -> int:
+        return self.values.shape[1]
+
     @cached_property
-    def _sizes(self) -> tuple[np.ndarray, np.ndarray]:
+    def _sizes(self) -> tuple[np.ndarray, torch.Tensor]:
         """Logarithms of the root mean square of every component, and of every token over each block's."""
-        squares = np.einsum("tc,tc->c", self.values, self.values) / len(self.values)
-        logarithms = OCTAVE * 0.5 * np.log2(np.maximum(squares, 1e-30))
-        weights = np.zeros((len(self.block), self.block.max() + 1), dtype=np.float32)
-        weights[np.arange(len(self.block)), self.block] = 2.0 ** (-2 * logarithms / OCTAVE)
-        weights /= np.bincount(self.block)
-        parts = (self.values[start : start + ROWS] for start in range(0, len(self.values), ROWS))
-        power = np.concatenate([part**2 @ weights for part in parts])
-        gains = np.clip(np.rint(OCTAVE * 0.5 * np.log2(np.maximum(power, 1e-9))), -GAIN, GAIN)
-        return logarithms, gains.astype(np.int8)
+        norms = torch.linalg.vector_norm(self.values, dim=1).cpu().numpy().astype(np.float64)
+        logarithms = OCTAVE * 0.5 * np.log2(np.maximum(norms**2 / self.tokens, 1e-30))
+        weights = np.zeros((self.block.max() + 1, len(self.block)), dtype=np.float32)
+        weights[self.block, np.arange(len(self.block))] = 2.0 ** (-2 * logarithms / OCTAVE)
+        weights /= np.bincount(self.block)[:, None]
+        weights = torch.from_numpy(weights).to(self.values.device)
+        power = self.values.new_zeros((len(weights), self.tokens))
+        for rows in some_rows(len(self.values), self.values):
+            power.addmm_(weights[:, rows], self.values[rows].square())
+        gains = power.clamp_(min=1e-9).log2_().mul_(OCTAVE * 0.5).round_().clamp_(-GAIN, GAIN)
+        return logarithms, gains.to(torch.int8)
 
     @property
     def deviations(self) -> np.ndarray:
@@ -151,16 +141,16 @@ class Components:
     @cached_property
     def _largest(self) -> np.ndarray:
         """Of every component."""
-        largest = np.maximum(self.values.max(axis=0), -self.values.min(axis=0))
+        largest = torch.linalg.vector_norm(self.values, ord=torch.inf, dim=1).cpu().numpy()
         if not np.isfinite(largest).all():
             raise ValueError("some keys or values are not finite: run the model in bfloat16 or float32")
         return largest
 
     def every(self, stride: int) -> "Components":
         """Every so many tokens alone, with the sizes that all have."""
-        part = Components([self.values[::stride]])
+        part = Components(self.values[:, ::stride].contiguous(), self.block)
         logarithms, gains = self._sizes
-        part.block, part._largest, part._sizes = self.block, self._largest, (logarithms, gains[::stride])
+        part._largest, part._sizes = self._largest, (logarithms, gains[:, ::stride].contiguous())
         return part
 
     def levels(self, step: float) -> np.ndarray:
@@ -173,7 +163,7 @@ class Components:
     def cost(self, step: float) -> float:
         """Squared error and bits of a token in one unit, in which no step is better than another for its bits."""
         rounded = self.rounded(step)
-        return rounded.distortion(self.values, step) + SLOPE * step**2 * rounded.bits / len(self.values)
+        return rounded.distortion(self.values, step) + SLOPE * step**2 * rounded.bits / self.tokens
 
     def rounded(self, step: float) -> "Rounded":
         """As whole numbers of steps."""
@@ -183,87 +173,64 @@ class Components:
 
     def _rounded(self, step: float) -> "Rounded":
         sizes, rounding = Sizes(self.levels(step), self._sizes[1], self.block), Rounding()
-        levels, there = sizes.levels, sizes.there
-        few = slice(None, None, len(self.values) // 256 | 1)  # enough to learn from
-        some = self.values[few]
-        often = np.bincount(levels[there], minlength=CONTEXTS) * len(some)
+        there, levels = sizes.there, sizes.levels[sizes.there]
+        some = self.values[:, :: self.tokens // 256 | 1]  # enough to learn from
+        some = some[torch.from_numpy(there).to(some.device)]
+        base = on(levels.astype(np.int16) * WIDTH + CAP, some, torch.int16)
         for _ in range(2):
-            _, column, number = rounding(some, step, levels)
-            rounding.learn(with_zeros(histogram(number, levels[column], CONTEXTS), often))
-        row, column, number = rounding(self.values, step, levels)
-        own = np.flatnonzero(row // few.step * few.step == row)
-        size, number_of_some = np.abs(self.values[row[own], column[own]]) * np.float32(1 / step), np.abs(number[own])
-        found = means(size, number_of_some, levels[column[own]])
-        return Rounded(sizes, row, (np.cumsum(levels > 0) - 1).astype(np.int32)[column], number, found)
+            met = rounding(some, step, levels).clamp_(-CAP, CAP).to(torch.int16).add_(base)
+            rounding.learn(folded(counts(met, CONTEXTS * WIDTH).reshape(CONTEXTS, WIDTH)))
+        found = means(some.abs() * float(np.float32(1 / step)), rounding(some, step, levels).abs_(), levels)
+
+        blocks = len(sizes.gains)
+        rows = torch.empty((blocks + len(there), self.tokens), dtype=torch.int16, device=some.device)
+        rows[:blocks] = sizes.gains
+        rows[:blocks] += GAINS * WIDTH + CAP
+        scales = counts(rows[:blocks], (CONTEXTS + 1) * WIDTH).reshape(-1, WIDTH)[-1:]
+        met = np.concatenate([self._fill(rows[blocks:], sizes, rounding, step), folded(scales)])
+        large = np.flatnonzero(self._largest[there] >= (CAP - 1) * step)
+        at = torch.from_numpy(there[large]).to(some.device)
+        far = rounding(self.values[at], step, levels[large]) if len(large) else self.values[:0]
+        return Rounded(sizes, rows, met, large, far, found)
+
+    def _fill(self, rows: torch.Tensor, sizes: Sizes, rounding: Rounding, step: float) -> np.ndarray:
+        """Write numbers into rows int16 `[there, tokens]`, and return their `histogram`."""
+        there, levels = sizes.there, sizes.levels[sizes.there]
+        at = torch.from_numpy(there).to(rows.device)
+        if rows.is_cuda:
+            from spectral_kv.codec.rounding_kernels import rounded
+
+            bounds = (torch.from_numpy(x[levels]).to(rows.device) for x in (rounding.least, rounding.below))
+            own = (torch.from_numpy(x.astype(np.int32)).to(rows.device) for x in (levels, self.block[there]))
+            inverse = float(np.float32(1 / step))
+            met = rounded(self.values, at, *own, *bounds, sizes.gains, rows, CONTEXTS, GAIN, inverse)
+            return met.cpu().numpy()
+        for part in some_rows(len(there), self.values):
+            own = rows[part].copy_(sizes.contexts(part)).mul_(WIDTH)
+            own += rounding(self.values[at[part]], step, levels[part]).clamp_(-CAP, CAP).add_(CAP).to(torch.int16)
+        return folded(counts(rows, CONTEXTS * WIDTH).reshape(-1, WIDTH))
 
 
-def means(sizes: np.ndarray, numbers: np.ndarray, levels: np.ndarray) -> np.ndarray:
+def means(sizes: torch.Tensor, numbers: torch.Tensor, levels: np.ndarray) -> np.ndarray:
     """How much the mean of the sizes that are rounded to 1, and to larger numbers, lies above them, all in steps.
 
-    In 8 bits by level, uint8 `[2, contexts]`.
+    In 8 bits by level, uint8 `[2, contexts]`, of sizes and numbers `[components, tokens]` in such levels.
     """
     found = np.zeros((2, CONTEXTS))
     for row, there in enumerate((numbers == 1, numbers > 1)):
-        sums, counts = (np.bincount(levels[there], x, CONTEXTS) for x in ((sizes - numbers)[there], None))
-        found[row] = sums / np.maximum(counts, 1)
+        beyond = (sizes - numbers).mul_(there).sum(dim=1).cpu().numpy()
+        often = there.sum(dim=1).cpu().numpy()
+        sums, many = (np.bincount(levels, x, CONTEXTS) for x in (beyond, often))
+        found[row] = sums / np.maximum(many, 1)
     return np.clip(np.rint((found + 0.5) * MEANS), 0, 255).astype(np.uint8)
 
 
-def values(
-    sizes: Sizes, row: np.ndarray, column: np.ndarray, numbers: np.ndarray, means: np.ndarray, step: float
-) -> np.ndarray:
-    """Components, float32 `[tokens, components]`, that are 0 but for what numbers stand for: see `Rounded`."""
-    component = sizes.there[column]
-    of_one, of_more = means.astype(np.float32)[:, sizes.levels[component]] / MEANS - 0.5
-    beyond = np.where(np.abs(numbers) == 1, of_one, of_more)
-    found = np.zeros((len(sizes.gains), len(sizes.levels)), dtype=np.float32)
-    found[row, component] = (numbers + np.sign(numbers) * beyond) * np.float32(step)
-    return found
-
-
-class Places:
-    """Where numbers of a chunk of tokens lie once they are in order: by context, of one token after the other.
-
-    All of a token's components in a block have one gain, so that their order there is one of 25, and how many a token
-    has of a context follows from its gains: nothing is sorted.
-    """
-
-    def __init__(self, sizes: Sizes):
-        levels, block = sizes.levels.astype(np.int8)[sizes.there], sizes.block[sizes.there]
-        self.blocks = sizes.gains.shape[1]
-        self.rank = np.empty((2 * GAIN + 1, len(levels)), dtype=np.int32)
-        self.counts = np.zeros((2 * GAIN + 1, self.blocks, CONTEXTS), dtype=np.int32)
-        for index in range(self.blocks):
-            own = np.flatnonzero(block == index)
-            for row, gain in enumerate(range(-GAIN, GAIN + 1)):
-                contexts = np.clip(levels[own] + gain, 0, CONTEXTS - 1)
-                counts = np.bincount(contexts, minlength=CONTEXTS)
-                order = np.argsort(contexts, kind="stable")
-                before = np.cumsum(counts) - counts
-                self.rank[row, own[order]] = np.arange(len(own)) - before[contexts[order]]
-                self.counts[row, index] = counts
-
-    def __call__(
-        self, gains: np.ndarray, token: np.ndarray, block: np.ndarray, column: np.ndarray, context: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Places of some numbers, and where each context begins and the last ends, `[contexts + 1]`.
-
-        Parameters
-        ----------
-        gains : np.ndarray of int8, [tokens, blocks]
-        token, block, column, context : np.ndarray of int, [n]
-            Of the numbers.
-        """
-        gain = gains.astype(np.int32) + GAIN
-        counts = self.counts[gain, np.arange(self.blocks)].reshape(-1, CONTEXTS)
-        before = np.cumsum(counts, axis=0, dtype=np.int32) - counts
-        edges = np.concatenate([[0], np.cumsum(counts.sum(axis=0))])
-        before += edges[:-1].astype(np.int32)
-        of = token * self.blocks + block
-        width = self.rank.shape[1]
-        found = before.ravel().take(of * CONTEXTS + context)
-        found += self.rank.ravel().take(gain.ravel().take(of) * width + column)
-        return found, edges
+def values(numbers: torch.Tensor, levels: np.ndarray, means: np.ndarray, step: float) -> torch.Tensor:
+    """What whole numbers `[components, tokens]` of such levels stand for, float32: see `means`."""
+    of_one, of_more = (on(x, numbers, torch.float32) for x in means.astype(np.float32)[:, levels] / MEANS - 0.5)
+    numbers = numbers.to(torch.float32)
+    beyond = torch.where(numbers.abs() == 1, of_one, of_more).mul_(numbers.sign())
+    return beyond.add_(numbers).mul_(float(np.float32(step)))
 
 
 @dataclass(frozen=True)
@@ -273,88 +240,67 @@ class Rounded:
     Parameters
     ----------
     sizes : Sizes
-    row, column : np.ndarray of int
-        Tokens, and components among those that are there, where a number is not 0.
-    nonzero : np.ndarray of int32
-        The numbers.
+    rows : torch.Tensor of int16, [blocks + there, tokens]
+        Of the tokens' scales, then of the numbers of components that are there, no farther from 0 than `CAP`: where
+        they stand in `Tables`.
+    frequencies : np.ndarray of int, [contexts + 1, CAP + 1]
+        `histogram` of the numbers, and of the tokens' scales in the last row.
+    large : np.ndarray of int, [large]
+        Components, of those that are there, which may have numbers from `CAP` on,
+    far : torch.Tensor of float32, [large, tokens]
+        and all numbers of these.
     means : np.ndarray of uint8, [2, contexts]
         See `means`.
     """
 
     sizes: Sizes
-    row: np.ndarray
-    column: np.ndarray
-    nonzero: np.ndarray
+    rows: torch.Tensor
+    frequencies: np.ndarray
+    large: np.ndarray
+    far: torch.Tensor
     means: np.ndarray
 
-    @cached_property
-    def numbers(self) -> np.ndarray:
-        """All of the components that are there, `[tokens, there]`, in as few bytes as they need."""
-        small = np.abs(self.nonzero).max(initial=0) <= np.iinfo(np.int8).max
-        found = np.zeros((len(self.sizes.gains), len(self.sizes.there)), dtype=np.int8 if small else np.int32)
-        found[self.row, self.column] = self.nonzero
+    def numbers(self, rows: slice = slice(None)) -> torch.Tensor:
+        """Of some of the components that are there, int32 `[rows, tokens]`."""
+        found = (self.rows[len(self.sizes.gains) :][rows].to(torch.int32) % WIDTH).sub_(CAP)
+        for index, row in enumerate(np.arange(len(self.sizes.there))[rows]):
+            if len(at := np.flatnonzero(self.large == row)):
+                found[index] = self.far[at[0]].to(torch.int32)
         return found
-
-    @cached_property
-    def _met(self) -> tuple[np.ndarray, np.ndarray]:
-        """Blocks and contexts of the numbers."""
-        levels, gains = self.sizes.levels.astype(np.int8)[self.sizes.there], self.sizes.gains
-        block = self.sizes.block[self.sizes.there].astype(np.uint8)
-
-        def part_from(start: int) -> tuple[np.ndarray, np.ndarray]:
-            row, column = (x[start : start + PART] for x in (self.row, self.column))
-            own, sums = block.take(column), levels.take(column)
-            sums += gains.ravel().take(row * gains.shape[1] + own)
-            return own, np.clip(sums, 0, CONTEXTS - 1, out=sums)
-
-        found = each(part_from, range(0, len(self.row) or 1, PART))
-        return tuple(np.concatenate(x) for x in zip(*found, strict=True))
-
-    @cached_property
-    def frequencies(self) -> np.ndarray:
-        def part_from(start: int) -> np.ndarray:
-            own = slice(start, start + PART)
-            return histogram(self.nonzero[own], self._met[1][own], CONTEXTS)
-
-        _ = self._met  # made once, before threads ask for it
-        return with_zeros(sum(each(part_from, range(0, len(self.row) or 1, PART))), self.sizes.often)
-
-    def ordered(self, chunk: int) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
-        """A function of the first token of a chunk: its numbers by context, int32, and where each context begins."""
-        places, width = Places(self.sizes), len(self.sizes.there)
-        block, context = self._met
-
-        def of(start: int) -> tuple[np.ndarray, np.ndarray]:
-            gains = self.sizes.gains[start : start + chunk]
-            own = slice(*np.searchsorted(self.row, np.array([start, start + chunk], dtype=self.row.dtype)))
-            at, edges = places(gains, self.row[own] - np.int32(start), block[own], self.column[own], context[own])
-            found = np.zeros(len(gains) * width, dtype=np.int32)
-            found[at] = self.nonzero[own]
-            return found, edges
-
-        return of
-
-    @cached_property
-    def gain_frequencies(self) -> np.ndarray:
-        gains = self.sizes.gains
-        return histogram(gains, np.zeros(gains.shape, dtype=np.uint8), 1)
 
     @property
     def bits(self) -> float:
         """What an entropy coder takes."""
-        return entropy(self.frequencies) + entropy(self.gain_frequencies)
+        return entropy(self.frequencies)
 
     @property
     def order_0(self) -> float:
         """Bits if every component were coded on its own, each with its own frequencies."""
-        count = len(self.sizes.there)
-        found = histogram(self.nonzero, self.column, count)
-        return entropy(with_zeros(found, np.full(count, len(self.sizes.gains))))
+        found = 0.0
+        for index in range(len(self.sizes.there)):
+            own = self.numbers(slice(index, index + 1)).abs_().clamp_(max=CAP)
+            found += entropy(torch.bincount(own[0], minlength=CAP + 1).cpu().numpy()[None])
+        return found
 
-    def distortion(self, components: np.ndarray, step: float) -> float:
-        """Mean squared error of a token's components `[tokens, components]`."""
-        found = values(self.sizes, self.row, self.column, self.nonzero, self.means, step)
-        return float(((components - found) ** 2).sum(axis=1).mean())
+    def distortion(self, components: torch.Tensor, step: float) -> float:
+        """Mean squared error of a token's components `[components, tokens]`."""
+        there = self.sizes.there
+        gone = torch.from_numpy(np.flatnonzero(self.sizes.levels == 0)).to(components.device)
+        error = components[gone].square().sum(dtype=torch.float64)
+        at = torch.from_numpy(there).to(components.device)
+        for part in some_rows(len(there), components):
+            found = values(self.numbers(part), self.sizes.levels[there[part]], self.means, step)
+            error += found.sub_(components[at[part]]).square_().sum(dtype=torch.float64)
+        return float(error) / components.shape[1]
+
+    def beyond(self, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+        """By how much numbers exceed `CAP`, uint32, of one chunk of tokens after the other, and how many each has."""
+        chunks = -(-self.rows.shape[1] // chunk)
+        at = torch.nonzero(self.far.abs() >= CAP)
+        row, token = at.cpu().numpy().T
+        size = self.far[at[:, 0], at[:, 1]].abs().cpu().numpy().astype(np.int64) - CAP
+        order = np.lexsort((token, row, token // chunk))
+        return size[order].astype(np.uint32), np.bincount(token // chunk, minlength=chunks)
 
 
 @dataclass(frozen=True)
@@ -365,14 +311,19 @@ class VariableRate:
     ----------
     step : float
     chunk : int
-        Tokens of a chunk.
+        Tokens of a chunk, which is a stream of `codec/ans.py`.
     levels : np.ndarray of uint8, [components]
     means : np.ndarray of uint8, [2, contexts]
-    tables, gain_tables : Tables
-    words : np.ndarray of uint32
-        Of one chunk after the other, the gains of its tokens before the numbers.
+    tables : Tables
+        Of numbers by context, and of the tokens' scales.
+    words : np.ndarray of uint16
+        Of one chunk after the other: scales of its tokens, then numbers, component by component.
+    states : np.ndarray of int32
+        Of the lanes of one chunk after the other.
+    far : np.ndarray of uint32
+        By how much numbers exceed `CAP`, likewise.
     ends : np.ndarray of uint32, [chunks, 2]
-        Where either end.
+        Where words and what is far end.
     """
 
     step: float
@@ -380,48 +331,72 @@ class VariableRate:
     levels: np.ndarray
     means: np.ndarray
     tables: Tables
-    gain_tables: Tables
     words: np.ndarray
+    states: np.ndarray
+    far: np.ndarray
     ends: np.ndarray
 
     @classmethod
     def of(cls, components: Components, step: float, chunk: int) -> "VariableRate":
         rounded = components.rounded(step)
-        tables, gain_tables = Tables.of(rounded.frequencies), Tables.of(rounded.gain_frequencies)
-        sizes, ordered = rounded.sizes, rounded.ordered(chunk)
-        _ = tables.models, gain_tables.models  # made once, before threads ask for them
+        tables, tokens = Tables.of(rounded.frequencies), components.tokens
+        lanes, turns = ans.lanes_of(chunk)
+        nothing = NOTHING * WIDTH + CAP
+        rows = pad(rounded.rows, (0, -tokens % chunk), value=nothing).unflatten(1, (-1, chunk))
+        rows = pad(rows, (0, turns * lanes - chunk), value=nothing).unflatten(2, (turns, lanes))
+        words, counts, states = ans.encode(rows, tables)
+        far, many = rounded.beyond(chunk)
+        ends = np.stack([np.cumsum(counts), np.cumsum(many)], axis=1).astype(np.uint32)
+        used = (len(counts) - 1) * lanes + min(lanes, tokens - (len(counts) - 1) * chunk)
+        return cls(step, chunk, rounded.sizes.levels, rounded.means, tables, words, states.ravel()[:used], far, ends)
 
-        def words_from(start: int) -> list[np.ndarray]:
-            gains = sizes.gains[start : start + chunk].ravel().astype(np.int32)
-            return [
-                gain_tables.encode_ordered(gains, np.array([0, len(gains)])),
-                tables.encode_ordered(*ordered(start)),
-            ]
+    def decode(self, tokens: int, block: np.ndarray, start: int, stop: int, beside: torch.Tensor) -> torch.Tensor:
+        """Components, float32 `[components, stop - start]`, of `tokens` in all; only their chunks are read.
 
-        words = [x for two in each(words_from, range(0, len(sizes.gains), chunk)) for x in two]
-        ends = np.cumsum([len(w) for w in words]).astype(np.uint32).reshape(-1, 2)
-        return cls(step, chunk, sizes.levels, rounded.means, tables, gain_tables, np.concatenate(words), ends)
-
-    def decode(self, tokens: int, block: np.ndarray, start: int, stop: int) -> np.ndarray:
-        """Components, float32 `[stop - start, components]`, of `tokens` in all; only their chunks are read.
-
-        `block` says which one each of the components belongs to.
+        `block` says which one each of the components belongs to, `beside` lies on the device that is wanted.
         """
-        _ = self.tables.models, self.gain_tables.models  # made once, before threads ask for them
+        first, last = start // self.chunk, -(-stop // self.chunk)
+        lanes, turns = ans.lanes_of(self.chunk)
+        begins = np.concatenate([np.zeros((1, 2), dtype=np.uint32), self.ends])[first : last + 1].astype(np.int64)
+        states = np.full((last - first) * lanes, ans.LOW, dtype=np.int32)
+        own = self.states[first * lanes : last * lanes]
+        states[: len(own)] = own
+        words = self.words[begins[0, 0] : begins[-1, 0]]
+        decoder = ans.decoder(words, begins[:-1, 0] - begins[0, 0], states.reshape(-1, lanes), beside)
 
-        def part_of(index: int) -> np.ndarray:
-            first = index * self.chunk
-            count = min(self.chunk, tokens - first)
-            begin = self.ends[index - 1, 1] if index else 0
-            middle, end = self.ends[index]
-            none = np.zeros(count * (block.max() + 1), dtype=np.uint8)
-            gains = self.gain_tables.decode(self.words[begin:middle], none).reshape(count, -1)
-            sizes = Sizes(self.levels, gains.astype(np.int8), block)
-            contexts = sizes.contexts()
-            numbers = self.tables.decode(self.words[middle:end], contexts.ravel())
-            at = np.flatnonzero(numbers)
-            row, column = taken_apart(at, contexts.shape[1])
-            part = values(sizes, row, column, numbers[at], self.means, self.step)
-            return part[max(start - first, 0) : stop - first]
+        count = min(last * self.chunk, tokens) - first * self.chunk
+        absent = torch.ones((last - first, self.chunk), dtype=torch.bool, device=beside.device)
+        absent.view(-1)[:count] = False
+        absent = pad(absent, (0, turns * lanes - self.chunk), value=True)
 
-        return np.concatenate(each(part_of, range(start // self.chunk, -(-stop // self.chunk))))
+        def read(contexts: torch.Tensor) -> torch.Tensor:
+            """The next numbers, int16 `[rows, tokens]`, in such contexts."""
+            wide = pad(contexts, (0, absent.shape[0] * self.chunk - count)).unflatten(1, (-1, self.chunk))
+            wide = pad(wide, (0, turns * lanes - self.chunk)).masked_fill_(absent, NOTHING)
+            found = decoder(wide.unflatten(2, (turns, lanes)), self.tables)
+            return found.flatten(2)[:, :, : self.chunk].flatten(1)[:, :count]
+
+        scale = torch.full((int(block.max()) + 1, count), GAINS, dtype=torch.int8, device=beside.device)
+        sizes = Sizes(self.levels, read(scale).to(torch.int8), block)
+        there, skipped = sizes.there, start - first * self.chunk
+        numbers = read(sizes.contexts())
+        far = self.far[begins[0, 1] : begins[-1, 1]]
+        if len(far):
+            numbers = self._with(far, numbers)
+        numbers = numbers[:, skipped : skipped + stop - start]
+        found = torch.zeros((len(self.levels), stop - start), dtype=torch.float32, device=beside.device)
+        at = torch.from_numpy(there).to(beside.device)
+        for part in some_rows(len(there), found):
+            found[at[part]] = values(numbers[part], self.levels[there[part]], self.means, self.step)
+        return found
+
+    def _with(self, far: np.ndarray, numbers: torch.Tensor) -> torch.Tensor:
+        """Numbers with what exceeds `CAP` added, int32."""
+        row, token = torch.nonzero(numbers.abs() >= CAP, as_tuple=True)
+        order = np.lexsort((token.cpu(), row.cpu(), token.cpu() // self.chunk))
+        size = np.empty(len(order), dtype=np.int64)
+        size[order] = far
+        numbers = numbers.to(torch.int32)
+        own = numbers[row, token]
+        numbers[row, token] = own + own.sign() * torch.from_numpy(size).to(own)
+        return numbers

@@ -2,17 +2,18 @@
 
 from copy import copy
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import ClassVar
 
 import numpy as np
+import torch
 
 from spectral_kv.codec import along_tokens, exact
+from spectral_kv.codec.ans import lanes_of
 from spectral_kv.codec.at_rest import AtRest
 from spectral_kv.codec.bases import Bases, Block, by_head, centred
-from spectral_kv.codec.entropy import EXTRA, Tables
+from spectral_kv.codec.entropy import Tables
 from spectral_kv.codec.step_search import Goal, Search
-from spectral_kv.codec.variable_rate import OCTAVE, VariableRate
+from spectral_kv.codec.variable_rate import OCTAVE, Components, VariableRate
 from spectral_kv.rope import Rope
 from spectral_kv.storage.base import Pair
 from spectral_kv.storage.dense import DenseTokens
@@ -23,7 +24,8 @@ from spectral_kv.xp import Array, constant, like, namespace, to_numpy
 FINEST = 2 * OCTAVE  # a factor of 4: 16 times the importance
 BESIDE = 1500  # bytes of names and sizes, about
 LEAST = 0.6  # share of their bytes that exact numbers take at least
-CHUNK = 24  # bytes a chunk takes beside its numbers, about
+CHUNK = 8  # bytes a chunk takes beside its numbers
+LANE = 3  # likewise a lane: of the four of its state one is worth its numbers, about
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,6 @@ class SpectralAtRest:
     importance: ClassVar[np.ndarray | None] = None
 
     def __post_init__(self):
-        if not find_spec("constriction"):
-            raise ValueError(f"codes at rest need the package constriction: pip install 'spectral-kv[{EXTRA}]'")
         given = {"ratio": self.ratio, "step": self.step, "distortion": self.distortion}
         if sum(x is not None for x in given.values()) != 1:
             said = ", ".join(f"{name}={x}" for name, x in given.items())
@@ -147,6 +147,7 @@ class SpectralAtRest:
         ValueError
             If a ratio can't be met, or keys or values are not finite.
         """
+        keys, values = ([as_torch(x) for x in part] for part in (keys, values))
         heads, tokens, dim = keys[0].shape
         if self.importance is not None and len(self.importance) != tokens:
             raise ValueError(f"importance is that of {len(self.importance)} tokens, and the cache has {tokens}")
@@ -169,15 +170,15 @@ class SpectralAtRest:
         if coded:
             where = np.asarray(positions)[sinks : sinks + coded]
             middle = [[x[..., sinks : sinks + coded, :] for x in pair] for pair in pairs]
-            blocks = [components_of(block, middle, where, rope) for block in bases.blocks]
+            components = components_of(bases.blocks, middle, where, rope)
             if (fineness := self._fineness(sinks, coded)) is not None:
                 tensors["fineness"] = fineness
-                blocks = [y * finer(fineness) for y in blocks]
+                components.values.mul_(finer(fineness, components.values))
             full = 2 * tokens * 2 * len(keys) * heads * dim
-            goal = self._goal(blocks, full, sum(x.nbytes for x in tensors.values()), bases.following)
-            search = Search(blocks, goal)
+            goal = self._goal(components, full, sum(x.nbytes for x in tensors.values()), bases.following)
+            search = Search(components, goal)
             if self.along is not None and coded >= self.along:
-                other = Search([along_tokens.forward(y, self.along) for y in blocks], goal)
+                other = Search(Components(along_tokens.forward(components.values, self.along), components.block), goal)
                 at = other.near()  # where the search goes on if it is used, which it mostly is
                 if other.cost(at) < search.cost(at):
                     search, header["along"] = other, self.along
@@ -187,22 +188,25 @@ class SpectralAtRest:
             tensors |= {
                 "coded.levels": written.levels, "coded.means": written.means,
                 "coded.codes": written.tables.codes, "coded.lengths": written.tables.lengths,
-                "coded.gain_codes": written.gain_tables.codes, "coded.gain_lengths": written.gain_tables.lengths,
-                "coded.words": written.words, "coded.ends": written.ends,
+                "coded.words": written.words, "coded.states": written.states,
+                "coded.ends": written.ends,
             }  # fmt: skip
+            if len(written.far):
+                tensors["coded.far"] = written.far
         return AtRest(header, tensors)
 
-    def _goal(self, blocks: list[np.ndarray], full: int, held: int, following: int) -> Goal:
+    def _goal(self, components: Components, full: int, held: int, following: int) -> Goal:
         """What a cache of `full` bytes in 16 bits shall meet, where `held` bytes are spent already.
 
         The unit of the bases is the nats that an error costs in `following` predictions together.
         """
         if self.step is not None:
             return Goal(step=float(np.float32(self.step)))
-        tokens = len(blocks[0])
+        tokens = components.tokens
         if self.ratio is not None:
-            chunks, width = -(-tokens // self.chunk), sum(y.shape[1] for y in blocks)
-            bits = 8 * (full / self.ratio - held - width - BESIDE - CHUNK * chunks)
+            lanes = lanes_of(self.chunk)[0] * (tokens // self.chunk) + min(lanes_of(self.chunk)[0], tokens % self.chunk)
+            beside = BESIDE + CHUNK * -(-tokens // self.chunk) + LANE * lanes
+            bits = 8 * (full / self.ratio - held - len(components.block) - beside)
             if bits < tokens:
                 raise ValueError(
                     f"ratio={self.ratio:g} can't be met: what stays exact and the tables of the codes alone take more; "
@@ -210,7 +214,7 @@ class SpectralAtRest:
                 )
             return Goal(bits=bits, asked=f"ratio={self.ratio:g}")
         error = self.distortion * following / tokens
-        if error > 0.9 * sum(float(np.einsum("tc,tc->", y, y)) for y in blocks) / tokens:
+        if error > 0.9 * (components.deviations**2).sum():
             raise ValueError(f"distortion={self.distortion:g} is what losing all coded tokens costs: lower it")
         return Goal(error=error)
 
@@ -250,14 +254,14 @@ class SpectralAtRest:
             raise ValueError(f"tokens {start} to {stop} are not among the {tokens} of this cache")
         counts = (sinks, tokens - sinks - coded)
         shapes = [(heads, count, dim) for count in counts for _ in range(2 * layers)]
-        whole = [like(x, template) for x in exact.decode(written.part("exact"), shapes)]
-        xp = namespace(template)
+        beside = as_torch(template)
+        whole = exact.decode(written.part("exact"), shapes, beside)
         first, recent = whole[: 2 * layers], whole[2 * layers :]
         low, high = (min(max(x - sinks, 0), coded) for x in (start, stop))
         between = [[] for _ in range(2 * layers)]
         if high > low:
             positions = written.tensors.get("positions", np.arange(tokens))[sinks + low : sinks + high]
-            between = [[x] for x in self._middle(written, bases, template, low, high, positions, rope)]
+            between = [[x] for x in self._middle(written, bases, beside, low, high, positions, rope)]
         edges = (sinks, sinks + coded, tokens)
         pairs = []
         for index in range(2 * layers):
@@ -267,36 +271,32 @@ class SpectralAtRest:
             parts += between[index]
             if stop > edges[1]:
                 parts.append(part(recent[index], max(start - edges[1], 0), stop - edges[1]))
-            pairs.append(xp.concat([xp.astype(x, template.dtype) for x in parts], axis=-2))
+            pairs.append(as_kind(torch.cat([x.to(beside.dtype) for x in parts], dim=-2), template))
         return list(zip(pairs[::2], pairs[1::2], strict=True))
 
-    def _middle(self, written, bases: Bases, template: Array, low: int, high: int, positions: np.ndarray, rope: Rope):
+    def _middle(
+        self, written, bases: Bases, beside: torch.Tensor, low: int, high: int, positions: np.ndarray, rope: Rope
+    ) -> list[torch.Tensor]:
         """Coded keys and values `low` to `high`, of every layer in turn."""
-        names = ("levels", "means", "codes", "lengths", "gain_codes", "gain_lengths", "words", "ends")
-        levels, means, codes, lengths, gain_codes, gain_lengths, words, ends = (
-            written.tensors[f"coded.{name}"] for name in names
-        )
-        header = written.header
-        coder = VariableRate(
-            header["step"], header["chunk"], levels, means, Tables(codes, lengths), Tables(gain_codes, gain_lengths),
-            words, ends,
-        )  # fmt: skip
+        header, own = written.header, {"far": np.zeros(0, dtype=np.uint32)} | written.part("coded")
+        tables = Tables(own.pop("codes"), own.pop("lengths"))
+        coder = VariableRate(header["step"], header["chunk"], tables=tables, **own)
         widths = [block.basis.shape[1] for block in bases.blocks]
         block_of, along = np.repeat(np.arange(len(widths)), widths), header.get("along")
         if along is None:
-            components = coder.decode(header["coded"], block_of, low, high)
+            components = coder.decode(header["coded"], block_of, low, high, beside)
         else:
             first = low // coder.chunk * coder.chunk
             last = min(-(-high // coder.chunk) * coder.chunk, header["coded"])
-            whole = along_tokens.backward(coder.decode(header["coded"], block_of, first, last), along)
-            components = whole[low - first : high - first]
+            whole = along_tokens.backward(coder.decode(header["coded"], block_of, first, last, beside), along)
+            components = whole[:, low - first : high - first]
         if "fineness" in written.tensors:
-            components = components / finer(written.tensors["fineness"][low:high])
+            components = components / finer(written.tensors["fineness"][low:high], components)
         found, at = [], 0
         for block, width in zip(bases.blocks, widths, strict=True):
-            z = like(np.ascontiguousarray(components[:, at : at + width]), template)
+            z = components[at : at + width].T
             at += width
-            x = namespace(z).matmul(z, constant(block.synthesis, z)) + constant(block.mean, z)
+            x = torch.addmm(constant(block.mean, z), z, constant(block.synthesis, z))
             each = by_head(x, bases.dim)  # [heads, tokens, dim], keys of all layers before values
             count = bases.kv_heads
             for index in range(len(block.layers)):
@@ -332,13 +332,29 @@ class SpectralAtRest:
         return 2 * layers * kv_heads * dim * tokens * itemsize
 
 
-def finer(fineness: np.ndarray) -> np.ndarray:
-    """Factors, float32 `[tokens, 1]`, of such logarithms."""
-    return (2.0 ** (fineness.astype(np.float32) / OCTAVE))[:, None]
+def as_torch(x: Array) -> torch.Tensor:
+    """A torch tensor with the numbers of any array, which is read and written as one."""
+    return x if isinstance(x, torch.Tensor) else torch.from_numpy(to_numpy(x))
 
 
-def components_of(block: Block, pairs: list[Pair], positions: np.ndarray, rope: Rope) -> np.ndarray:
-    """Components `[tokens, components]` of a block of rotated keys and values of all layers."""
-    keys, values = zip(*(pairs[layer] for layer in block.layers), strict=True)
-    x = centred(keys, values, positions, rope, block.mean, wide=True)
-    return to_numpy(namespace(x).matmul(x, constant(block.analysis, x)))
+def as_kind(x: torch.Tensor, template: Array) -> Array:
+    """A torch tensor as an array like the template."""
+    if isinstance(template, torch.Tensor):
+        return x
+    return namespace(template).astype(like(x.numpy(), template), template.dtype)
+
+
+def finer(fineness: np.ndarray, beside: torch.Tensor) -> torch.Tensor:
+    """Factors, float32 `[tokens]`, of such logarithms."""
+    return torch.from_numpy(2.0 ** (fineness.astype(np.float32) / OCTAVE)).to(beside.device)
+
+
+def components_of(blocks: tuple[Block, ...], pairs: list[Pair], positions: np.ndarray, rope: Rope) -> Components:
+    """Components of rotated keys and values of all layers."""
+    widths = [block.basis.shape[1] for block in blocks]
+    found = pairs[0][0].new_empty((sum(widths), len(positions)), dtype=torch.float32)
+    for block, own in zip(blocks, found.split(widths), strict=True):
+        keys, values = zip(*(pairs[layer] for layer in block.layers), strict=True)
+        x = centred(keys, values, positions, rope, block.mean, wide=True)
+        torch.matmul(constant(block.analysis, x).T, x.T, out=own)
+    return Components(found, np.repeat(np.arange(len(blocks)), widths))

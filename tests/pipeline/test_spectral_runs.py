@@ -30,7 +30,6 @@ def test_all_tokens_are_kept_at_the_ratio_and_bases_stand_beside_the_cache(run, 
 
 
 def test_a_cache_at_rest_is_measured_apart_from_what_lives(run, file):
-    pytest.importorskip("constriction")
     rest = ["storage=spectral_at_rest", "storage.recent=8", f"storage.bases={file}"]
     metrics = run("method=full", *rest, "storage.ratio=4").metrics
     assert metrics["memory/ratio"] == 1 and metrics["memory/tokens"] == 200
@@ -45,7 +44,6 @@ def test_a_cache_at_rest_is_measured_apart_from_what_lives(run, file):
 
 
 def test_a_method_says_which_tokens_are_coded_finer(run, file):
-    pytest.importorskip("constriction")
     rest = ["storage=spectral_at_rest", "storage.recent=8", f"storage.bases={file}", "storage.ratio=6", "budget=60"]
     rest += ["budget.recent=8"]
     alike = run("method=full", *(o for o in rest if not o.startswith("budget"))).metrics

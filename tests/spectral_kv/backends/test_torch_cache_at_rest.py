@@ -11,7 +11,6 @@ import spectral_kv
 from spectral_kv.storage.spectral_at_rest import SpectralAtRest
 from tests.spectral_kv.coded_qwen import qwen, text
 
-pytest.importorskip("constriction")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@ import pytest
 
 from spectral_kv.codec.entropy import CAP, Tables, entropy, histogram
 
-pytest.importorskip("constriction")
 
 
 @pytest.fixture

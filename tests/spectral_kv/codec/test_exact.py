@@ -3,7 +3,6 @@ import torch
 
 from spectral_kv.codec import exact
 
-pytest.importorskip("constriction")
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])

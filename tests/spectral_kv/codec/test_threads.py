@@ -20,7 +20,6 @@ def test_parts_come_back_in_their_order_from_several_threads(monkeypatch):
 
 @pytest.mark.parametrize("count", [2, 5])
 def test_bytes_and_what_is_read_from_them_are_those_of_one_thread(monkeypatch, count):
-    pytest.importorskip("constriction")
     y = (np.random.default_rng(0).standard_normal((1000, 60)) * np.geomspace(5, 0.1, 60)).astype(np.float32)
     written = []
     for cores in (1, count):

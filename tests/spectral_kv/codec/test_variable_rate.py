@@ -16,7 +16,6 @@ from spectral_kv.codec.variable_rate import (
     means,
 )
 
-pytest.importorskip("constriction")
 
 
 @pytest.fixture
