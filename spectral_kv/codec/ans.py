@@ -90,9 +90,12 @@ def _encode(rows: np.ndarray, tables: Tables) -> tuple[list[np.ndarray], np.ndar
             small += quotient
             np.add(small, before[step], out=following)
         there = states[1 : len(some) + 1]
-        full = (there > most).reshape(-1, streams, lanes).swapaxes(0, 1)
-        words = there.astype(np.uint16).reshape(-1, streams, lanes).swapaxes(0, 1)[full]
-        found.append(np.split(words, np.cumsum(np.count_nonzero(full, axis=(1, 2)))[:-1]))
+        full = np.empty((streams, len(some), lanes), dtype=bool)
+        np.greater(*(x.reshape(-1, streams, lanes) for x in (there, most)), out=full.swapaxes(0, 1))
+        at = np.flatnonzero(full)
+        stream, at = np.divmod(at, len(some) * lanes)
+        words = there[at // lanes, stream * lanes + at % lanes].astype(np.uint16)
+        found.append(np.split(words, np.searchsorted(stream, np.arange(1, streams))))
     words = [np.concatenate([some[i] for some in reversed(found)] or [np.zeros(0, np.uint16)]) for i in range(streams)]
     return words, states[0].reshape(streams, lanes)
 

@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+from spectral_kv.codec.threads import each
+
 PART = 2**18  # numbers that are counted at a time
 
 
@@ -12,5 +14,5 @@ def counts(numbers: torch.Tensor, size: int) -> np.ndarray:
         from spectral_kv.codec import ans_kernels
 
         return ans_kernels.counts(numbers, size)
-    found = sum(torch.bincount(part, minlength=size) for part in numbers.flatten().split(PART))
-    return found.cpu().numpy()
+    parts = numbers.flatten().split(PART)
+    return sum(each(lambda part: torch.bincount(part, minlength=size), parts)).numpy()

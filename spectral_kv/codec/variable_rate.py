@@ -94,9 +94,9 @@ class Rounding:
     def __call__(self, components: torch.Tensor, step: float, levels: np.ndarray) -> torch.Tensor:
         """Components `[components, tokens]` of such levels in whole steps, float32."""
         size = components.abs().mul_(float(np.float32(1 / step)))
-        small = size < on(self.least[levels], size, torch.float32)
-        size.add_(on(self.below[levels], size, torch.float32)).floor_()
-        return size.masked_fill_(small, 0).copysign_(components)
+        below = np.nextafter(self.least[levels], np.float32(0))  # by signs and not by comparisons, which take longer
+        large = (size - on(below, size, torch.float32)).sign_().clamp_(min=0)
+        return size.add_(on(self.below[levels], size, torch.float32)).floor_().mul_(large).copysign_(components)
 
 
 class Components:
@@ -119,46 +119,45 @@ class Components:
         return self.values.shape[1]
 
     @cached_property
-    def _sizes(self) -> tuple[np.ndarray, torch.Tensor]:
-        """Logarithms of the root mean square of every component, and of every token over each block's."""
-        norms = torch.linalg.vector_norm(self.values, dim=1).cpu().numpy().astype(np.float64)
-        logarithms = OCTAVE * 0.5 * np.log2(np.maximum(norms**2 / self.tokens, 1e-30))
-        weights = np.zeros((self.block.max() + 1, len(self.block)), dtype=np.float32)
-        weights[self.block, np.arange(len(self.block))] = 2.0 ** (-2 * logarithms / OCTAVE)
-        weights /= np.bincount(self.block)[:, None]
-        weights = torch.from_numpy(weights).to(self.values.device)
-        power = self.values.new_zeros((len(weights), self.tokens))
+    def _sizes(self) -> tuple[np.ndarray, torch.Tensor, np.ndarray]:
+        """Logarithms of the root mean square of every component, and of every token over each block's; the largest.
+
+        Of every component, as its square in single precision has it.
+        """
+        own = np.zeros((self.block.max() + 1, len(self.block)), dtype=np.float32)
+        own[self.block, np.arange(len(self.block))] = 1
+        own = torch.from_numpy(own / np.bincount(self.block)[:, None].astype(np.float32)).to(self.values.device)
+        power, means, largest = self.values.new_zeros((len(own), self.tokens)), [], []
         for rows in some_rows(len(self.values), self.values):
-            power.addmm_(weights[:, rows], self.values[rows].square())
+            squares = self.values[rows].square()
+            means.append(squares.mean(dim=1).clamp_(min=1e-30))
+            largest.append(squares.amax(dim=1).sqrt_())
+            power.addmm_(own[:, rows] / means[-1], squares)
         gains = power.clamp_(min=1e-9).log2_().mul_(OCTAVE * 0.5).round_().clamp_(-GAIN, GAIN)
-        return logarithms, gains.to(torch.int8)
+        means, largest = (torch.cat(x).cpu().numpy() for x in (means, largest))
+        if not np.isfinite(largest).all():
+            raise ValueError("some keys or values are not finite: run the model in bfloat16 or float32")
+        return OCTAVE * 0.5 * np.log2(means.astype(np.float64)), gains.to(torch.int8), largest
 
     @property
     def deviations(self) -> np.ndarray:
         """Root mean square of every component."""
         return 2.0 ** (self._sizes[0] / OCTAVE)
 
-    @cached_property
-    def _largest(self) -> np.ndarray:
-        """Of every component."""
-        largest = torch.linalg.vector_norm(self.values, ord=torch.inf, dim=1).cpu().numpy()
-        if not np.isfinite(largest).all():
-            raise ValueError("some keys or values are not finite: run the model in bfloat16 or float32")
-        return largest
-
     def every(self, stride: int) -> "Components":
         """Every so many tokens alone, with the sizes that all have."""
         part = Components(self.values[:, ::stride].contiguous(), self.block)
-        logarithms, gains = self._sizes
-        part._largest, part._sizes = self._largest, (logarithms, gains[:, ::stride].contiguous())
+        logarithms, gains, largest = self._sizes
+        part._sizes = logarithms, gains[:, ::stride].contiguous(), largest
         return part
 
     def levels(self, step: float) -> np.ndarray:
         """Logarithms of the sizes of components, uint8 `[components]`; 0 for those that are nothing in such steps."""
-        if self._largest.max() >= FINEST * step:
+        largest = self._sizes[2]
+        if largest.max() >= FINEST * step:
             raise ValueError(f"step={step:.3g} is finer than single precision: give a larger step, distortion or ratio")
         levels = np.clip(np.rint(self._sizes[0] - OCTAVE * np.log2(step)) + ZERO, 1, CONTEXTS - 1)
-        return np.where(self._largest < 0.5 * step, 0, levels).astype(np.uint8)
+        return np.where(largest < 0.5 * step, 0, levels).astype(np.uint8)
 
     def cost(self, step: float) -> float:
         """Squared error and bits of a token in one unit, in which no step is better than another for its bits."""
@@ -188,7 +187,7 @@ class Components:
         rows[:blocks] += GAINS * WIDTH + CAP
         scales = counts(rows[:blocks], (CONTEXTS + 1) * WIDTH).reshape(-1, WIDTH)[-1:]
         met = np.concatenate([self._fill(rows[blocks:], sizes, rounding, step), folded(scales)])
-        large = np.flatnonzero(self._largest[there] >= (CAP - 1) * step)
+        large = np.flatnonzero(self._sizes[2][there] >= (CAP - 1) * step)
         at = torch.from_numpy(there[large]).to(some.device)
         far = rounding(self.values[at], step, levels[large]) if len(large) else self.values[:0]
         return Rounded(sizes, rows, met, large, far, found)
@@ -205,9 +204,12 @@ class Components:
             inverse = float(np.float32(1 / step))
             met = rounded(self.values, at, *own, *bounds, sizes.gains, rows, CONTEXTS, GAIN, inverse)
             return met.cpu().numpy()
+        gains, block = sizes.gains.to(torch.int16) * WIDTH, torch.from_numpy(self.block[there])
         for part in some_rows(len(there), self.values):
-            own = rows[part].copy_(sizes.contexts(part)).mul_(WIDTH)
-            own += rounding(self.values[at[part]], step, levels[part]).clamp_(-CAP, CAP).add_(CAP).to(torch.int16)
+            base = on(levels[part].astype(np.int16) * WIDTH + CAP, rows, torch.int16)
+            own = torch.index_select(gains, 0, block[part], out=rows[part]).add_(base)
+            own.clamp_(CAP, (CONTEXTS - 1) * WIDTH + CAP)  # so many contexts and no more
+            own += rounding(self.values[at[part]], step, levels[part]).clamp_(-CAP, CAP).to(torch.int16)
         return folded(counts(rows, CONTEXTS * WIDTH).reshape(-1, WIDTH))
 
 
