@@ -9,6 +9,7 @@ from pipeline.job import Job, prepare
 from pipeline.run import loaded
 from pipeline.settings.compose import composed
 from spectral_kv.codec.at_rest import AtRest
+from spectral_kv.codec.variable_rate import Components
 from spectral_kv.storage.spectral_at_rest import SpectralAtRest, components_of
 from spectral_kv.storage.windowed import part
 
@@ -23,8 +24,8 @@ def asked(description: str, ratios: str) -> tuple[Job, list[float]]:
     return job, [float(ratio) for ratio in arguments.ratios.split(",")]
 
 
-def coded(job: Job, ratios: list[float]) -> Iterator[tuple[float, list[np.ndarray], AtRest]]:
-    """Of every window at every ratio: components `[tokens, components]` of the blocks, and what is written of them.
+def coded(job: Job, ratios: list[float]) -> Iterator[tuple[float, Components, AtRest]]:
+    """Of every window at every ratio: components, and what is written of them.
 
     Without a transform along tokens.
     """
@@ -39,4 +40,4 @@ def coded(job: Job, ratios: list[float]) -> Iterator[tuple[float, list[np.ndarra
             pairs = [tuple(part(x, positions[0], positions[-1] + 1) for x in pair)
                      for pair in zip(prefill.keys, prefill.values, strict=True)]  # fmt: skip
             bases = storage.read((shape.layers, shape.kv_heads, shape.dim))
-            yield ratio, [components_of(block, pairs, positions, backend.rope) for block in bases.blocks], written
+            yield ratio, components_of(bases.blocks, pairs, positions, backend.rope), written

@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.at_rest import asked, coded
-from spectral_kv.codec.variable_rate import Components
 
 LEVELS = (3, 19)
 
@@ -22,9 +21,9 @@ LEVELS = (3, 19)
 def main() -> None:
     job, ratios = asked(__doc__, "10,16,24")
     rows = []
-    for ratio, blocks, written in coded(job, ratios):
-        rounded = Components(blocks).rounded(written.header["step"])
-        plain = np.clip(rounded.numbers, -128, 127).astype(np.int8).T.tobytes()
+    for ratio, components, written in coded(job, ratios):
+        rounded = components.rounded(written.header["step"])
+        plain = np.clip(rounded.numbers().cpu().numpy(), -128, 127).astype(np.int8).tobytes()
         sizes = {"codes": sum(x.nbytes for x in written.part("coded").values())}
         if find_spec("zstandard"):
             import zstandard

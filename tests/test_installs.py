@@ -52,7 +52,6 @@ def test_the_library_requires_what_it_imports():
         "hqq",
         "optimum",
         "lm_eval",
-        "constriction",
         "datasets",
         "tqdm",
         "spectral_kv",

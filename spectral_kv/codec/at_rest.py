@@ -60,9 +60,11 @@ class AtRest:
             metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
             said = json.loads(metadata["spectral_kv"])
             found = cls(said["header"], load(content))
-            right = said["format"] == FORMAT and said["digest"] == found._digest
+            written, right = said["format"], said["digest"] == found._digest
         except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"these bytes are no cache at rest ({error}): encode it again") from None
+        if written != FORMAT:
+            raise ValueError(f"these bytes are of the format {written!r}, this version reads {FORMAT!r}: encode it again")
         if not right:
             raise ValueError("these bytes are not those that were written: encode the cache again")
         return found

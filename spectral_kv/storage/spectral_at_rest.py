@@ -9,7 +9,7 @@ import torch
 
 from spectral_kv.codec import along_tokens, exact
 from spectral_kv.codec.ans import lanes_of
-from spectral_kv.codec.at_rest import AtRest
+from spectral_kv.codec.at_rest import FORMAT, AtRest
 from spectral_kv.codec.bases import Bases, Block, by_head, centred
 from spectral_kv.codec.entropy import Tables
 from spectral_kv.codec.step_search import Goal, Search
@@ -158,6 +158,7 @@ class SpectralAtRest:
         whole = [part(x, *span) for span in ((0, sinks), (sinks + coded, tokens)) for pair in pairs for x in pair]
         tensors = {f"exact.{name}": x for name, x in exact.encode(whole).items()}
         header = {
+            "format": FORMAT,
             "bases": bases.digest,
             "tokens": tokens,
             "sinks": sinks,
@@ -246,6 +247,8 @@ class SpectralAtRest:
         layers, heads, dim = shape
         bases = self.read(shape)
         header = written.header
+        if header.get("format") != FORMAT:
+            raise ValueError("this cache at rest was written by an older version in another format: encode it again")
         if header["bases"] != bases.digest:
             raise ValueError("this cache at rest was written with other bases than these: bring those back")
         tokens, sinks, coded = header["tokens"], header["sinks"], header["coded"]

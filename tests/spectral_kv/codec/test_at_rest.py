@@ -15,6 +15,14 @@ def test_bytes_give_it_back(cache):
     np.testing.assert_array_equal(found.part("a")["words"], cache.tensors["a.words"])
 
 
+def test_bytes_of_another_version_are_refused_in_one_sentence(cache, monkeypatch):
+    monkeypatch.setattr("spectral_kv.codec.at_rest.FORMAT", "spectral_kv cache at rest 1")
+    old = cache.to_bytes()
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="are of the format 'spectral_kv cache at rest 1', this version reads .* 2': enc"):
+        AtRest.from_bytes(old)
+
+
 def test_damaged_bytes_are_refused_in_one_sentence(cache, rng):
     whole = cache.to_bytes()
     damaged = [whole[: int(share * len(whole))] for share in (0, 0.01, 0.5, 0.999)]

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
+import torch
 
 from spectral_kv.codec.step_search import Goal, Search, root
+from spectral_kv.codec.variable_rate import Components
 
 
 def test_a_root_is_found():
@@ -12,13 +14,12 @@ def test_a_root_is_found():
 
 
 def test_a_step_meets_bits_or_an_error_and_is_near_before_all_tokens_are_looked_at():
-    blocks = [
-        np.random.default_rng(0).normal(size=(3000, 40)).astype(np.float32) * np.geomspace(1, 1e-2, 40, dtype="f")
-    ]
-    search = Search(blocks, Goal(error=0.4))
+    y = np.random.default_rng(0).normal(size=(40, 3000)) * np.geomspace(1, 1e-2, 40)[:, None]
+    components = Components(torch.from_numpy(y.astype(np.float32)), np.zeros(40, dtype=int))
+    search = Search(components, Goal(error=0.4))
     step = search.step()
-    assert search.components.rounded(step).distortion(blocks[0], step) == pytest.approx(0.4, rel=0.05)
+    assert search.components.rounded(step).distortion(components.values, step) == pytest.approx(0.4, rel=0.05)
     assert search.near() == pytest.approx(step, rel=0.1)
-    search = Search(blocks, Goal(bits=3000 * 30))
+    search = Search(components, Goal(bits=3000 * 30))
     assert search.components.rounded(search.step()).bits == pytest.approx(3000 * 30, rel=0.05)
-    assert Search(blocks, Goal(step=0.25)).step() == 0.25
+    assert Search(components, Goal(step=0.25)).step() == 0.25

@@ -1,0 +1,88 @@
+"""The entropy coder in array operations, and its kernels on a GPU or in Triton's interpreter."""
+
+import numpy as np
+import pytest
+import torch
+
+from spectral_kv.codec import ans
+from spectral_kv.codec.entropy import CAP, WHOLE, WIDTH, Tables, entropy, histogram
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def drawn(rng, rows: int, streams: int, turns: int, lanes: int):
+    """Numbers and contexts `[rows, streams, turns, lanes]`, some of which are not there, and tables."""
+    contexts = rng.integers(0, 20, (rows, streams, turns, lanes)).astype(np.int8)
+    numbers = np.rint(rng.laplace(size=contexts.shape) * 2.0 ** (contexts / 3 - 3)).clip(-CAP, CAP).astype(np.int16)
+    met = histogram(numbers, contexts, 24)
+    contexts[:, -1:, -1:, lanes // 3 :] = 24
+    numbers[contexts == 24] = 0
+    rows = torch.from_numpy(contexts.astype(np.int16) * WIDTH + CAP + numbers)
+    return torch.from_numpy(numbers), torch.from_numpy(contexts), rows, Tables.of(met), met
+
+
+@pytest.mark.parametrize("shape", [(90, 3, 2, 33), (1, 1, 1, 1), (7, 70, 3, 128), (0, 2, 1, 4)])
+def test_what_is_read_is_what_was_written(rng, shape):
+    numbers, contexts, rows, tables, _ = drawn(rng, *shape)
+    words, counts, states = ans.encode(rows, tables)
+    assert words.dtype == np.uint16 and counts.sum() == len(words) and states.shape == shape[1::2]
+    decoder = ans.decoder(words, np.cumsum(counts) - counts, states, rows)
+    parts = [decoder(part, tables) for part in contexts.split(40)]
+    assert torch.equal(torch.cat(parts), numbers)
+    assert (decoder.states == ans.LOW).all()  # where they began to be written
+
+
+def test_words_are_those_of_the_definition(rng):
+    """A lane after the other and a number after the other, in Python's whole numbers."""
+    numbers, _, rows, tables, _ = drawn(rng, 30, 2, 2, 5)
+    words, counts, states = ans.encode(rows, tables)
+    entries = tables.entries.astype(object)
+    found = []
+    for stream in range(2):
+        state, written = [1 << 15] * 5, []
+        for row in reversed(range(30)):
+            for turn in reversed(range(2)):
+                for lane in reversed(range(5)):
+                    entry = entries[int(rows[row, stream, turn, lane])]
+                    frequency, before = entry & 0xFFFF, entry >> 16
+                    if state[lane] >= frequency << 19:
+                        written.append(state[lane] & 0xFFFF)
+                        state[lane] >>= 16
+                    state[lane] = state[lane] // frequency * WHOLE + before + state[lane] % frequency
+        found += reversed(written)
+        assert state == states[stream].tolist()
+    assert words.tolist() == found
+
+
+def test_bytes_are_those_of_the_entropy(rng):
+    _, contexts, rows, tables, met = drawn(rng, 3000, 1, 1, 16)
+    words, _, _ = ans.encode(rows, tables)
+    assert abs(8 * words.nbytes - entropy(met) * float((contexts < 24).float().mean())) < 0.01 * entropy(met)
+
+
+def test_lanes_take_two_turns_at_least():
+    assert ans.lanes_of(256) == (128, 2)
+    assert ans.lanes_of(1) == (1, 1)
+    for tokens in (7, 100, 255, 1000):
+        lanes, turns = ans.lanes_of(tokens)
+        assert lanes <= 128 and turns >= 2 and lanes * turns >= tokens
+
+
+@pytest.mark.parametrize("shape", [(9, 3, 2, 20), (5, 2, 1, 1), (3, 1, 3, 130)])
+def test_kernels_write_and_read_the_same_bytes(rng, shape):
+    kernels = pytest.importorskip("spectral_kv.codec.ans_kernels", reason="needs Triton")
+    numbers, contexts, rows, tables, _ = drawn(rng, *shape)
+    ours = ans.encode(rows, tables)
+    for one, other in zip(ours, kernels.encode(rows.to(DEVICE), tables), strict=True):
+        np.testing.assert_array_equal(one, other)
+    words, counts, states = ours
+    decoder = kernels.Decoder(words, np.cumsum(counts) - counts, states, torch.device(DEVICE))
+    parts = [decoder(part.to(DEVICE), tables).cpu() for part in contexts.split(4)]
+    assert torch.equal(torch.cat(parts), numbers)
+
+
+def test_a_kernel_counts(rng):
+    kernels = pytest.importorskip("spectral_kv.codec.ans_kernels", reason="needs Triton")
+    numbers = rng.integers(0, 50, 3000).astype(np.int16)
+    found = kernels.counts(torch.from_numpy(numbers).to(DEVICE), 60, copies=3, block=256)
+    np.testing.assert_array_equal(found, np.bincount(numbers, minlength=60))
