@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from spectral_kv.codec.counting import on_gpu
 from spectral_kv.codec.entropy import PRECISION, WHOLE, Tables
 from spectral_kv.codec.threads import each
 
@@ -49,11 +50,11 @@ def encode(rows: torch.Tensor, tables: Tables) -> tuple[np.ndarray, np.ndarray, 
     states : np.ndarray of int32, [streams, lanes]
         What the lanes begin with when they are read.
     """
-    if rows.is_cuda:
+    if on_gpu(rows):
         from spectral_kv.codec import ans_kernels
 
         return ans_kernels.encode(rows, tables)
-    rows, streams, lanes = rows.numpy(), rows.shape[1], rows.shape[3]
+    rows, streams, lanes = rows.cpu().numpy(), rows.shape[1], rows.shape[3]
     _ = tables.entries, tables.inverses  # made once, before threads ask for them
     parts = each(lambda part: _encode(rows[:, part], tables), _groups(streams, lanes))
     words = [x for some, _ in parts for x in some]
@@ -104,7 +105,7 @@ def decoder(
     words: np.ndarray, starts: np.ndarray, states: np.ndarray, beside: torch.Tensor
 ) -> Callable[[torch.Tensor, Tables], torch.Tensor]:
     """A `Decoder` on the device of `beside`: it takes contexts and returns numbers there."""
-    if beside.is_cuda:
+    if on_gpu(beside):
         from spectral_kv.codec import ans_kernels
 
         return ans_kernels.Decoder(words, starts, states, beside.device)
@@ -128,11 +129,11 @@ class Decoder:
 
     def __call__(self, contexts: torch.Tensor, tables: Tables) -> torch.Tensor:
         """The next numbers, int16 `[rows, streams, turns, lanes]`, in contexts of this shape."""
-        contexts = contexts.numpy()
+        device, contexts = contexts.device, contexts.cpu().numpy()
         found = np.empty(contexts.shape, dtype=np.int16)
         _ = tables.slots  # made once, before threads ask for them
         each(lambda part: self._part(contexts[:, part], found[:, part], part, tables), _groups(*self.states.shape))
-        return torch.from_numpy(found)
+        return torch.from_numpy(found).to(device)
 
     def _part(self, contexts: np.ndarray, found: np.ndarray, part: slice, tables: Tables) -> None:
         count, streams, turns, lanes = contexts.shape

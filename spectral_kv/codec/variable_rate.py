@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import pad
 
 from spectral_kv.codec import ans
-from spectral_kv.codec.counting import counts
+from spectral_kv.codec.counting import counts, on_gpu
 from spectral_kv.codec.entropy import CAP, WIDTH, Tables, entropy, folded
 
 OCTAVE = 4  # steps of a scale a factor of 2
@@ -196,7 +196,7 @@ class Components:
         """Write numbers into rows int16 `[there, tokens]`, and return their `histogram`."""
         there, levels = sizes.there, sizes.levels[sizes.there]
         at = torch.from_numpy(there).to(rows.device)
-        if rows.is_cuda:
+        if on_gpu(rows):
             from spectral_kv.codec.rounding_kernels import rounded
 
             bounds = (torch.from_numpy(x[levels]).to(rows.device) for x in (rounding.least, rounding.below))
@@ -204,7 +204,7 @@ class Components:
             inverse = float(np.float32(1 / step))
             met = rounded(self.values, at, *own, *bounds, sizes.gains, rows, CONTEXTS, GAIN, inverse)
             return met.cpu().numpy()
-        gains, block = sizes.gains.to(torch.int16) * WIDTH, torch.from_numpy(self.block[there])
+        gains, block = sizes.gains.to(torch.int16) * WIDTH, torch.from_numpy(self.block[there]).to(rows.device)
         for part in some_rows(len(there), self.values):
             base = on(levels[part].astype(np.int16) * WIDTH + CAP, rows, torch.int16)
             own = torch.index_select(gains, 0, block[part], out=rows[part]).add_(base)

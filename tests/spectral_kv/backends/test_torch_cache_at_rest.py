@@ -12,7 +12,6 @@ from spectral_kv.storage.spectral_at_rest import SpectralAtRest
 from tests.spectral_kv.coded_qwen import qwen, text
 
 
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return qwen(tmp_path_factory.mktemp("model"), 2)

@@ -4,7 +4,6 @@ import torch
 from spectral_kv.codec import exact
 
 
-
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
 def test_numbers_come_back_bit_for_bit(rng, dtype):
     arrays = [torch.from_numpy(rng.normal(size=(2, n, 8)) * 3).to(getattr(torch, dtype)) for n in (40, 7, 0)]

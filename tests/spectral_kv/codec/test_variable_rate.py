@@ -19,7 +19,6 @@ def read(written: VariableRate, of: Components, start: int, stop: int) -> torch.
     return written.decode(of.tokens, of.block, start, stop, of.values)
 
 
-
 @pytest.fixture
 def blocks(rng):
     """Components of two blocks, of falling size, in tokens of different sizes and with heavy tails."""

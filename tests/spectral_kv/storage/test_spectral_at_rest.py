@@ -6,7 +6,6 @@ from spectral_kv.codec.at_rest import AtRest
 from spectral_kv.storage.dense import Dense, DenseTokens
 from spectral_kv.storage.spectral_at_rest import SpectralAtRest
 
-
 SHAPE = (2, 2, 16)  # layers, kv_heads, dim
 
 
