@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from scipy.fft import dct
 
+from spectral_kv.codec.counting import some_rows
+
 
 @cache
 def cosine(size: int) -> np.ndarray:
@@ -17,11 +19,11 @@ def cosine(size: int) -> np.ndarray:
 
 
 def _blockwise(matrix: np.ndarray, x: torch.Tensor) -> torch.Tensor:
-    size = len(matrix)
-    whole = x.shape[1] // size * size
-    found = x.clone()
-    blocks = x[:, :whole].unflatten(1, (-1, size))
-    found[:, :whole].unflatten(1, (-1, size)).copy_(blocks @ torch.from_numpy(matrix.T.copy()).to(x.device))
+    size, found = len(matrix), torch.empty_like(x)
+    whole, turned = x.shape[1] // size * size, torch.from_numpy(matrix.T.copy()).to(x.device)
+    for rows in some_rows(len(x), x):
+        found[rows, :whole] = (x[rows, :whole].reshape(-1, size) @ turned).view(rows.stop - rows.start, whole)
+    found[:, whole:] = x[:, whole:]
     return found
 
 

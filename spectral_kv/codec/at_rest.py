@@ -64,9 +64,7 @@ class AtRest:
         except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"these bytes are no cache at rest ({error}): encode it again") from None
         if written != FORMAT:
-            raise ValueError(
-                f"these bytes are of the format {written!r}, this version reads {FORMAT!r}: encode it again"
-            )
+            raise ValueError(f"these bytes are in format {written!r}, this version reads {FORMAT!r}: encode it again")
         if not right:
             raise ValueError("these bytes are not those that were written: encode the cache again")
         return found

@@ -1,5 +1,6 @@
-"""How often numbers are met, on the device on which they lie."""
+"""Numbers by parts, and how often they are met, on the device on which they lie."""
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import numpy as np
@@ -7,7 +8,14 @@ import torch
 
 from spectral_kv.codec.threads import each
 
-PART = 2**18  # numbers that are counted at a time
+PART = 2**17  # numbers that are looked at at a time on a CPU
+ACCELERATED = 2**25  # likewise on a GPU, whose memory what comes between takes
+
+
+def some_rows(rows: int, beside: torch.Tensor) -> Iterator[slice]:
+    """Slices of so many rows of numbers, each with as many numbers as the last axis of `beside` has."""
+    step = max(1, (ACCELERATED if beside.is_cuda else PART) // max(beside.shape[-1], 1))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def on_gpu(x: torch.Tensor) -> bool:

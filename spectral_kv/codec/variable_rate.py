@@ -10,7 +10,6 @@ All is done by torch on the device on which the components lie, some components 
 between stays in its cache. Numbers are written and read by `codec/ans.py`.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,7 +18,7 @@ import torch
 from torch.nn.functional import pad
 
 from spectral_kv.codec import ans
-from spectral_kv.codec.counting import counts, on_gpu
+from spectral_kv.codec.counting import counts, on_gpu, some_rows
 from spectral_kv.codec.entropy import CAP, WIDTH, Tables, entropy, folded
 
 OCTAVE = 4  # steps of a scale a factor of 2
@@ -29,16 +28,8 @@ NOTHING = CONTEXTS + 1  # that of tokens which are not there
 ZERO = 28  # level of components whose deviation is the step
 GAIN = 12  # largest logarithm of a token's scale in a block: a factor of 8
 SLOPE = np.log(2) / 6  # squared error, in squares of the step, that a bit is worth where rounding is at its best
-PART = 2**17  # numbers that are looked at at a time on a CPU
-ACCELERATED = 2**25  # likewise on a GPU, whose memory what comes between takes
 FINEST = 2**24  # whole numbers that single precision tells apart
 MEANS = 240  # of what is rounded to a number, in 8 bits: from 0.5 below it to 0.5625 above
-
-
-def some_rows(rows: int, beside: torch.Tensor) -> Iterator[slice]:
-    """Slices of so many rows of numbers, each with as many numbers as the last axis of `beside` has."""
-    step = max(1, (ACCELERATED if beside.is_cuda else PART) // max(beside.shape[-1], 1))
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def on(values: np.ndarray, beside: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

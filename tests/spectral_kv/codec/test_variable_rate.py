@@ -78,7 +78,7 @@ def test_numbers_contexts_and_counts_are_those_of_the_definition(blocks, step):
 def test_words_do_not_depend_on_how_many_components_are_looked_at_at_a_time(blocks, monkeypatch):
     written = []
     for numbers in (2**17, 3000):
-        monkeypatch.setattr("spectral_kv.codec.variable_rate.PART", numbers)
+        monkeypatch.setattr("spectral_kv.codec.counting.PART", numbers)
         written.append(VariableRate.of(components(blocks), 0.5, 256))
     for name in ("levels", "means", "words", "states", "far", "ends"):
         np.testing.assert_array_equal(*(getattr(w, name) for w in written))
