@@ -60,11 +60,22 @@ class Sizes:
         """Components that are not zero in all tokens, `[there]`."""
         return np.flatnonzero(self.levels)
 
-    def contexts(self, rows: slice = slice(None)) -> torch.Tensor:
-        """Of some of the components that are there, int8 `[rows, tokens]`."""
+    @cached_property
+    def _scaled(self) -> torch.Tensor:
+        """The gains in rows of tables."""
+        return self.gains.to(torch.int16) * WIDTH
+
+    def contexts(self) -> torch.Tensor:
+        """Of the components that are there, int8 `[there, tokens]`."""
+        found = self.gains[torch.from_numpy(self.block[self.there]).to(self.gains.device)]
+        return found.add_(on(self.levels[self.there], found, torch.int8)).clamp_(0, CONTEXTS - 1)
+
+    def zeros(self, rows: slice) -> torch.Tensor:
+        """Where 0 stands in tables, in the contexts of some of the components that are there, int16 `[rows, tokens]`."""
         own = self.there[rows]
-        found = self.gains[torch.from_numpy(self.block[own]).to(self.gains.device)]
-        return found.add_(on(self.levels[own], found, torch.int8)).clamp_(0, CONTEXTS - 1)
+        found = self._scaled[torch.from_numpy(self.block[own]).to(self.gains.device)]
+        found += on(self.levels[own].astype(np.int16) * WIDTH + CAP, found, torch.int16)
+        return found.clamp_(CAP, (CONTEXTS - 1) * WIDTH + CAP)
 
 
 class Rounding:
@@ -195,12 +206,9 @@ class Components:
             inverse = float(np.float32(1 / step))
             met = rounded(self.values, at, *own, *bounds, sizes.gains, rows, CONTEXTS, GAIN, inverse)
             return met.cpu().numpy()
-        gains, block = sizes.gains.to(torch.int16) * WIDTH, torch.from_numpy(self.block[there]).to(rows.device)
         for part in some_rows(len(there), self.values):
-            base = on(levels[part].astype(np.int16) * WIDTH + CAP, rows, torch.int16)
-            own = torch.index_select(gains, 0, block[part], out=rows[part]).add_(base)
-            own.clamp_(CAP, (CONTEXTS - 1) * WIDTH + CAP)  # so many contexts and no more
-            own += rounding(self.values[at[part]], step, levels[part]).clamp_(-CAP, CAP).to(torch.int16)
+            numbers = rounding(self.values[at[part]], step, levels[part]).clamp_(-CAP, CAP)
+            torch.add(sizes.zeros(part), numbers.to(torch.int16), out=rows[part])
         return folded(counts(rows, CONTEXTS * WIDTH).reshape(-1, WIDTH))
 
 
@@ -255,7 +263,7 @@ class Rounded:
 
     def numbers(self, rows: slice = slice(None)) -> torch.Tensor:
         """Of some of the components that are there, int32 `[rows, tokens]`."""
-        found = (self.rows[len(self.sizes.gains) :][rows].to(torch.int32) % WIDTH).sub_(CAP)
+        found = (self.rows[len(self.sizes.gains) :][rows] - self.sizes.zeros(rows)).to(torch.int32)
         for index, row in enumerate(np.arange(len(self.sizes.there))[rows]):
             if len(at := np.flatnonzero(self.large == row)):
                 found[index] = self.far[at[0]].to(torch.int32)
