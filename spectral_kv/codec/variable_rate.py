@@ -71,7 +71,7 @@ class Sizes:
         return found.add_(on(self.levels[self.there], found, torch.int8)).clamp_(0, CONTEXTS - 1)
 
     def zeros(self, rows: slice) -> torch.Tensor:
-        """Where 0 stands in tables, in the contexts of some of the components that are there, int16 `[rows, tokens]`."""
+        """Where 0 stands in tables, in contexts of some of the components that are there; int16 `[rows, tokens]`."""
         own = self.there[rows]
         found = self._scaled[torch.from_numpy(self.block[own]).to(self.gains.device)]
         found += on(self.levels[own].astype(np.int16) * WIDTH + CAP, found, torch.int16)
