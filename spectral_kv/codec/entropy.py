@@ -107,15 +107,17 @@ class Tables:
     @cached_property
     def numbers(self) -> np.ndarray:
         """The number at each of `WHOLE` places of every context, int16 `[(contexts + 1) * WHOLE]`."""
-        found = np.zeros((len(self.frequencies), WHOLE), dtype=np.int16)
-        for row, frequencies in zip(found, self.frequencies, strict=True):
-            if frequencies.any():
-                row[:] = np.repeat(np.arange(-CAP, CAP + 1), frequencies)
-        return found.ravel()
+        return self._at_places(np.broadcast_to(np.arange(-CAP, CAP + 1, dtype=np.int16), self.frequencies.shape))
 
     @cached_property
     def slots(self) -> np.ndarray:
         """Of the number at each place its frequency, and above 16 bits how far the place lies in it; as `numbers`."""
-        place = np.arange(len(self.numbers))
-        entry = self.entries[(place >> PRECISION) * WIDTH + CAP + self.numbers]
-        return (entry & 0xFFFF | (place & WHOLE - 1) - (entry >> 16) << 16).astype(np.int32)
+        entry = self._at_places(self.entries.reshape(-1, WIDTH))
+        place = np.arange(len(entry), dtype=np.int32) & WHOLE - 1
+        return entry & 0xFFFF | place - (entry >> 16) << 16
+
+    def _at_places(self, of_numbers: np.ndarray) -> np.ndarray:
+        """What belongs to numbers `[contexts + 1, WIDTH]` at the places of these, `[(contexts + 1) * WHOLE]`."""
+        found, met = np.zeros((len(of_numbers), WHOLE), dtype=of_numbers.dtype), self.frequencies.any(axis=1)
+        found[met] = np.repeat(of_numbers[met].ravel(), self.frequencies[met].ravel()).reshape(-1, WHOLE)
+        return found.ravel()

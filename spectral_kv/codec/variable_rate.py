@@ -264,9 +264,9 @@ class Rounded:
     def numbers(self, rows: slice = slice(None)) -> torch.Tensor:
         """Of some of the components that are there, int32 `[rows, tokens]`."""
         found = (self.rows[len(self.sizes.gains) :][rows] - self.sizes.zeros(rows)).to(torch.int32)
-        for index, row in enumerate(np.arange(len(self.sizes.there))[rows]):
-            if len(at := np.flatnonzero(self.large == row)):
-                found[index] = self.far[at[0]].to(torch.int32)
+        start, stop, _ = rows.indices(len(self.sizes.there))
+        if len(own := np.flatnonzero((self.large >= start) & (self.large < stop))):
+            found[torch.from_numpy(self.large[own] - start)] = self.far[torch.from_numpy(own)].to(torch.int32)
         return found
 
     @property
