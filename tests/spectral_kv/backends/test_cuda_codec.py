@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from spectral_kv.codec.at_rest import AtRest
+from spectral_kv.codec.variable_rate import Components, VariableRate
 from spectral_kv.storage.spectral import SpectralStorage
 from spectral_kv.storage.spectral_at_rest import SpectralAtRest
 
@@ -30,6 +31,21 @@ def test_codes_that_live_are_alike(backend, bases_path, prefills):
     for a, b in zip(*stored, strict=True):
         for x, y in zip(a.load(), b.load(), strict=True):
             assert ((x - y.cpu()) ** 2).mean() < 1e-4 * (x**2).mean()
+
+
+@pytest.mark.parametrize("step", [0.02, 0.5])  # with and without numbers beyond the tables
+def test_the_same_components_become_the_same_bytes(step):
+    rng = np.random.default_rng(0)
+    values = torch.from_numpy((rng.laplace(size=(60, 3000)) * np.geomspace(30, 0.02, 60)[:, None]).astype(np.float32))
+    block = np.repeat([0, 1], 30)
+    ours, theirs = Components(values, block), Components(values.cuda(), block)
+    logarithms, gains, largest = ours._sizes
+    theirs._sizes = logarithms, gains.cuda(), largest  # sums, which each device rounds in its own order
+    written = [VariableRate.of(components, step, 256) for components in (ours, theirs)]
+    for name in ("levels", "words", "states", "far", "ends"):
+        np.testing.assert_array_equal(*(getattr(x, name) for x in written))
+    read = [written[0].decode(3000, block, 100, 2900, x) for x in (values, values.cuda())]
+    assert torch.equal(read[0], read[1].cpu())
 
 
 def test_bytes_at_rest_are_read_alike_on_both(backend, bases_path, prefills):
