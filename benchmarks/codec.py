@@ -26,6 +26,7 @@ from spectral_kv.storage.spectral import SpectralStorage
 from spectral_kv.storage.spectral_at_rest import SpectralAtRest
 
 FALL = 1e-5  # of the last component's variance from the first's
+WORK = ("live", "at rest", "read")
 SHARE = 0.85  # of the components that are kept, as by `python -m pipeline.bases`
 
 
@@ -63,7 +64,9 @@ def typical(prefill: Prefill, backend: TorchBackend, bases: Bases) -> Prefill:
     return Prefill(prefill.tokens, keys, values, prefill.queries, prefill.logits)
 
 
-def measured(backend: TorchBackend, tokens: int, layers: int, ratio: float, folder: str) -> list[Row]:
+def measured(
+    backend: TorchBackend, tokens: int, layers: int, ratio: float, folder: str, wanted: tuple[str, ...] = WORK
+) -> list[Row]:
     ids = np.random.default_rng(0).integers(0, backend.shape.vocabulary, size=tokens)
     bases = random_bases(backend, layers)
     path = str(Path(folder) / "bases.safetensors")
@@ -72,19 +75,19 @@ def measured(backend: TorchBackend, tokens: int, layers: int, ratio: float, fold
     prefill = typical(backend.prefill(ids, 1), backend, bases)
     shape, positions = (backend.shape.layers, backend.shape.kv_heads, backend.shape.dim), np.arange(tokens)
     live, rest = SpectralStorage(path), SpectralAtRest(path, ratio)
-    written = rest.encode(prefill.keys, prefill.values, positions, backend.rope)
+    written = rest.encode(prefill.keys, prefill.values, positions, backend.rope) if set(wanted) != {"live"} else None
     full = sum(x.numel() * 2 for x in (*prefill.keys, *prefill.values))
     work = {
         "live": lambda: backend.compress(prefill, None, live),
         "at rest": lambda: rest.encode(prefill.keys, prefill.values, positions, backend.rope),
         "read": lambda: rest.decode(written, shape, backend.rope, prefill.keys[0]),
     }
-    ratios = {"live": full / work["live"]().nbytes, "at rest": full / len(written.to_bytes())}
     rows = []
-    for what, run in work.items():
-        ms, low, high = quartiles(wall_milliseconds(run, 5, 1))
+    for what in wanted:
+        size = work["live"]().nbytes if what == "live" else len(written.to_bytes())
+        ms, low, high = quartiles(wall_milliseconds(work[what], 5, 1))
         rows.append(
-            {"tokens": tokens, "what": what, "full / cache": ratios.get(what, ratios["at rest"]),
+            {"tokens": tokens, "what": what, "full / cache": full / size,
              "prefill ms": prefill_ms, "ms": ms, "low": low, "high": high, "% of prefill": 100 * ms / prefill_ms,
              "MB/s": full / 1e3 / ms}
         )  # fmt: skip
@@ -98,6 +101,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="4096,32768" if gpu else "4096")
     parser.add_argument("--layers", type=int, default=4, help="of a group, at most")
     parser.add_argument("--ratio", type=float, default=16, help="of caches at rest")
+    parser.add_argument("--what", default=",".join(WORK), help="some of these")
     parser.add_argument("--csv")
     options = parser.parse_args()
     print(f"{card()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
@@ -106,7 +110,7 @@ def main() -> None:
     rows: list[Row] = []
     with TemporaryDirectory() as folder:
         for tokens in map(int, options.tokens.split(",")):
-            rows += measured(backend, tokens, options.layers, options.ratio, folder)
+            rows += measured(backend, tokens, options.layers, options.ratio, folder, tuple(options.what.split(",")))
     for row in rows:
         row |= {"shape": options.shape, "card": card()}
     report("codec", rows, options.csv)
