@@ -61,6 +61,12 @@ class Sizes:
         return np.flatnonzero(self.levels)
 
     @cached_property
+    def placed(self) -> tuple[torch.Tensor, ...]:
+        """Which components are there, int64, their levels and blocks, int32, on the device; `[there]` each."""
+        own = (self.there, self.levels[self.there].astype(np.int32), self.block[self.there].astype(np.int32))
+        return tuple(torch.from_numpy(x).to(self.gains.device) for x in own)
+
+    @cached_property
     def _scaled(self) -> torch.Tensor:
         """The gains in rows of tables."""
         return self.gains.to(torch.int16) * WIDTH
@@ -141,6 +147,15 @@ class Components:
             raise ValueError("some keys or values are not finite: run the model in bfloat16 or float32")
         return OCTAVE * 0.5 * np.log2(means.astype(np.float64)), gains.to(torch.int8), largest
 
+    @cached_property
+    def _scales(self) -> np.ndarray:
+        """`histogram` of the tokens' scales, `[1, CAP + 1]`."""
+        met = counts(self._sizes[1] + GAIN, 2 * GAIN + 1)
+        found = np.zeros((1, CAP + 1), dtype=np.int64)
+        found[0, : GAIN + 1] = met[GAIN:]
+        found[0, 1 : GAIN + 1] += met[GAIN - 1 :: -1]
+        return found
+
     @property
     def deviations(self) -> np.ndarray:
         """Root mean square of every component."""
@@ -177,39 +192,40 @@ class Components:
         there, levels = sizes.there, sizes.levels[sizes.there]
         some = self.values[:, :: self.tokens // 256 | 1]  # enough to learn from
         some = some[torch.from_numpy(there).to(some.device)]
-        base = on(levels.astype(np.int16) * WIDTH + CAP, some, torch.int16)
+        alike = Sizes(levels, self._sizes[1].new_zeros((1, some.shape[1])), np.zeros(len(there), dtype=np.int64))
+        rows = torch.empty(some.shape, dtype=torch.int16, device=some.device)
         for _ in range(2):
-            met = rounding(some, step, levels).clamp_(-CAP, CAP).to(torch.int16).add_(base)
-            rounding.learn(folded(counts(met, CONTEXTS * WIDTH).reshape(CONTEXTS, WIDTH)))
+            rounding.learn(fill(rows, some, alike, rounding, step))
         found = means(some.abs() * float(np.float32(1 / step)), rounding(some, step, levels).abs_(), levels)
 
         blocks = len(sizes.gains)
         rows = torch.empty((blocks + len(there), self.tokens), dtype=torch.int16, device=some.device)
-        rows[:blocks] = sizes.gains
-        rows[:blocks] += GAINS * WIDTH + CAP
-        scales = counts(rows[:blocks], (CONTEXTS + 1) * WIDTH).reshape(-1, WIDTH)[-1:]
-        met = np.concatenate([self._fill(rows[blocks:], sizes, rounding, step), folded(scales)])
+        rows[:blocks].copy_(sizes.gains).add_(GAINS * WIDTH + CAP)
+        met = np.concatenate([fill(rows[blocks:], self.values, sizes, rounding, step), self._scales])
         large = np.flatnonzero(self._sizes[2][there] >= (CAP - 1) * step)
         at = torch.from_numpy(there[large]).to(some.device)
         far = rounding(self.values[at], step, levels[large]) if len(large) else self.values[:0]
         return Rounded(sizes, rows, met, large, far, found)
 
-    def _fill(self, rows: torch.Tensor, sizes: Sizes, rounding: Rounding, step: float) -> np.ndarray:
-        """Write numbers into rows int16 `[there, tokens]`, and return their `histogram`."""
-        there, levels = sizes.there, sizes.levels[sizes.there]
-        at = torch.from_numpy(there).to(rows.device)
-        if on_gpu(rows):
-            from spectral_kv.codec.rounding_kernels import rounded
 
-            bounds = (torch.from_numpy(x[levels]).to(rows.device) for x in (rounding.least, rounding.below))
-            own = (torch.from_numpy(x.astype(np.int32)).to(rows.device) for x in (levels, self.block[there]))
-            inverse = float(np.float32(1 / step))
-            met = rounded(self.values, at, *own, *bounds, sizes.gains, rows, CONTEXTS, GAIN, inverse)
-            return met.cpu().numpy()
-        for part in some_rows(len(there), self.values):
-            numbers = rounding(self.values[at[part]], step, levels[part]).clamp_(-CAP, CAP)
-            torch.add(sizes.zeros(part), numbers.to(torch.int16), out=rows[part])
-        return folded(counts(rows, CONTEXTS * WIDTH).reshape(-1, WIDTH))
+def fill(rows: torch.Tensor, values: torch.Tensor, sizes: Sizes, rounding: Rounding, step: float) -> np.ndarray:
+    """Write where numbers stand in tables into rows int16 `[there, tokens]`, and return their `histogram`.
+
+    Of values `[components, tokens]` of such sizes.
+    """
+    there, levels = sizes.there, sizes.levels[sizes.there]
+    if on_gpu(rows):
+        from spectral_kv.codec.rounding_kernels import rounded
+
+        bounds = (torch.from_numpy(x[levels]).to(rows.device) for x in (rounding.least, rounding.below))
+        inverse = float(np.float32(1 / step))
+        met = rounded(values, *sizes.placed, *bounds, sizes.gains, rows, CONTEXTS, GAIN, inverse)
+        return met.cpu().numpy()
+    at = torch.from_numpy(there).to(rows.device)
+    for part in some_rows(len(there), values):
+        numbers = rounding(values[at[part]], step, levels[part]).clamp_(-CAP, CAP)
+        torch.add(sizes.zeros(part), numbers.to(torch.int16), out=rows[part])
+    return folded(counts(rows, CONTEXTS * WIDTH).reshape(-1, WIDTH))
 
 
 def means(sizes: torch.Tensor, numbers: torch.Tensor, levels: np.ndarray) -> np.ndarray:
@@ -217,12 +233,11 @@ def means(sizes: torch.Tensor, numbers: torch.Tensor, levels: np.ndarray) -> np.
 
     In 8 bits by level, uint8 `[2, contexts]`, of sizes and numbers `[components, tokens]` in such levels.
     """
-    found = np.zeros((2, CONTEXTS))
-    for row, there in enumerate((numbers == 1, numbers > 1)):
-        beyond = (sizes - numbers).mul_(there).sum(dim=1).cpu().numpy()
-        often = there.sum(dim=1).cpu().numpy()
-        sums, many = (np.bincount(levels, x, CONTEXTS) for x in (beyond, often))
-        found[row] = sums / np.maximum(many, 1)
+    beyond = sizes - numbers
+    there = [(numbers == 1).to(sizes.dtype), (numbers > 1).to(sizes.dtype)]
+    sums = torch.stack([x.sum(dim=1) for own in there for x in (own * beyond, own)]).cpu().numpy()
+    beyond, often = (np.stack([np.bincount(levels, x, CONTEXTS) for x in sums[start::2]]) for start in (0, 1))
+    found = beyond / np.maximum(often, 1)
     return np.clip(np.rint((found + 0.5) * MEANS), 0, 255).astype(np.uint8)
 
 

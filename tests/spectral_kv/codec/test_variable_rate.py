@@ -6,7 +6,7 @@ import torch
 
 from spectral_kv.codec.counting import counts
 from spectral_kv.codec.entropy import CAP, WIDTH, folded, histogram
-from spectral_kv.codec.variable_rate import CONTEXTS, GAINS, Components, Rounding, VariableRate, means, values
+from spectral_kv.codec.variable_rate import CONTEXTS, GAINS, Components, Rounding, VariableRate, fill, means, values
 
 
 def components(blocks: list[np.ndarray]) -> Components:
@@ -94,10 +94,9 @@ def test_the_kernel_of_a_gpu_rounds_and_counts_alike(rng, monkeypatch):
     there, levels = sizes.there, sizes.levels[sizes.there]
     rounding.least[:] = np.geomspace(0.5, 1.0, CONTEXTS)
     wanted, found = (torch.empty((len(there), 300), dtype=torch.int16) for _ in range(2))
-    met = own._fill(wanted, sizes, rounding, 0.5)
-    given = (there, levels.astype(np.int32), own.block[there].astype(np.int32), rounding.least[levels],
-             rounding.below[levels])  # fmt: skip
-    given = [torch.from_numpy(x).to(device) for x in given]
+    met = fill(wanted, own.values, sizes, rounding, 0.5)
+    bounds = (torch.from_numpy(x[levels]).to(device) for x in (rounding.least, rounding.below))
+    given = [x.to(device) for x in (*sizes.placed, *bounds)]
     found = found.to(device)
     values, gains = own.values.to(device), sizes.gains.to(device)
     counted = kernels.rounded(values, *given, gains, found, CONTEXTS, 12, 2.0)
