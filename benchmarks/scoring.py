@@ -77,8 +77,8 @@ def measured(backend: TorchBackend, tokens: int, methods: list[str], kept: int) 
         def chosen(compressor=compressor, queries=queries) -> object:
             return compressor.choose(prefill, 0, queries)
 
-        def compressed(compressor=compressor, scored=scored) -> object:
-            return compressor.select_and_store(prefill, scored())
+        def compressed(compressor=compressor, queries=queries) -> object:
+            return compressor.compress(prefill, 0, queries)
 
         def layers(compressor=compressor, queries=queries) -> list:
             contents = enumerate(zip(prefill.keys, prefill.values, strict=True))

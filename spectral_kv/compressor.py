@@ -11,7 +11,7 @@ import numpy as np
 
 from spectral_kv.backends.base import Backend, Cache, Contents, Prefill
 from spectral_kv.calibration import QueryStatistics
-from spectral_kv.engine.together import in_one_pass
+from spectral_kv.engine.together import in_one_pass, pass_over_keys
 from spectral_kv.engine.together import scores as scores_of_layers
 from spectral_kv.heads import Heads, held, runs
 from spectral_kv.refit import Refit, Refitted
@@ -321,7 +321,7 @@ class Compressor:
         self, prefill: Prefill, scores: list[Heads] | Array, batch: int = 1
     ) -> tuple[Cache, list[Heads] | Array, list[Refitted] | None]:
         """A cache of the tokens that scores say to keep, their rows, what `refitted` says; a GPU is asked once."""
-        if self.refit is None and hasattr(self.backend, "select_and_compress"):
+        if self.refit is None:
             found = self.backend.select_and_compress(prefill, scores, self.protected, self.storage, batch)
             if found is not None:
                 return *found, None
@@ -332,6 +332,32 @@ class Compressor:
         for question in later:
             question()
         return cache, kept, refitted
+
+    def compress(
+        self, prefill: Prefill, document: int = 0, *observed: Any, batch: int = 1
+    ) -> tuple[Cache, list[Heads] | Array | None]:
+        """A cache of the tokens that the method keeps, and their rows (None: all); arguments as of `scores`.
+
+        Whoever needs the scores themselves, or several budgets of one prompt, asks for `scores` and selects: here a
+        GPU computes scores and what follows from them in one captured graph, where there is one.
+        """
+        if self.scorer is None:
+            return self.store(prefill, None, batch), None
+        if self.refit is None and self.budget.tokens < len(prefill.tokens):
+            first = self.view(
+                0, prefill.keys[0], prefill.values[0], prefill.positions[0],
+                self.protected.evictable(len(prefill.tokens)),
+            )  # fmt: skip
+            scores = pass_over_keys(self.scorer, first, prefill.keys)
+            if scores is not None:
+                found = self.backend.select_and_compress(prefill, scores, self.protected, self.storage, batch)
+                if found is not None:
+                    return found
+        if self.keeps_all(prefill):
+            kept = self.all_rows(prefill)
+            return self.store(prefill, kept, batch, self.refitted(prefill, kept)), kept
+        cache, kept, _ = self.select_and_store(prefill, self.scores(prefill, document, *observed), batch)
+        return cache, kept
 
     def recompress(
         self,

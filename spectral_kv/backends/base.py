@@ -10,6 +10,7 @@ from spectral_kv.attention import attention_output
 from spectral_kv.heads import Heads, by_run
 from spectral_kv.refit import Refitted
 from spectral_kv.rope import Rope
+from spectral_kv.selection import Budget
 from spectral_kv.storage.base import Storage
 from spectral_kv.xp import Array
 
@@ -158,6 +159,16 @@ class Backend(Protocol):
 
         Nothing done to it changes the prefill, and it does not keep what was evicted alive. `batch` is a number of
         equal sequences, for timing.
+        """
+        ...
+
+    def select_and_compress(
+        self, prefill: Prefill, scores: Any, budget: Budget, storage: Storage, batch: int = 1
+    ) -> tuple[Cache, Array] | None:
+        """`compress` of what scores of all layers say to keep, which comes with it `[layers, kv_heads, kept]`, at once.
+
+        `scores` are one array, a list with one a layer, or a pass of `spectral_kv.engine` over the keys. None where the
+        backend doesn't do both at once: then the caller selects.
         """
         ...
 

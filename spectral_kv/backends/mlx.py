@@ -17,6 +17,7 @@ from spectral_kv.backends.mlx_cache import CompressedCache, CompressedLayer
 from spectral_kv.backends.mlx_rope import flattened, make_exact, rotation
 from spectral_kv.backends.suitable import attends_to_all, can_be_unrotated
 from spectral_kv.refit import Refitted
+from spectral_kv.selection import Budget
 from spectral_kv.storage.base import Storage
 from spectral_kv.storage.dense import Dense
 from spectral_kv.xp import rows, to_numpy
@@ -212,6 +213,9 @@ class MLXBackend:
             layers.append(CompressedLayer(stored, self.cache_dtype, len(prefill.tokens), positions))
         mx.eval([layer.state for layer in layers])  # a cache that waits to be computed keeps the whole prefill alive
         return CompressedCache(layers, batch)
+
+    def select_and_compress(self, prefill: Prefill, scores: Any, budget: Budget, storage: Storage, batch: int = 1):
+        return None
 
     def contents(self, cache: CompressedCache) -> Contents:
         loaded = [[x[0] for x in layer.stored.load()] for layer in cache.layers]

@@ -292,11 +292,9 @@ class TorchBackend:
     def select_and_compress(
         self, prefill: Prefill, scores: Any, budget: Budget, storage: Storage, batch: int = 1
     ) -> tuple[CompressedCache, torch.Tensor] | None:
-        """`compress` of what scores of all layers in one array say to keep, which comes with it, by one captured graph.
-
-        None where there is none: `spectral_kv.engine.compaction.kept` says when.
-        """
-        if not getattr(scores, "is_cuda", False) or not find_spec("triton") or hasattr(storage, "store_together"):
+        if isinstance(scores, list) or not prefill.keys[0].is_cuda or not find_spec("triton"):
+            return None
+        if hasattr(storage, "store_together"):
             return None
         from spectral_kv.engine.compaction import kept
 

@@ -6,11 +6,12 @@ Keys and values of a prompt lie anywhere; a graph finds them by their addresses,
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from spectral_kv.engine.scoring import addresses
+from spectral_kv.engine.scoring import addresses, on_host
 
 GRAPHS = 8  # that are kept
 LARGEST = 2**25  # bytes of results: with more of them a device is busy far longer than its host
@@ -74,22 +75,36 @@ class Scored:
         self.graph, self.out = graph(lambda: scored(self.where))
 
     def __call__(self, keys: list[torch.Tensor]) -> torch.Tensor:
-        self.where.copy_(torch.tensor([k.data_ptr() for k in keys]), non_blocking=True)
+        self.where.copy_(on_host(keys), non_blocking=True)
         self.graph.replay()
         return self.out.clone()
 
 
-def scores(
-    key: Hashable, scored: Callable[[torch.Tensor], torch.Tensor], keys: list[torch.Tensor], alive: Callable[[], list]
-) -> torch.Tensor:
-    """`scored` of where keys lie `[kv_heads, tokens, dim]`, from the second time on by replaying a graph.
+@dataclass(frozen=True)
+class Pass:
+    """Scores of all layers by kernels that find keys `[kv_heads, tokens, dim]` by their addresses.
 
-    `key` is all that it depends on beside keys and their shape.
+    Parameters
+    ----------
+    key : hashable
+        All that it depends on beside keys and their shape.
+    scored : callable
+        From addresses on the device to scores.
+    constants : callable
+        What the kernels read beside keys.
     """
+
+    key: Hashable
+    scored: Callable[[torch.Tensor], torch.Tensor]
+    constants: Callable[[], list]
+
+
+def scores(of: Pass, keys: list[torch.Tensor]) -> torch.Tensor:
+    """Scores of keys, from the second time on that their shape comes by replaying a graph."""
     heads, tokens = keys[0].shape[:2]
     if 4 * len(keys) * heads * tokens <= LARGEST:
-        shape = ("scores", key, len(keys), keys[0].shape, keys[0].dtype)
-        found = replayed(shape, keys[0], lambda: Scored(scored, keys, alive()), keys)
+        shape = ("scores", of.key, len(keys), keys[0].shape, keys[0].dtype)
+        found = replayed(shape, keys[0], lambda: Scored(of.scored, keys, of.constants()), keys)
         if found is not None:
             return found
-    return scored(addresses(keys))
+    return of.scored(addresses(keys))

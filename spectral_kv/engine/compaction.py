@@ -1,4 +1,4 @@
-"""Which tokens scores say to keep, and their keys and values, of all layers in one captured graph."""
+"""Which tokens scores say to keep, and their keys and values, of all layers in one captured graph; scores, too."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from spectral_kv.engine import captured
-from spectral_kv.engine.scoring import addresses, select_into, suits, take_into
+from spectral_kv.engine.scoring import addresses, on_host, select_into, suits, take_into
 from spectral_kv.selection import Budget, not_numbers
 
 
@@ -38,51 +38,75 @@ class Kept:
 
 
 class Compaction:
-    """Selection and kept rows, captured for scores `[layers, kv_heads, tokens]` and keys and values of their shape."""
+    """Scores, selection and kept rows, captured for keys and values `[kv_heads, tokens, dim]` of one shape.
 
-    def __init__(self, scores: torch.Tensor, keys: list, values: list, span: slice, quota: int):
-        layers, heads, tokens = scores.shape
+    Parameters
+    ----------
+    scores : torch.Tensor, [layers, kv_heads, tokens], or captured.Pass
+        Some, if every call brings scores of its own; or what computes them from keys, as a part of the graph.
+    keys, values : list of torch.Tensor
+        Some to run it on.
+    span : slice
+        The tokens that may be evicted.
+    quota : int
+        How many of them every head keeps.
+    """
+
+    def __init__(self, scores: torch.Tensor | captured.Pass, keys: list, values: list, span: slice, quota: int):
+        layers, (heads, tokens, dim) = len(keys), keys[0].shape
         count = quota + tokens - (span.stop - span.start)
         self.shape, self.rows = (layers, heads, count), layers * heads
-        self.scores, self.where = scores.float().contiguous().clone(), addresses([*keys, *values])
-        like = {"dtype": keys[0].dtype, "device": scores.device}
+        self.where = addresses([*keys, *values])
+        if isinstance(scores, captured.Pass):
+            self.alive, scored = scores.constants(), scores.scored
+        else:
+            self.scores = scores.float().contiguous().clone()
+
+            def scored(where: torch.Tensor) -> torch.Tensor:
+                return self.scores
 
         def run() -> tuple[torch.Tensor, torch.Tensor]:
-            found = torch.empty(self.rows * (count + 1), dtype=torch.int64, device=scores.device)
+            found = torch.empty(self.rows * (count + 1), dtype=torch.int64, device=keys[0].device)
             kept, bad = found[: self.rows * count], found[self.rows * count :]
-            select_into(self.scores.view(self.rows, tokens), span, quota, kept, bad)
-            taken = torch.empty(2 * layers, 1, heads, count, keys[0].shape[-1], **like)
+            select_into(scored(self.where).view(self.rows, tokens), span, quota, kept, bad)
+            taken = keys[0].new_empty(2 * layers, 1, heads, count, dim)
             take_into(self.where, keys[0], layers, kept, taken)
             return found, taken
 
         self.graph, (self.found, self.taken) = captured.graph(run)
 
-    def __call__(self, scores: torch.Tensor, keys: list, values: list) -> Kept:
-        self.scores.copy_(scores)
-        self.where.copy_(torch.tensor([x.data_ptr() for x in (*keys, *values)]), non_blocking=True)
+    def __call__(self, scores: torch.Tensor | captured.Pass, keys: list, values: list) -> Kept:
+        if not isinstance(scores, captured.Pass):
+            self.scores.copy_(scores)
+        self.where.copy_(on_host([*keys, *values]), non_blocking=True)
         self.graph.replay()
-        host = torch.empty(self.found.shape, dtype=torch.int64, pin_memory=scores.is_cuda)
+        host = torch.empty(self.found.shape, dtype=torch.int64, pin_memory=self.found.is_cuda)
         host.copy_(self.found, non_blocking=True)  # it comes while the host goes on
         kept, rows = self.found[: -self.rows].clone(), self.taken.clone().unbind()
         layers, answer = len(keys), host.numpy()
-        stream = torch.cuda.current_stream(scores.device) if scores.is_cuda else None
+        stream = torch.cuda.current_stream(self.found.device) if self.found.is_cuda else None
         positions = answer[: -self.rows].reshape(self.shape)
         return Kept(kept.view(self.shape), rows[:layers], rows[layers:], positions, answer[-self.rows :], stream)
 
 
-def kept(scores: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], budget: Budget) -> Kept | None:
+def kept(scores: torch.Tensor | captured.Pass, keys: list, values: list, budget: Budget) -> Kept | None:
     """What scores on a GPU `[layers, kv_heads, tokens]` say to keep of keys and values `[kv_heads, tokens, dim]`.
 
-    None where there is nothing to choose, where KV heads don't choose for themselves as many as one another, and where
-    no graph serves: for large results, layouts that no kernel reads, and a shape that comes for the first time.
+    A `captured.Pass` has them computed by the same graph. None where there is nothing to choose, where KV heads don't
+    choose for themselves as many as one another, and where no graph serves: for large results, layouts that no kernel
+    reads, and a shape that comes for the first time.
     """
-    layers, heads, tokens = scores.shape
+    layers, (heads, tokens, dim), kind = len(keys), keys[0].shape, keys[0].dtype
     if budget.tokens >= tokens or budget.allocation != "uniform" or budget.selection != "per_layer_perhead":
         return None
-    dim, kind = keys[0].shape[-1], keys[0].dtype
     size = layers * heads * (4 * tokens + 2 * budget.tokens * dim * kind.itemsize)
-    if size > captured.LARGEST or not (suits(keys) and suits(values)) or values[0].shape != keys[0].shape:
+    if size > captured.LARGEST or not suits([*keys, *values]) or values[0].shape != keys[0].shape:
         return None
     span, quota = budget.evictable(tokens), budget.tokens - budget.sinks - budget.recent
-    key = ("kept", layers, keys[0].shape, kind, span.start, span.stop, quota)
-    return captured.replayed(key, scores, lambda: Compaction(scores, keys, values, span, quota), scores, keys, values)
+    own = scores.key if isinstance(scores, captured.Pass) else None
+    key = ("kept", own, layers, keys[0].shape, kind, span.start, span.stop, quota)
+
+    def capture() -> Compaction:
+        return Compaction(scores, keys, values, span, quota)
+
+    return captured.replayed(key, keys[0], capture, scores, keys, values)

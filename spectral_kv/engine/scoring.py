@@ -1,7 +1,8 @@
 """Spectral scores of all layers at once on a GPU, the tokens of highest scores, and their rows."""
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import or_
 
 import numpy as np
 import torch
@@ -21,22 +22,25 @@ def dtype_of(x: torch.Tensor):
     return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[x.dtype]
 
 
+def on_host(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Addresses of tensors, in the host's memory."""
+    return torch.from_numpy(np.array([*map(torch.Tensor.data_ptr, tensors)], dtype=np.int64))
+
+
 def addresses(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Where tensors lie, so that one launch can read all of them."""
-    host = torch.tensor([x.data_ptr() for x in tensors], dtype=torch.int64)
-    return host.to(tensors[0].device, non_blocking=True)
+    return on_host(tensors).to(tensors[0].device, non_blocking=True)
 
 
 def suits(keys: list[torch.Tensor]) -> bool:
     """Whether the kernels can read keys `[kv_heads, tokens, dim]`, one a layer."""
-    dim, device = keys[0].shape[-1], keys[0].device
+    dim = keys[0].shape[-1]
     if dim < 16 or dim & (dim - 1) or keys[0].dtype == torch.float64:
         return False
-    place = keys[0].get_device()  # a number, quicker to compare; all that is on no GPU shares one
-    return all(
-        k.get_device() == place and k.is_contiguous() and not k.data_ptr() & 15 and (place >= 0 or k.device == device)
-        for k in keys
-    )
+    devices = {*map(torch.Tensor.get_device, keys)}  # numbers, quicker to compare; all that is on no GPU shares one
+    if len(devices) > 1 or (devices == {-1} and len({k.device for k in keys}) > 1):
+        return False
+    return all(map(torch.Tensor.is_contiguous, keys)) and not reduce(or_, map(torch.Tensor.data_ptr, keys)) & 15
 
 
 class _Tables:

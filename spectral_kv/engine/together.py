@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from spectral_kv.scorers.wavelet import Wavelet
 from spectral_kv.scorers.wavelet_fourier import WaveletFourier
 from spectral_kv.scorers.wavelet_tri import WaveletTri
 from spectral_kv.xp import Array, namespace, on_accelerator
+
+if TYPE_CHECKING:
+    from spectral_kv.engine.captured import Pass
 
 # To these every KV head is on its own, whatever layer it belongs to (TOVA averages over those of a layer).
 HEADWISE = (Spectral, Knorm, KeyDiff, SnapKV, Streaming, ExpectedAttention, TriAttention)
@@ -95,10 +98,19 @@ def _in_groups(keys: list[Array], copies: float, found: Callable[[slice], tuple[
     return tuple(torch.cat(alike) for alike in zip(*parts, strict=True))
 
 
-def _spectral(scorer: Spectral, first: LayerView, keys: list, *others: Any) -> Array | None:
+def pass_over_keys(scorer: Scorer, first: LayerView, keys: list[Array]) -> "Pass | None":
+    """Scores of keys of all layers on a GPU as a pass that a captured graph can hold, or None.
+
+    `first` is of the first layer; positions of all of them follow one another from 0 on.
+    """
+    return _spectral_pass(scorer, first, keys) if _on_gpu(first.keys) and type(scorer) in (Wavelet, Fourier) else None
+
+
+def _spectral_pass(scorer: Spectral, first: LayerView, keys: list) -> "Pass | None":
     """Where the transform is a band of short filters."""
-    from spectral_kv.engine import captured, scoring
+    from spectral_kv.engine import scoring
     from spectral_kv.engine.banded import plan
+    from spectral_kv.engine.captured import Pass
 
     chosen = plan(scorer, first.tokens)
     if chosen is None:
@@ -110,11 +122,18 @@ def _spectral(scorer: Spectral, first: LayerView, keys: list, *others: Any) -> A
     def constants() -> list:
         return [*scoring.constants(chosen, first.rope, first.tokens, keys[0].device), recency(first)]
 
-    if not keys[0].is_cuda:
-        return scored(scoring.addresses(keys))
     rope = (first.rope.inv_freq.tobytes(), first.rope.attention_scaling)
     key = (type(scorer), scorer, rope, first.evictable.start, first.evictable.stop)
-    return captured.scores(key, scored, keys, constants)
+    return Pass(key, scored, constants)
+
+
+def _spectral(scorer: Spectral, first: LayerView, keys: list, *others: Any) -> Array | None:
+    from spectral_kv.engine import captured, scoring
+
+    found = _spectral_pass(scorer, first, keys)
+    if found is None:
+        return None
+    return captured.scores(found, keys) if keys[0].is_cuda else found.scored(scoring.addresses(keys))
 
 
 def _by_products(scorer: Spectral, first: LayerView, keys: list, *others: Any) -> Array | None:

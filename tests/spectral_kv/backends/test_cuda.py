@@ -9,6 +9,7 @@ import torch
 from spectral_kv.backends.torch import TorchBackend
 from spectral_kv.compressor import Compressor
 from spectral_kv.scorers.base import LayerView
+from spectral_kv.scorers.fourier import Fourier
 from spectral_kv.scorers.random import Random
 from spectral_kv.scorers.wavelet import Wavelet
 from spectral_kv.selection import Budget, select
@@ -83,6 +84,28 @@ def test_compression_by_one_captured_pass_makes_the_same_cache(monkeypatch, gpu,
             for a, b in zip(one.stored.load(), same.stored.load(), strict=True):
                 assert torch.equal(a, b)
     assert passes[-1] is not None and captured._graphs
+
+
+@pytest.mark.parametrize("scorer", [Wavelet(), Fourier(), Random()])
+def test_scores_and_compression_in_one_graph_make_the_same_cache(gpu, rng, scorer):
+    from spectral_kv.engine import captured
+
+    captured._graphs.clear()
+    captured._seen.clear()
+    compressor, found = Compressor(gpu, scorer, BUDGET, Dense()), []
+    for _ in range(4):
+        prefill = gpu.prefill(rng.integers(2, 8000, size=2000), observe=1)
+        found.append((prefill, *compressor.compress(prefill)))
+    if not isinstance(scorer, Random):  # whose scores come layer by layer
+        assert len(captured._graphs) == 1, "no others than the one of all"
+    for prefill, cache, kept in found:  # after the graph has written other results
+        want = compressor.choose(prefill)
+        other = compressor.store(prefill, want)
+        assert all(torch.equal(a, b) for a, b in zip(kept, want, strict=True))
+        for one, same in zip(cache.layers, other.layers, strict=True):
+            np.testing.assert_array_equal(one.positions, same.positions)
+            for a, b in zip(one.stored.load(), same.stored.load(), strict=True):
+                assert torch.equal(a, b)
 
 
 def test_bfloat16_is_the_default_on_a_gpu(checkpoint, tokens):

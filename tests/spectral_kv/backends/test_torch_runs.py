@@ -15,6 +15,7 @@ from spectral_kv.heads import held, runs
 from spectral_kv.refit import Refit, Refitted
 from spectral_kv.scorers.knorm import Knorm
 from spectral_kv.scorers.random import Random
+from spectral_kv.scorers.wavelet import Wavelet
 from spectral_kv.selection import Budget, select_layers
 from spectral_kv.storage.dense import Dense, DenseTokens
 from spectral_kv.storage.turboquant import TurboQuantStorage
@@ -231,6 +232,21 @@ def test_a_bias_stays_with_its_token(backend, tokens, prefill):
         old = dict(zip(before.positions[0][head].tolist(), before.bias[0][head].tolist(), strict=True))
         new = zip(after.positions[0][head].tolist(), after.bias[0][head].tolist(), strict=True)
         assert all(old[position] == bias for position, bias in new)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "head"])
+@pytest.mark.parametrize("refit", [None, Refit("bias")])
+@pytest.mark.parametrize("scorer", [None, Knorm(), Wavelet()])
+def test_compressing_at_once_is_scoring_choosing_and_storing(backend, prefill, scorer, refit, allocation):
+    for kept in (50, PROMPT):
+        compressor = Compressor(backend, scorer, Budget(kept, 2, 8, allocation=allocation), Dense(), refit=refit)
+        cache, chosen = compressor.compress(prefill, batch=2)
+        want = None if scorer is None else compressor.choose(prefill)
+        other = compressor.store(prefill, want, 2, compressor.refitted(prefill, want))
+        assert (chosen is None) == (scorer is None) and cache.batch == 2 and cache.nbytes == other.nbytes
+        assert backend.generate(cache, 5, 4) == backend.generate(other, 5, 4)
+        for layer in range(backend.shape.layers if want is not None else 0):
+            assert all(torch.equal(a, b) for a, b in zip(chosen[layer], want[layer], strict=True))
 
 
 def test_packed_heads_of_different_lengths(backend, tokens, prefill, rng):

@@ -4,8 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from spectral_kv.engine import captured
+from spectral_kv.engine import captured, together
 from spectral_kv.engine.compaction import kept
+from spectral_kv.rope import Rope
+from spectral_kv.scorers.base import LayerView
+from spectral_kv.scorers.fourier import Fourier
+from spectral_kv.scorers.knorm import Knorm
+from spectral_kv.scorers.wavelet import Wavelet
 from spectral_kv.selection import Budget, select
 from spectral_kv.xp import rows
 
@@ -75,6 +80,61 @@ def test_what_is_kept_is_what_selection_keeps_and_its_own(device, dtype):
             for got, source in ((found.keys, keys), (found.values, values)):
                 assert got[layer].shape == (1, HEADS, BUDGET.tokens, DIM)
                 assert torch.equal(got[layer][0].cpu(), rows(source[layer].cpu(), chosen))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="looks keys up by their addresses on the host")
+def test_scores_of_a_pass_are_of_the_keys_that_lie_where_it_is_told(device):
+    known = {}
+
+    def scored(where):
+        return torch.stack([known[int(x)].norm(dim=-1) for x in where[:LAYERS]]).view(LAYERS * HEADS, TOKENS)
+
+    norms = captured.Pass("norms", scored, list)
+    for turn in range(3):
+        _, keys, values = drawn(device)
+        known |= {k.data_ptr(): k for k in keys}
+        found = kept(norms, keys, values, BUDGET)
+        if turn:
+            want = torch.stack([select(k.norm(dim=-1), BUDGET) for k in keys])
+            np.testing.assert_array_equal(found.positions, want)
+            assert torch.equal(found.values[1][0], rows(values[1], want[1]))
+    assert kept(captured.Pass("others", scored, list), keys, values, BUDGET) is None, "a graph is of one pass"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scorer", [Wavelet(), Fourier()])
+def test_a_pass_over_the_keys_is_part_of_the_same_graph(monkeypatch, device, scorer):
+    """Other keys and values at every turn, of which scores are those of the scorer."""
+    monkeypatch.setattr(together, "_on_gpu", lambda x: True)
+    rope, budget, tokens = Rope(10_000.0 ** -(np.arange(8) / 8)), Budget(300, 3, 20), 1024
+    results = []
+    for turn in range(3):  # not captured, captured, replayed
+        keys, values = ([torch.randn(1, tokens, DIM).to(device) for _ in range(2)] for _ in range(2))
+        views = [LayerView(k, k, rope, np.arange(tokens), budget.evictable(tokens), scaling=1) for k in keys]
+        found = kept(together.pass_over_keys(scorer, views[0], keys), keys, values, budget)
+        if turn == 0:
+            assert found is None
+            continue
+        found.wait()
+        results.append((found, [select(scorer.score(view), budget).cpu() for view in views], keys, values))
+    assert len(captured._graphs) == 1
+    for found, want, keys, values in results:
+        np.testing.assert_array_equal(found.positions, np.stack(want))
+        for layer, chosen in enumerate(want):
+            for got, source in ((found.keys, keys), (found.values, values)):
+                assert torch.equal(got[layer][0].cpu(), rows(source[layer].cpu(), chosen))
+
+
+def test_a_pass_is_for_scorers_with_kernels_alone(monkeypatch):
+    keys = [torch.randn(1, 1024, DIM)]
+    rope, span = Rope(10_000.0 ** -(np.arange(8) / 8)), slice(3, 1000)
+    view = LayerView(keys[0], keys[0], rope, np.arange(1024), span, scaling=1)
+    assert together.pass_over_keys(Wavelet(), view, keys) is None, "on a CPU"
+    monkeypatch.setattr(together, "_on_gpu", lambda x: True)
+    assert together.pass_over_keys(Knorm(), view, keys) is None
+    assert together.pass_over_keys(Wavelet(signal="values"), view, keys) is None
+    passes = [together.pass_over_keys(s, view, keys).key for s in (Wavelet(), Wavelet(), Wavelet(recency_weight=0.3))]
+    assert passes[0] == passes[1] != passes[2]
 
 
 def test_scores_that_are_no_numbers_are_refused_once_they_decide(device):
