@@ -85,6 +85,11 @@ class Budget:
                 f"give at least {self.sinks + self.recent + 1} tokens, or fewer sinks and recent tokens"
             )
 
+    @property
+    def by_head(self) -> bool:
+        """Whether every KV head of every layer chooses for itself, as many tokens as the others."""
+        return self.allocation == "uniform" and self.selection == "per_layer_perhead"
+
     def with_recent_share(self, share: float) -> "Budget":
         """The same number of tokens, with this share of what the sinks leave for the most recent ones."""
         return replace(self, recent=int(share * (self.tokens - self.sinks)))

@@ -97,7 +97,7 @@ def kept(scores: torch.Tensor | captured.Pass, keys: list, values: list, budget:
     reads, and a shape that comes for the first time.
     """
     layers, (heads, tokens, dim), kind = len(keys), keys[0].shape, keys[0].dtype
-    if budget.tokens >= tokens or budget.allocation != "uniform" or budget.selection != "per_layer_perhead":
+    if budget.tokens >= tokens or not budget.by_head:
         return None
     size = layers * heads * (4 * tokens + 2 * budget.tokens * dim * kind.itemsize)
     if size > captured.LARGEST or not suits([*keys, *values]) or values[0].shape != keys[0].shape:
