@@ -1,7 +1,10 @@
 """Rows of one layer in buffers that stay where they are, with their numbers on the device."""
 
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Protocol
 
 import numpy as np
@@ -107,6 +110,28 @@ class Coded:
         self.tables = tuple(torch.from_numpy(codebook(b)[0]).to(self.key_codes.device) for b in self.bits)
 
 
+_second: list[ThreadPoolExecutor] = []  # one, once it is needed
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_second.clear)  # threads stay with the parent
+
+
+def _beside(work: Callable[..., torch.Tensor], *arguments: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """What waits for the result of work that a second thread does meanwhile, where torch may use more than one.
+
+    A lookup runs on one core whatever torch's threads, so that those of keys and of values take a core each.
+    """
+    if torch.get_num_threads() == 1:
+        return partial(work, *arguments)
+    if not _second:
+        _second.append(ThreadPoolExecutor(1, "lookup"))
+
+    def done(inference: bool) -> torch.Tensor:
+        with torch.inference_mode(inference):  # of a thread, as it is of the one that asks
+            return work(*arguments)
+
+    return _second[0].submit(done, torch.is_inference_mode_enabled()).result
+
+
 @dataclass
 class CodedRows:
     """Coded rows, and dense ones beside them to which new rows go.
@@ -152,6 +177,8 @@ class CodedRows:
         c, heads = self.coded, self.keys.shape[1]
         queries = q[:, :, 0].float().unflatten(1, (heads, -1))  # [batch, kv_heads, group, dim]
         exact, coded = int(self.lengths.max()) + 1, int(c.lengths.max())
+        if coded:
+            coded_values = _beside(self._lookups[1], c.value_codes[:, :, :coded])
         seen = [_seen(self.lengths + 1, exact)]
         keys, values = (_counted(x, exact, seen[0], torch.float32) for x in (self.keys, self.values))
         logits = [queries @ keys.mT]
@@ -165,7 +192,7 @@ class CodedRows:
         out = weights[..., :exact] @ values
         if coded:
             scaled = weights[..., exact:] * c.value_scales[:, :, None, :coded].float()
-            out = out + (scaled @ self._lookups[1](c.value_codes[:, :, :coded])) @ self._value_rotation
+            out = out + (scaled @ coded_values()) @ self._value_rotation
         return out.flatten(1, 2)[:, :, None].to(q.dtype)
 
 
