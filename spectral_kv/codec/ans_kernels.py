@@ -127,7 +127,9 @@ class Decoder:
     """As `ans.Decoder`, on a device."""
 
     def __init__(self, words: np.ndarray, starts: np.ndarray, states: np.ndarray, device: torch.device):
-        self.words = torch.from_numpy(np.append(words, np.uint16(0)).view(np.int16)).to(device)
+        kept = torch.empty(len(words), dtype=torch.int16, pin_memory=device.type == "cuda")
+        kept.numpy()[:] = words.view(np.int16)
+        self.words = kept.to(device, non_blocking=True)
         self.at = torch.tensor(starts, dtype=torch.int64, device=device)
         self.states = torch.tensor(states, dtype=torch.int32, device=device)
 
