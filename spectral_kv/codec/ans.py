@@ -39,7 +39,7 @@ def encode(rows: torch.Tensor, tables: Tables) -> tuple[np.ndarray, np.ndarray, 
     Parameters
     ----------
     rows : torch.Tensor of int, [rows, streams, turns, lanes]
-        Of every number its row in the tables' `entries`; A lane is read by rows, and by turns in these.
+        Of every number its row in the tables' `entries`; a lane is read by rows, and by turns in these.
 
     Returns
     -------
