@@ -18,12 +18,12 @@ import torch
 
 from benchmarks import shapes
 from benchmarks.clock import Row, card, device, quartiles, report, wall_milliseconds
+from spectral_kv.at_rest.storage import SpectralAtRest
 from spectral_kv.backends.base import Prefill
 from spectral_kv.backends.torch import TorchBackend
 from spectral_kv.codec.bases import Bases, Block, groups
 from spectral_kv.quantization.rotation import haar
 from spectral_kv.storage.spectral import SpectralStorage
-from spectral_kv.storage.spectral_at_rest import SpectralAtRest
 
 FALL = 1e-5  # of the last component's variance from the first's
 WORK = ("live", "at rest", "read")

@@ -19,8 +19,8 @@ from spectral_kv.storage.base import Storage
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from spectral_kv.at_rest.storage import SpectralAtRest
     from spectral_kv.backends.torch_generation import GenerationCache
-    from spectral_kv.storage.spectral_at_rest import SpectralAtRest
 
 DECODING = ("rescore", "append")
 

@@ -57,27 +57,32 @@ MUTANTS = [
     Mutant("transforms/fourier.py", "1.0 - gain if stop", "gain if stop", "transforms/test_fourier.py::test_passes"),
     Mutant("transforms/wavelet.py", "ahead, count = 1,", "ahead, count = 0,", "transforms/test_wavelet.py::test_eq"),
     Mutant(
-        "codec/ans.py",
+        "at_rest/ans.py",
         "np.subtract(most[step], state",
         "np.subtract(state, most[step]",
-        "codec/test_ans.py::test_words",
-    ),
-    Mutant("codec/ans.py", "for some in reversed(found)", "for some in found", "codec/test_ans.py::test_what_is_read"),
-    Mutant("codec/ans_kernels.py", "left + tl.cumsum(full, 0) - 1", "left", "codec/test_ans.py::test_kernels"),
-    Mutant(
-        "codec/entropy.py", "weights[:, CAP] *= 2", "weights[:, CAP] *= 1", "codec/test_entropy.py::test_frequencies"
+        "at_rest/test_ans.py::test_words",
     ),
     Mutant(
-        "codec/rounding_kernels.py",
+        "at_rest/ans.py", "for some in reversed(found)", "for some in found", "at_rest/test_ans.py::test_what_is_read"
+    ),
+    Mutant("at_rest/ans_kernels.py", "left + tl.cumsum(full, 0) - 1", "left", "at_rest/test_ans.py::test_kernels"),
+    Mutant(
+        "at_rest/entropy.py",
+        "weights[:, CAP] *= 2",
+        "weights[:, CAP] *= 1",
+        "at_rest/test_entropy.py::test_frequencies",
+    ),
+    Mutant(
+        "at_rest/rounding_kernels.py",
         "tl.where(value < 0, -number, number)",
         "number",
-        "codec/test_variable_rate.py::test_the_kernel",
+        "at_rest/test_variable_rate.py::test_the_kernel",
     ),
     Mutant(
-        "codec/variable_rate.py",
+        "at_rest/variable_rate.py",
         "np.lexsort((token, row, token // chunk))",
         "np.lexsort((token, row))",
-        "codec/test_variable_rate.py::test_a_chunk",
+        "at_rest/test_variable_rate.py::test_a_chunk",
     ),
     Mutant("quantization/packing.py", "full_like(high, split))", "full_like(high, 1))", "quantization/test_packing.py"),
     Mutant("quantization/codebook.py", "1.5104176", "1.6104176", "quantization/test_codebook.py"),

@@ -7,7 +7,7 @@ import numpy as np
 
 from pipeline.phases.base import Context, Row
 from pipeline.stages.compress import importance, timed
-from spectral_kv.codec.at_rest import AtRest
+from spectral_kv.at_rest.content import AtRest
 
 
 @dataclass(frozen=True)

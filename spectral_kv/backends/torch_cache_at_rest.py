@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from spectral_kv.codec.at_rest import AtRest
+from spectral_kv.at_rest.content import AtRest
+from spectral_kv.at_rest.storage import SpectralAtRest
 from spectral_kv.measured_files import bases_of
 from spectral_kv.storage.dense import Dense
-from spectral_kv.storage.spectral_at_rest import SpectralAtRest
 
 if TYPE_CHECKING:
     from spectral_kv.backends.torch import TorchBackend

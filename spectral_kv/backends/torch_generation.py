@@ -561,7 +561,7 @@ class GenerationCache(Cache):
             The ids that were fed; `load` can check them.
         codec : str or SpectralAtRest, optional
             `spectral` writes dense caches of which no head has evicted tokens of its own by a transform coder, about 16
-            times smaller; a `spectral_kv.storage.spectral_at_rest.SpectralAtRest` says how small. By default what is
+            times smaller; a `spectral_kv.at_rest.storage.SpectralAtRest` says how small. By default what is
             held is written as it is.
         """
         from spectral_kv.backends.torch_cache_file import save

@@ -1,4 +1,4 @@
-"""The library outside its backends, the engine and the model for lm_eval, which are torch's, knows no framework."""
+"""The library knows no framework; its backends, engine, caches at rest and model for lm_eval know torch."""
 
 import ast
 import subprocess
@@ -13,7 +13,7 @@ ROOT = Path(spectral_kv.__file__).parent
 SOURCES = [
     path
     for path in sorted(ROOT.rglob("*.py"))
-    if not {"backends", "engine", "lm_eval"} & set(path.relative_to(ROOT).parts)
+    if not {"at_rest", "backends", "engine", "lm_eval"} & set(path.relative_to(ROOT).parts)
 ]
 FRAMEWORKS = {"torch", "mlx", "mlx_lm"}
 

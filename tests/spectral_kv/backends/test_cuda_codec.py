@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from spectral_kv.codec.at_rest import AtRest
-from spectral_kv.codec.variable_rate import Components, VariableRate
+from spectral_kv.at_rest.content import AtRest
+from spectral_kv.at_rest.storage import SpectralAtRest
+from spectral_kv.at_rest.variable_rate import Components, VariableRate
 from spectral_kv.storage.spectral import SpectralStorage
-from spectral_kv.storage.spectral_at_rest import SpectralAtRest
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 SHAPE = (2, 2, 16)

@@ -8,7 +8,7 @@ import torch
 from transformers import Qwen2ForCausalLM
 
 import spectral_kv
-from spectral_kv.storage.spectral_at_rest import SpectralAtRest
+from spectral_kv.at_rest.storage import SpectralAtRest
 from tests.spectral_kv.coded_qwen import qwen, text
 
 

@@ -7,9 +7,9 @@ there in 16 bits) is coded, the others are stored, and those that are zero in al
 import numpy as np
 import torch
 
-from spectral_kv.codec import ans
-from spectral_kv.codec.counting import counts
-from spectral_kv.codec.entropy import CAP, WIDTH, Tables, folded
+from spectral_kv.at_rest import ans
+from spectral_kv.at_rest.counting import counts
+from spectral_kv.at_rest.entropy import CAP, WIDTH, Tables, folded
 
 LANE = 512  # numbers of a lane at most, of which there are so many that a lane has as few
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from spectral_kv.codec.entropy import CAP, WHOLE, WIDTH, Tables, entropy, folded, histogram
+from spectral_kv.at_rest.entropy import CAP, WHOLE, WIDTH, Tables, entropy, folded, histogram
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from scipy.fft import dct
 
-from spectral_kv.codec.counting import some_rows
+from spectral_kv.at_rest.counting import some_rows
 
 
 @cache

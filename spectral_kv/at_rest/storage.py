@@ -7,13 +7,13 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from spectral_kv.codec import along_tokens, exact
-from spectral_kv.codec.ans import lanes_of
-from spectral_kv.codec.at_rest import FORMAT, AtRest
+from spectral_kv.at_rest import along_tokens, exact
+from spectral_kv.at_rest.ans import lanes_of
+from spectral_kv.at_rest.content import FORMAT, AtRest
+from spectral_kv.at_rest.entropy import Tables
+from spectral_kv.at_rest.step_search import Goal, Search
+from spectral_kv.at_rest.variable_rate import OCTAVE, Components, VariableRate
 from spectral_kv.codec.bases import Bases, Block, by_head, centred
-from spectral_kv.codec.entropy import Tables
-from spectral_kv.codec.step_search import Goal, Search
-from spectral_kv.codec.variable_rate import OCTAVE, Components, VariableRate
 from spectral_kv.rope import Rope
 from spectral_kv.storage.base import Pair
 from spectral_kv.storage.dense import DenseTokens

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from spectral_kv.codec import exact
+from spectral_kv.at_rest import exact
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])

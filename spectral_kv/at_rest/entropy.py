@@ -3,7 +3,7 @@
 Numbers of one context are taken to be independent of one another, as likely as they are among all that are coded with
 it, and as often below zero as above. A table holds these frequencies by magnitude, a logarithm in 8 bits each, which
 costs less than a hundredth of a percent. Of numbers beyond `CAP` the rest is written in full elsewhere. What a coder
-counts with are whole numbers that follow from the logarithms by whole numbers alone: see `codec/ans.py`.
+counts with are whole numbers that follow from the logarithms by whole numbers alone: see `at_rest/ans.py`.
 """
 
 from dataclasses import dataclass

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from spectral_kv.codec import ans, threads
-from spectral_kv.codec.variable_rate import Components, VariableRate
+from spectral_kv.at_rest import ans, threads
+from spectral_kv.at_rest.variable_rate import Components, VariableRate
 
 
 def test_parts_come_back_in_their_order_from_several_threads(monkeypatch):

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from spectral_kv.codec.entropy import CAP, WIDTH
+from spectral_kv.at_rest.entropy import CAP, WIDTH
 
 TILE = 1024  # tokens at a time
 TILES = 16  # of a program

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from spectral_kv.codec.at_rest import AtRest
+from spectral_kv.at_rest.content import AtRest
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def test_bytes_give_it_back(cache):
 
 
 def test_bytes_of_another_version_are_refused_in_one_sentence(cache, monkeypatch):
-    monkeypatch.setattr("spectral_kv.codec.at_rest.FORMAT", "spectral_kv cache at rest 1")
+    monkeypatch.setattr("spectral_kv.at_rest.content.FORMAT", "spectral_kv cache at rest 1")
     old = cache.to_bytes()
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"in format '.* 1', this version reads '.* 2': encode it again"):

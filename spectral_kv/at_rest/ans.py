@@ -10,9 +10,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from spectral_kv.codec.counting import on_gpu
-from spectral_kv.codec.entropy import PRECISION, WHOLE, Tables
-from spectral_kv.codec.threads import each
+from spectral_kv.at_rest.counting import on_gpu
+from spectral_kv.at_rest.entropy import PRECISION, WHOLE, Tables
+from spectral_kv.at_rest.threads import each
 
 BITS = 16  # that leave a state at once
 LOW = 1 << 15  # the smallest state between steps; the largest is below LOW << BITS
@@ -51,7 +51,7 @@ def encode(rows: torch.Tensor, tables: Tables) -> tuple[np.ndarray, np.ndarray, 
         What the lanes begin with when they are read.
     """
     if on_gpu(rows):
-        from spectral_kv.codec import ans_kernels
+        from spectral_kv.at_rest import ans_kernels
 
         return ans_kernels.encode(rows, tables)
     rows, streams, lanes = rows.cpu().numpy(), rows.shape[1], rows.shape[3]
@@ -106,7 +106,7 @@ def decoder(
 ) -> Callable[[torch.Tensor, Tables], torch.Tensor]:
     """A `Decoder` on the device of `beside`: it takes contexts and returns numbers there."""
     if on_gpu(beside):
-        from spectral_kv.codec import ans_kernels
+        from spectral_kv.at_rest import ans_kernels
 
         return ans_kernels.Decoder(words, starts, states, beside.device)
     return Decoder(words, starts, states)

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from spectral_kv.codec.at_rest import AtRest
+from spectral_kv.at_rest.content import AtRest
+from spectral_kv.at_rest.storage import SpectralAtRest
 from spectral_kv.storage.dense import Dense, DenseTokens
-from spectral_kv.storage.spectral_at_rest import SpectralAtRest
 
 SHAPE = (2, 2, 16)  # layers, kv_heads, dim
 

@@ -24,7 +24,7 @@ def on_gpu(x: torch.Tensor) -> bool:
 def counts(numbers: torch.Tensor, size: int) -> np.ndarray:
     """How often each number from 0 to `size` - 1 is among some, int64 `[size]`."""
     if on_gpu(numbers):
-        from spectral_kv.codec import ans_kernels
+        from spectral_kv.at_rest import ans_kernels
 
         return ans_kernels.counts(numbers, size)
     parts = numbers.flatten().cpu().split(PART)  # in threads they would wait for those of torch

@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from spectral_kv.codec import ans
-from spectral_kv.codec.entropy import PRECISION, WHOLE, Tables
+from spectral_kv.at_rest import ans
+from spectral_kv.at_rest.entropy import PRECISION, WHOLE, Tables
 
 LANES = 32  # of a warp
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from spectral_kv.codec.counting import counts
-from spectral_kv.codec.entropy import CAP, WIDTH, folded, histogram
-from spectral_kv.codec.variable_rate import CONTEXTS, GAINS, Components, Rounding, VariableRate, fill, means, values
+from spectral_kv.at_rest.counting import counts
+from spectral_kv.at_rest.entropy import CAP, WIDTH, folded, histogram
+from spectral_kv.at_rest.variable_rate import CONTEXTS, GAINS, Components, Rounding, VariableRate, fill, means, values
 
 
 def components(blocks: list[np.ndarray]) -> Components:
@@ -78,14 +78,14 @@ def test_numbers_contexts_and_counts_are_those_of_the_definition(blocks, step):
 def test_words_do_not_depend_on_how_many_components_are_looked_at_at_a_time(blocks, monkeypatch):
     written = []
     for numbers in (2**17, 3000):
-        monkeypatch.setattr("spectral_kv.codec.counting.PART", numbers)
+        monkeypatch.setattr("spectral_kv.at_rest.counting.PART", numbers)
         written.append(VariableRate.of(components(blocks), 0.5, 256))
     for name in ("levels", "means", "words", "states", "far", "ends"):
         np.testing.assert_array_equal(*(getattr(w, name) for w in written))
 
 
 def test_the_kernel_of_a_gpu_rounds_and_counts_alike(rng, monkeypatch):
-    kernels = pytest.importorskip("spectral_kv.codec.rounding_kernels", reason="needs Triton")
+    kernels = pytest.importorskip("spectral_kv.at_rest.rounding_kernels", reason="needs Triton")
     monkeypatch.setattr(kernels, "TILE", 128)
     monkeypatch.setattr(kernels, "TILES", 2)
     device = "cuda" if torch.cuda.is_available() else "cpu"

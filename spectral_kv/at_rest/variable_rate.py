@@ -7,7 +7,7 @@ Their sum is the context of the entropy coder. A number is rounded down where th
 (rate-distortion optimised quantisation), and stands for the mean of what was rounded to it.
 
 All is done by torch on the device on which the components lie, some components at a time on a CPU, so that what comes
-between stays in its cache. Numbers are written and read by `codec/ans.py`.
+between stays in its cache. Numbers are written and read by `at_rest/ans.py`.
 """
 
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from spectral_kv.codec import ans
-from spectral_kv.codec.counting import counts, on_gpu, some_rows
-from spectral_kv.codec.entropy import CAP, WIDTH, Tables, entropy, folded
+from spectral_kv.at_rest import ans
+from spectral_kv.at_rest.counting import counts, on_gpu, some_rows
+from spectral_kv.at_rest.entropy import CAP, WIDTH, Tables, entropy, folded
 
 OCTAVE = 4  # steps of a scale a factor of 2
 CONTEXTS = 64  # of components
@@ -215,7 +215,7 @@ def fill(rows: torch.Tensor, values: torch.Tensor, sizes: Sizes, rounding: Round
     """
     there, levels = sizes.there, sizes.levels[sizes.there]
     if on_gpu(rows):
-        from spectral_kv.codec.rounding_kernels import rounded
+        from spectral_kv.at_rest.rounding_kernels import rounded
 
         bounds = (torch.from_numpy(x[levels]).to(rows.device) for x in (rounding.least, rounding.below))
         inverse = float(np.float32(1 / step))
@@ -327,7 +327,7 @@ class VariableRate:
     ----------
     step : float
     chunk : int
-        Tokens of a chunk, which is a stream of `codec/ans.py`.
+        Tokens of a chunk, which is a stream of `at_rest/ans.py`.
     levels : np.ndarray of uint8, [components]
     means : np.ndarray of uint8, [2, contexts]
     tables : Tables

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from spectral_kv.codec.along_tokens import backward, cosine, forward
+from spectral_kv.at_rest.along_tokens import backward, cosine, forward
 
 
 @pytest.mark.parametrize("size", [1, 4, 64])

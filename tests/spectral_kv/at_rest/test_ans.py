@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from spectral_kv.codec import ans
-from spectral_kv.codec.entropy import CAP, WHOLE, WIDTH, Tables, entropy, histogram
+from spectral_kv.at_rest import ans
+from spectral_kv.at_rest.entropy import CAP, WHOLE, WIDTH, Tables, entropy, histogram
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -70,7 +70,7 @@ def test_lanes_take_two_turns_at_least():
 
 @pytest.mark.parametrize("shape", [(9, 3, 2, 20), (5, 2, 1, 1), (3, 1, 3, 130)])
 def test_kernels_write_and_read_the_same_bytes(rng, shape):
-    kernels = pytest.importorskip("spectral_kv.codec.ans_kernels", reason="needs Triton")
+    kernels = pytest.importorskip("spectral_kv.at_rest.ans_kernels", reason="needs Triton")
     numbers, contexts, rows, tables, _ = drawn(rng, *shape)
     ours = ans.encode(rows, tables)
     for one, other in zip(ours, kernels.encode(rows.to(DEVICE), tables), strict=True):
@@ -82,7 +82,7 @@ def test_kernels_write_and_read_the_same_bytes(rng, shape):
 
 
 def test_a_kernel_counts(rng):
-    kernels = pytest.importorskip("spectral_kv.codec.ans_kernels", reason="needs Triton")
+    kernels = pytest.importorskip("spectral_kv.at_rest.ans_kernels", reason="needs Triton")
     numbers = rng.integers(0, 50, 3000).astype(np.int16)
     found = kernels.counts(torch.from_numpy(numbers).to(DEVICE), 60, copies=3, block=256)
     np.testing.assert_array_equal(found, np.bincount(numbers, minlength=60))
