@@ -53,6 +53,7 @@ def test_a_file_is_read_as_mlflow_gives_it(outputs, monkeypatch):
     monkeypatch.undo()
     assert repr(found) == repr(stored._from_mlflow(SETTINGS, outputs)) and len(found) == 4
     assert np.isnan(found[3].metrics["none"])
+    assert stored._from_file(TrackingConfig(None, "another"), outputs) == []
 
 
 def test_a_copied_store_reads_the_files_that_came_with_it(outputs, tmp_path):

@@ -81,6 +81,21 @@ def test_kernels_write_and_read_the_same_bytes(rng, shape):
     assert torch.equal(torch.cat(parts), numbers)
 
 
+def test_words_that_are_no_stream_are_read_to_their_end_and_alike(rng):
+    """Whatever they say: zeros follow the last of them."""
+    kernels = pytest.importorskip("spectral_kv.at_rest.ans_kernels", reason="needs Triton")
+    _, contexts, _, tables, _ = drawn(rng, 60, 2, 1, 9)
+    contexts.clamp_(max=19)
+    states = rng.integers(ans.LOW, 2**31, (2, 9)).astype(np.int32)
+    for count in (0, 1, 50):
+        words, starts = rng.integers(0, 2**16, count).astype(np.uint16), np.array([0, count // 2])
+        ours = ans.Decoder(words, starts, states)
+        found = ours(contexts, tables)
+        assert (ours.at > count).any()
+        theirs = kernels.Decoder(words, starts, states, torch.device(DEVICE))
+        assert torch.equal(theirs(contexts.to(DEVICE), tables).cpu(), found)
+
+
 def test_a_kernel_counts(rng):
     kernels = pytest.importorskip("spectral_kv.at_rest.ans_kernels", reason="needs Triton")
     numbers = rng.integers(0, 50, 3000).astype(np.int16)

@@ -142,6 +142,8 @@ def test_a_chunk_is_read_alone(blocks, chunk, step):
     exact[there] = values(rounded.numbers(), rounded.sizes.levels[there], written.means, step)
     assert torch.equal(whole, exact)
     assert (len(written.far) > 1000) == (step == 0.01)
+    lanes = -(-chunk // 2)
+    assert len(written.states) == 700 // chunk * lanes + min(700 % chunk, lanes), "none of lanes without a token"
     broken = VariableRate(**{**vars(written), "words": written.words.copy()})
     start, stop = 2 * chunk - 1, 3 * chunk
     broken.words[: written.ends[0, 0]] = 0

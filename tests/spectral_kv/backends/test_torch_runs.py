@@ -1,5 +1,7 @@
 """Caches whose layers and KV heads hold different numbers of tokens, or tokens with a bias."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -247,6 +249,21 @@ def test_compressing_at_once_is_scoring_choosing_and_storing(backend, prefill, s
         assert backend.generate(cache, 5, 4) == backend.generate(other, 5, 4)
         for layer in range(backend.shape.layers if want is not None else 0):
             assert all(torch.equal(a, b) for a, b in zip(chosen[layer], want[layer], strict=True))
+
+
+def test_a_pass_over_the_keys_is_compressed_at_once_unless_something_is_refitted(backend, prefill, monkeypatch):
+    asked = []
+    monkeypatch.setattr("spectral_kv.compressor.pass_over_keys", lambda *about: "a pass")
+    monkeypatch.setattr(
+        type(backend), "select_and_compress",
+        lambda self, prefill, scores, *more: asked.append((scores, *more)) or ("cache", "kept"),
+    )  # fmt: skip
+    budget, storage = Budget(50, 2, 8), Dense()
+    assert Compressor(backend, Wavelet(), budget, storage).compress(prefill, batch=3) == ("cache", "kept")
+    assert asked == [("a pass", budget, storage, 3)]
+    Compressor(backend, Wavelet(), budget, storage, refit=Refit("bias")).compress(prefill)
+    Compressor(backend, Wavelet(), replace(budget, tokens=PROMPT), storage).compress(prefill)
+    assert len(asked) == 1
 
 
 def test_packed_heads_of_different_lengths(backend, tokens, prefill, rng):
