@@ -86,8 +86,12 @@ class Tables:
         one = np.where(codes > 0, ROOTS[(codes - 1) % OCTAVE] << (codes - 1) // OCTAVE, 0)
         weights[row, CAP + at] = weights[row, CAP - at] = one
         weights[:, CAP] *= 2  # others share theirs with the number of the other sign
-        total = weights.sum(axis=1, keepdims=True)
-        found = np.where(weights > 0, np.maximum(weights * WHOLE // np.maximum(total, 1), 1), 0)
+        total, there = weights.sum(axis=1, keepdims=True), weights > 0
+        found = np.where(there, np.maximum(weights * WHOLE // np.maximum(total, 1), 1), 0)
+        # what many rare numbers have beyond their share, the largest need not have to give: then shares are of the rest
+        crowded = 4 * (found.sum(axis=1) - WHOLE) > 3 * found.max(axis=1)
+        left = WHOLE - there.sum(axis=1, keepdims=True)
+        found[crowded] = (there + weights * left // np.maximum(total, 1))[crowded]
         largest = found.argmax(axis=1)
         met = np.flatnonzero(total)
         found[met, largest[met]] += WHOLE - found[met].sum(axis=1)

@@ -31,6 +31,20 @@ def test_frequencies_are_whole_and_those_of_the_numbers(counted):
     assert abs(bits - by_hand) < 0.01 * bits  # signs are equally likely in a table, and nearly so here
 
 
+@pytest.mark.parametrize("often", [9, 90, 1000, 30_000])
+@pytest.mark.parametrize("flat", [1, 20, 60, 101, 150])
+def test_many_rare_numbers_take_from_the_largest_no_more_than_they_have(often, flat):
+    """As in heavy tails: each has one place at least, and where they are many that is far more than their share."""
+    met = np.ones((1, CAP + 1), dtype=int)
+    met[0, :flat] = often
+    tables = Tables.of(met)
+    found = tables.frequencies[0]
+    assert found.sum() == WHOLE and found.min() >= 1
+    assert tables.slots.shape == (2 * WHOLE,)
+    share = np.append(met[0, :0:-1] / 2, met[0]) / np.append(np.ones(CAP), [1, *np.full(CAP, 2)]) / met.sum()
+    assert -(share * np.log2(found / WHOLE)).sum() < -(share * np.log2(share)).sum() + 0.2
+
+
 def test_every_place_of_a_table_belongs_to_the_number_that_has_it(counted):
     tables = Tables.of(counted[2])
     again = Tables(tables.codes.copy(), tables.lengths.copy())  # as read from a file

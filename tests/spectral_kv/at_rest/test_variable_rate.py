@@ -130,6 +130,14 @@ def test_sizes_of_tokens_save_bits(blocks, rng):
     assert rounded.bits < 0.97 * shuffled.bits
 
 
+def test_heavy_tails_come_back(rng):
+    """Their tables hold many rare numbers."""
+    own = components([(rng.standard_t(5, size=(2000, 200)) * 20).astype(np.float32)])
+    written = VariableRate.of(own, 1.0, 256)
+    assert (written.tables.frequencies >= 0).all()
+    assert (read(written, own, 0, 2000) - own.values).abs().max() < 1.5
+
+
 @pytest.mark.parametrize("step", [0.5, 0.01])  # without and with numbers beyond the tables
 @pytest.mark.parametrize("chunk", [128, 100, 7])
 def test_a_chunk_is_read_alone(blocks, chunk, step):
