@@ -337,7 +337,7 @@ class SpectralAtRest:
 
 def as_torch(x: Array) -> torch.Tensor:
     """A torch tensor with the numbers of any array, which is read and written as one."""
-    return x if isinstance(x, torch.Tensor) else torch.from_numpy(to_numpy(x))
+    return x.detach() if isinstance(x, torch.Tensor) else torch.from_numpy(to_numpy(x))
 
 
 def as_kind(x: torch.Tensor, template: Array) -> Array:

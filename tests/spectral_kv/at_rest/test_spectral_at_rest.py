@@ -204,6 +204,13 @@ def test_importance_that_says_nothing_is_refused(importance):
         SpectralAtRest("bases.safetensors").weighing(importance)
 
 
+def test_keys_that_a_gradient_is_asked_of_are_written_alike(backend, prefill, bases_path):
+    storage, positions = SpectralAtRest(bases_path, 8), np.arange(1500)
+    keys = [k.clone().requires_grad_() * 1.0 for k in prefill.keys]
+    content = storage.encode(keys, prefill.values, positions, backend.rope).to_bytes()
+    assert content == written(backend, prefill, storage).to_bytes()
+
+
 def test_nothing_need_be_exact(backend, prefill, bases_path):
     storage = SpectralAtRest(bases_path, 8, sinks=0, recent=0)
     content = written(backend, prefill, storage)
