@@ -23,7 +23,7 @@ STEPS = 64  # likewise
 
 
 def lanes_of(tokens: int) -> tuple[int, int]:
-    """How many lanes a stream of so many tokens has, and how many turns each of them takes: two at least."""
+    """How many lanes a stream of so many tokens has, and the turns of each: two or more, or one of a single token."""
     lanes = min(LANES, -(-tokens // 2))
     return lanes, -(-tokens // lanes)
 

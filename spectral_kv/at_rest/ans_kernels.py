@@ -99,9 +99,9 @@ def _width(lanes: int) -> dict[str, int]:
 
 
 def _on_host(x: torch.Tensor) -> np.ndarray:
-    """Through memory that stays where it is, which takes a tenth of the time."""
+    """A copy by way of pinned memory, which takes a tenth of the time and is not held while a cache is parked."""
     found = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
-    return found.copy_(x).numpy()
+    return found.copy_(x).numpy().copy()
 
 
 def encode(rows: torch.Tensor, tables: Tables) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
