@@ -211,6 +211,9 @@ def plan(
     Hydra takes 80 ms and more to compose a job, so that `processes` share the sections, and what was composed is
     remembered in the file `memory`, as long as no configuration file changes.
 
+    Of a text that the model's tokenizer cuts into fewer windows than an experiment asks for the section takes them all,
+    if there are `FEWEST` and no override says how many.
+
     Raises
     ------
     InputError
@@ -243,30 +246,26 @@ def plan(
     memory.parent.mkdir(parents=True, exist_ok=True)
     memory.write_text(json.dumps(remembered))
     counted = any(o.startswith("document.count=") for o in overrides)
-    return [_prepared(name, section, None if counted else FEWEST) for name, section in found.items()]
+    sections = []
+    for name, section in found.items():
+        try:
+            sections.append(_prepared(name, section))
+        except TooFewWindows as error:
+            if counted or error.held < FEWEST:
+                raise
+            # composed anew, for whatever refers to the number of windows
+            count = f"document.count={error.held}"
+            narrowed = [*(o for o in section["narrowed"] if not o.startswith("document.count=")), count]
+            key = " ".join([name, *overrides, "of", *narrowed])
+            if key not in known:
+                known[key] = _composed(name, overrides, narrowed)
+                memory.write_text(json.dumps(remembered))
+            sections.append(_prepared(name, known[key]))
+    return sections
 
 
-def _prepared(name: str, section: dict, fewest: int | None) -> Section:
-    """A section with its jobs checked.
-
-    Of a text that the model's tokenizer cuts into fewer windows than the experiment asks for the section takes them
-    all, if there are `fewest`; None takes no fewer.
-    """
-    configs, choices, resolved = ([job[key] for job in section["jobs"]] for key in ("config", "choice", "resolved"))
-
-    def prepared(configs: list[dict]) -> list[Job]:
-        pairs = zip(configs, resolved, strict=True)
-        return [prepare(config if plain else OmegaConf.create(config)) for config, plain in pairs]
-
-    try:
-        jobs = prepared(configs)
-    except TooFewWindows as error:
-        if fewest is None or error.held < fewest:
-            raise
-        fewer = [config | {"document": config["document"] | {"count": error.held}} for config in configs]
-        narrowed = [o for o in section["narrowed"] if not o.startswith("document.count=")]
-        return Section(
-            name, error.held, [*narrowed, f"document.count={error.held}"], choices, prepared(fewer),
-            section["taken"],
-        )  # fmt: skip
+def _prepared(name: str, section: dict) -> Section:
+    """A section with its jobs checked."""
+    jobs = [prepare(j["config"] if j["resolved"] else OmegaConf.create(j["config"])) for j in section["jobs"]]
+    choices = [job["choice"] for job in section["jobs"]]
     return Section(name, section["asked"], section["narrowed"], choices, jobs, section["taken"])

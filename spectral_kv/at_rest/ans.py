@@ -131,7 +131,7 @@ class Decoder:
         """The next numbers, int16 `[rows, streams, turns, lanes]`, in contexts of this shape."""
         device, contexts = contexts.device, contexts.cpu().numpy()
         found = np.empty(contexts.shape, dtype=np.int16)
-        _ = tables.slots  # made once, before threads ask for them
+        _ = tables.numbers, tables.slots  # made once, before threads ask for them
         each(lambda part: self._part(contexts[:, part], found[:, part], part, tables), _groups(*self.states.shape))
         return torch.from_numpy(found).to(device)
 

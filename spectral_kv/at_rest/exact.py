@@ -11,7 +11,8 @@ from spectral_kv.at_rest import ans
 from spectral_kv.at_rest.counting import counts
 from spectral_kv.at_rest.entropy import CAP, WIDTH, Tables, folded
 
-LANE = 512  # numbers of a lane at most, of which there are so many that a lane has as few
+LANE = 512  # numbers of a lane, where `LANES` suffice
+LANES = 2**14  # at most: a GPU has all of them in one program, which could not be of more than 2**20
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -23,7 +24,8 @@ def encode(arrays: list[torch.Tensor]) -> dict[str, np.ndarray]:
     top = planes[:, -1].to(torch.int32)
     signed = ((top & 127) + 1) * (1 - (top >> 7) * 2)
     contexts = _contexts([x.numel() for x in arrays], numbers)
-    rows = _in_lanes(contexts * WIDTH + CAP + signed, len(arrays) * WIDTH + CAP)
+    lanes = min(max(1, -(-len(numbers) // LANE)), LANES)
+    rows = _in_lanes(contexts * WIDTH + CAP + signed, len(arrays) * WIDTH + CAP, lanes)
     met = counts(rows, (len(arrays) + 1) * WIDTH).reshape(-1, WIDTH)[:-1]
     tables = Tables.of(folded(met))
     words, _, states = ans.encode(rows, tables)
@@ -48,7 +50,7 @@ def decode(tensors: dict[str, np.ndarray], shapes: list[tuple[int, ...]], beside
     for row, plane in zip(tensors["planes"][:count], stored, strict=True):
         planes[:, int(row)] = plane
     decoder = ans.decoder(tensors["words"], np.zeros(1, dtype=np.int64), tensors["states"], beside)
-    contexts = _in_lanes(_contexts(sizes, beside), len(sizes))
+    contexts = _in_lanes(_contexts(sizes, beside), len(sizes), tensors["states"].shape[1])
     found = decoder(contexts, Tables(tensors["codes"], tensors["lengths"])).flatten()[: len(planes)]
     planes[:, -1] = ((found.abs() - 1) | (found < 0).to(torch.int16) << 7).to(torch.uint8)
     numbers = planes.view(dtype).flatten()
@@ -59,7 +61,6 @@ def _contexts(sizes: list[int], beside: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)).to(beside.device)
 
 
-def _in_lanes(x: torch.Tensor, nothing: int) -> torch.Tensor:
+def _in_lanes(x: torch.Tensor, nothing: int, lanes: int) -> torch.Tensor:
     """Numbers `[n]` as one stream, `[rows, 1, 1, lanes]`, with `nothing` behind the last."""
-    lanes = max(1, -(-len(x) // LANE))
     return torch.cat([x, x.new_full((-len(x) % lanes,), nothing)]).reshape(-1, 1, 1, lanes)

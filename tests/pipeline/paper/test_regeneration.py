@@ -60,7 +60,8 @@ def test_a_text_with_fewer_windows_than_the_experiment_asks_for_gives_all_it_has
     text, memory = tmp_path / "text.txt", tmp_path / "compositions.json"
     ours = [o for o in settings if not o.startswith(("document=", "document.tokens=", "document.continuation="))]
     ours += ["document=file", f"document.path={text}", "document.tokens=100", "document.continuation=60"]
-    narrow = ["method=random,streaming", "budget.tokens=80"]
+    # what refers to the number of windows follows it
+    narrow = ["method=random,streaming", "budget.tokens=80", "phase.perturbation.positions=${document.count}"]
     for windows in (17, 15):
         text.write_text("word " * 160 * windows)
         given = [*ours, *narrow, "model.bos=false"]
@@ -68,6 +69,8 @@ def test_a_text_with_fewer_windows_than_the_experiment_asks_for_gives_all_it_has
             (section,) = plan(["baselines"], given, memory)
             assert section.asked == 17 and "document.count=17" in section.narrowed
             assert [len(job.windows) for job in section.jobs] == [17, 17] and len(section.choices) == 2
+            assert [job.settings.phases["perturbation"].positions for job in section.jobs] == [17, 17]
+            assert plan(["baselines"], given, memory)[0].narrowed == section.narrowed  # remembered
             with pytest.raises(InputError, match=r"document\.count=18 windows"):  # what was asked for by name
                 plan(["baselines"], [*given, "document.count=18"], memory)
         else:

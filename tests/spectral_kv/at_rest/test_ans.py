@@ -1,5 +1,7 @@
 """The entropy coder in array operations, and its kernels on a GPU or in Triton's interpreter."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -30,6 +32,17 @@ def test_what_is_read_is_what_was_written(rng, shape):
     parts = [decoder(part, tables) for part in contexts.split(40)]
     assert torch.equal(torch.cat(parts), numbers)
     assert (decoder.states == ans.LOW).all()  # where they began to be written
+
+
+def test_threads_share_tables_that_are_made_once(rng, monkeypatch):
+    numbers, contexts, rows, tables, _ = drawn(rng, 4, 90, 1, 128)
+    words, counts, states = ans.encode(rows, tables)
+    made = []
+    place = Tables._at_places
+    monkeypatch.setattr(Tables, "_at_places", lambda self, x: made.append(threading.current_thread()) or place(self, x))
+    monkeypatch.setattr("spectral_kv.at_rest.threads.cores", lambda: 3)
+    assert torch.equal(ans.Decoder(words, np.cumsum(counts) - counts, states)(contexts, tables), numbers)
+    assert made == [threading.current_thread()] * 2
 
 
 def test_words_are_those_of_the_definition(rng):

@@ -14,6 +14,16 @@ def test_numbers_come_back_bit_for_bit(rng, dtype):
         assert y.dtype == x.dtype and torch.equal(y.ravel().view(torch.uint8), x.ravel().view(torch.uint8))
 
 
+def test_many_numbers_have_no_more_lanes_and_those_of_more_are_read(rng, monkeypatch):
+    x = torch.from_numpy(rng.normal(size=(2, 400, 8))).to(torch.bfloat16)
+    more = exact.encode([x])
+    monkeypatch.setattr(exact, "LANES", 3)
+    fewer = exact.encode([x])
+    assert more["states"].shape == (1, 13) and fewer["states"].shape == (1, 3)
+    for tensors in (more, fewer):
+        assert torch.equal(exact.decode(tensors, [tuple(x.shape)], x)[0], x)
+
+
 def test_exponents_take_less_than_their_bits(rng):
     x = torch.from_numpy(rng.normal(size=(4, 500, 16))).to(torch.bfloat16)
     assert sum(t.nbytes for t in exact.encode([x]).values()) < 0.8 * x.nbytes
