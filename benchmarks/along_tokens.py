@@ -15,7 +15,7 @@ import torch
 from scipy.fft import dct
 
 from benchmarks.at_rest import asked, coded
-from spectral_kv.at_rest.variable_rate import Components
+from spectral_kv.at_rest.rounding import Components
 
 BLOCKS = (8, 32, 64)  # tokens of a cosine transform
 WAVELETS = {"haar": 3, "db2": 3, "sym4": 3}  # levels, in blocks of 64 tokens

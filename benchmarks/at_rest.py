@@ -9,8 +9,8 @@ from pipeline.job import Job, prepare
 from pipeline.run import loaded
 from pipeline.settings.compose import composed
 from spectral_kv.at_rest.content import AtRest
+from spectral_kv.at_rest.rounding import Components
 from spectral_kv.at_rest.storage import SpectralAtRest, components_of
-from spectral_kv.at_rest.variable_rate import Components
 from spectral_kv.storage.windowed import part
 
 

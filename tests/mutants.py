@@ -79,7 +79,7 @@ MUTANTS = [
         "at_rest/test_variable_rate.py::test_the_kernel",
     ),
     Mutant(
-        "at_rest/variable_rate.py",
+        "at_rest/rounding.py",
         "np.lexsort((token, row, token // chunk))",
         "np.lexsort((token, row))",
         "at_rest/test_variable_rate.py::test_a_chunk",

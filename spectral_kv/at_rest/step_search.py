@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from spectral_kv.at_rest.entropy import Tables
-from spectral_kv.at_rest.variable_rate import CONTEXTS, Components
+from spectral_kv.at_rest.rounding import CONTEXTS, Components
 
 SEARCHED = 512  # tokens of which bits are counted while a step is looked for
 CLOSE = 0.015  # of the logarithm to base 2 of what is met, where the search ends

@@ -11,8 +11,9 @@ from spectral_kv.at_rest import along_tokens, exact
 from spectral_kv.at_rest.ans import lanes_of
 from spectral_kv.at_rest.content import FORMAT, AtRest
 from spectral_kv.at_rest.entropy import Tables
+from spectral_kv.at_rest.rounding import OCTAVE, Components
 from spectral_kv.at_rest.step_search import Goal, Search
-from spectral_kv.at_rest.variable_rate import OCTAVE, Components, VariableRate
+from spectral_kv.at_rest.variable_rate import VariableRate
 from spectral_kv.codec.bases import Bases, Block, by_head, centred
 from spectral_kv.rope import Rope
 from spectral_kv.storage.base import Pair

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from spectral_kv.at_rest.rounding import Components
 from spectral_kv.at_rest.step_search import Goal, Search, root
-from spectral_kv.at_rest.variable_rate import Components
 
 
 def test_a_root_is_found():

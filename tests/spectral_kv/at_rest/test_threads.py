@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from spectral_kv.at_rest import ans, threads
-from spectral_kv.at_rest.variable_rate import Components, VariableRate
+from spectral_kv.at_rest.rounding import Components
+from spectral_kv.at_rest.variable_rate import VariableRate
 
 
 def test_parts_come_back_in_their_order_from_several_threads(monkeypatch):

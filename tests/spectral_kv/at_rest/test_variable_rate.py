@@ -6,7 +6,8 @@ import torch
 
 from spectral_kv.at_rest.counting import counts
 from spectral_kv.at_rest.entropy import CAP, WIDTH, folded, histogram
-from spectral_kv.at_rest.variable_rate import CONTEXTS, GAINS, Components, Rounding, VariableRate, fill, means, values
+from spectral_kv.at_rest.rounding import CONTEXTS, GAINS, Components, Rounding, fill, means, values
+from spectral_kv.at_rest.variable_rate import VariableRate
 
 
 def components(blocks: list[np.ndarray]) -> Components:

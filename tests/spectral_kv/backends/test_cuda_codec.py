@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from spectral_kv.at_rest.content import AtRest
+from spectral_kv.at_rest.rounding import Components
 from spectral_kv.at_rest.storage import SpectralAtRest
-from spectral_kv.at_rest.variable_rate import Components, VariableRate
+from spectral_kv.at_rest.variable_rate import VariableRate
 from spectral_kv.storage.spectral import SpectralStorage
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
