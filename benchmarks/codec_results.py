@@ -36,6 +36,7 @@ WHAT = [  # tells a run from another
 NAMES = {"model.name": "model", "document.tokens": "tokens", "document.count": "count", "method.name": "method",
          "budget.allocation": "allocation", "storage.name": "storage", "memory/bases_mb": "bases, MB"}  # fmt: skip
 CODER = "spectral"
+SAME = ["model", "text", "tokens", "document.continuation", "count"]
 BY_DOCUMENT = ("ppl/kl", "retrieval/recall", "retrieval/full_recall")
 
 
@@ -76,15 +77,13 @@ def collected(stores: list[Path]) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]
     return table.dropna(axis=1, how="all"), by_document
 
 
-def rival(run: str, table: pd.DataFrame, windows: pd.DataFrame) -> str | None:
-    """The run with the least KL among those of the same windows and about the bytes of `run`, coders left out."""
+def rivals(run: str, table: pd.DataFrame, windows: pd.DataFrame) -> pd.DataFrame:
+    """The runs on the same windows with about the bytes of `run`, coders left out."""
     of = table.loc[windows.index]
-    same = (of[["model", "text", "tokens", "count"]] == table.loc[run, ["model", "text", "tokens", "count"]]).all(
-        axis=1
-    )
+    what = [name for name in SAME if name in of]
+    same = (of[what] == table.loc[run, what]).all(axis=1)
     near = (of["smaller"] / table.loc[run, "smaller"]).between(1 / NEAR, NEAR)
-    others = of[same & near & ~of["storage"].str.startswith(CODER)]
-    return None if others.empty else others["ppl/kl"].idxmin()
+    return of[same & near & ~of["storage"].str.startswith(CODER)]
 
 
 def _cell(row: pd.Series, metric: str, form: str) -> str:
@@ -112,8 +111,9 @@ def markdown(table: pd.DataFrame, by_document: dict[str, pd.DataFrame]) -> str:
             line["bases"] = row["storage.bases"]
         line["along"] = "" if pd.isna(row.get("storage.along")) else f"{int(row['storage.along'])}"
         line["bases, MB"] = "" if pd.isna(row.get("bases, MB")) else f"{row['bases, MB']:.1f}"
-        line["KL - half of the best rival's"] = line["best rival"] = ""
-        if run in windows.index and row["storage"].startswith(CODER) and (other := rival(run, table, windows)):
+        line["KL - half of the best rival's"] = line["best rival"] = line["of"] = ""
+        if run in windows.index and row["storage"].startswith(CODER) and len(of := rivals(run, table, windows)):
+            other, line["of"] = of["ppl/kl"].idxmin(), f"{len(of)}"
             line["KL - half of the best rival's"] = spread(paired(windows.loc[run], windows.loc[other] / 2), "{:.4f}")
             line["best rival"] = ", ".join(table.loc[other, ["method", "allocation", "storage"]])
         lines.append(line)

@@ -8,6 +8,7 @@ own, which nobody writes down; the bytes of the codes are all that is needed to 
 zstandard`) has the same numbers, a byte each, component by component.
 """
 
+import sys
 from importlib.util import find_spec
 
 import numpy as np
@@ -29,7 +30,9 @@ def main() -> None:
             import zstandard
 
             sizes |= {f"zstd {level}": len(zstandard.compress(plain, level=level)) for level in LEVELS}
-        rows.append({"ratio": ratio} | {name: 8 * size / rounded.order_0 for name, size in sizes.items()})
+        order_0 = rounded.order_0
+        rows.append({"ratio": ratio} | {name: 8 * size / order_0 for name, size in sizes.items()})
+        print(*(f"{name} {value:.4f}" for name, value in rows[-1].items()), sep=", ", file=sys.stderr, flush=True)
     print(f"{len(job.windows)} windows of {job.settings.documents.source}: bytes, relative to the order-0 entropy")
     print(pd.DataFrame(rows).groupby("ratio").agg(["mean", "min", "max"]).round(4).to_markdown())
 
