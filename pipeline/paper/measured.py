@@ -89,11 +89,33 @@ def _documents(job: Job) -> tuple[str, str]:
     return job.checkpoint.hash, job.document_hash
 
 
-def _next(left: list[Job], own: Hashable, others: set[Hashable]) -> Job:
-    """The job that suits a process: on its `own` documents, on those of no other process, or where most is left."""
+def _parts(jobs: list[Job]) -> set[int]:
+    """Jobs, by their ids, of whose phases another one on the same documents has all and more.
+
+    A process that measured the other knows all of the full cache that they need.
+    """
+    phases: dict[tuple[str, str], set[frozenset]] = {}
+    for job in jobs:
+        phases.setdefault(_documents(job), set()).add(frozenset(job.settings.phases))
+    return {id(job) for job in jobs if any(set(job.settings.phases) < more for more in phases[_documents(job)])}
+
+
+def _next(left: list[Job], own: Hashable, others: set[Hashable], parts: set[int], joined: bool) -> tuple[Job, bool]:
+    """The job that suits a process, and whether it has `joined` others on its documents.
+
+    It is on its `own` documents, on those of no other process, or where most is left. What of the full cache jobs need
+    is measured once a process: whoever has documents to himself leaves the `parts` for last, and whoever joins others
+    begins with these.
+    """
     held = Counter(_documents(job) for job in left)
-    of = own if own in held else next((d for d in held if d not in others), held.most_common(1)[0][0])
-    return next(job for job in left if _documents(job) == of)
+    if own in held:
+        of = own
+    else:
+        of = next((d for d in held if d not in others), None)
+        joined = of is None
+        of = of or held.most_common(1)[0][0]
+    there = [job for job in left if _documents(job) == of]
+    return next((job for job in there if (id(job) in parts) == joined), there[0]), joined
 
 
 def _by_several(jobs: list[Job], processes: int) -> Iterator[tuple[Job, Any]]:
@@ -101,14 +123,15 @@ def _by_several(jobs: list[Job], processes: int) -> Iterator[tuple[Job, Any]]:
     from pipeline.run import execute
 
     context = multiprocessing.get_context("spawn")  # a forked process can't use a GPU
-    left, busy, held = list(jobs), {}, {}
+    left, busy, held, joined, parts = list(jobs), {}, {}, {}, _parts(jobs)
     with outliving(processes), ExitStack() as stack:
         count = min(processes, len(jobs))
         idle = [stack.enter_context(ProcessPoolExecutor(1, context, _one_of, (processes,))) for _ in range(count)]
         while left or busy:
             while left and idle:
                 pool = idle.pop(0)
-                job = _next(left, held.get(pool), {documents for other, documents in held.items() if other is not pool})
+                others = {documents for other, documents in held.items() if other is not pool}
+                job, joined[pool] = _next(left, held.get(pool), others, parts, joined.get(pool, False))
                 left = [other for other in left if other is not job]
                 held[pool] = _documents(job)
                 busy[pool.submit(execute, job)] = (pool, job)

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.paper.__main__ import regenerate
-from pipeline.paper.measured import MeasuredSection, _next, served
+from pipeline.paper.measured import MeasuredSection, _next, _parts, served
 
 
 @pytest.mark.parametrize(("recall", "said"), [(0.59, "the full cache itself finds 0.59"), (0.6, None)])
@@ -45,12 +45,26 @@ def test_a_job_is_served_by_one_that_measures_all_its_phases_and_more(job):
 
 def test_processes_stay_with_their_documents(job):
     left = [job("a"), job("a"), job("b"), job("c"), job("c"), job("c")]
-    assert _next(left, None, set()) is left[0]
-    assert _next(left, ("model", "c"), {("model", "a")}) is left[3]  # its own
-    assert _next(left, None, {("model", "a")}) is left[2]  # nobody's
-    assert (
-        _next(left[:2] + left[3:], ("model", "b"), {("model", "a"), ("model", "c")}) is left[3]
-    )  # with somebody, where most is left
+    assert _next(left, None, set(), set(), False) == (left[0], False)
+    assert _next(left, ("model", "c"), {("model", "a")}, set(), False) == (left[3], False)  # its own
+    assert _next(left, None, {("model", "a")}, set(), True) == (left[2], False)  # nobody's
+    others = {("model", "a"), ("model", "c")}
+    assert _next(left[:2] + left[3:], ("model", "b"), others, set(), False) == (left[3], True)  # where most is left
+
+
+def test_who_joins_begins_with_what_needs_least_of_the_full_cache(job):
+    """Of its documents every process measures what it needs of the full cache itself."""
+    memory, more = {"memory": {}}, {"memory": {}, "match": {}}
+    left = [job("a", "tri", memory), job("a", "tri", more), job("a", "wavelet", memory), job("a", "wavelet", more)]
+    parts = _parts([*left, job("b", "tri", memory)])
+    assert parts == {id(left[0]), id(left[2])}
+    own = ("model", "a")
+    assert _next(left, None, set(), parts, False) == (left[1], False)
+    assert _next(left, own, {own}, parts, False) == (left[1], False)  # of who was there first
+    assert _next(left, None, {own}, parts, False) == (left[0], True)
+    assert _next(left[1:], own, {own}, parts, True) == (left[2], True)
+    assert _next(left[1::2], own, {own}, parts, True) == (left[1], True)  # what there is
+    assert _next(left[::2], own, {own}, parts, False) == (left[0], False)
 
 
 @pytest.mark.slow
