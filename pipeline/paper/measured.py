@@ -100,22 +100,24 @@ def _parts(jobs: list[Job]) -> set[int]:
     return {id(job) for job in jobs if any(set(job.settings.phases) < more for more in phases[_documents(job)])}
 
 
-def _next(left: list[Job], own: Hashable, others: set[Hashable], parts: set[int], joined: bool) -> tuple[Job, bool]:
-    """The job that suits a process, and whether it has `joined` others on its documents.
+def _next(
+    left: list[Job], own: tuple[Hashable, bool], others: set[tuple[Hashable, bool]], parts: set[int]
+) -> tuple[Job, tuple[Hashable, bool]]:
+    """The job that suits a process, and the process's new place: documents, and whether it begins with the `parts`.
 
-    It is on its `own` documents, on those of no other process, or where most is left. What of the full cache jobs need
-    is measured once a process: whoever has documents to himself leaves the `parts` for last, and whoever joins others
-    begins with these.
+    It is on documents of its `own` place, on those of none of the `others`, or where most is left. What of the full
+    cache jobs need is measured once a process: the first who joins another begins with the parts, all others leave them
+    for last.
     """
     held = Counter(_documents(job) for job in left)
-    if own in held:
-        of = own
+    if own[0] in held:
+        of, begins = own
     else:
-        of = next((d for d in held if d not in others), None)
-        joined = of is None
-        of = of or held.most_common(1)[0][0]
+        taken = {documents for documents, _ in others}
+        of = next((d for d in held if d not in taken), held.most_common(1)[0][0])
+        begins = of in taken and (of, True) not in others
     there = [job for job in left if _documents(job) == of]
-    return next((job for job in there if (id(job) in parts) == joined), there[0]), joined
+    return next((job for job in there if (id(job) in parts) == begins), there[0]), (of, begins)
 
 
 def _by_several(jobs: list[Job], processes: int) -> Iterator[tuple[Job, Any]]:
@@ -123,17 +125,16 @@ def _by_several(jobs: list[Job], processes: int) -> Iterator[tuple[Job, Any]]:
     from pipeline.run import execute
 
     context = multiprocessing.get_context("spawn")  # a forked process can't use a GPU
-    left, busy, held, joined, parts = list(jobs), {}, {}, {}, _parts(jobs)
+    left, busy, held, parts = list(jobs), {}, {}, _parts(jobs)
     with outliving(processes), ExitStack() as stack:
         count = min(processes, len(jobs))
         idle = [stack.enter_context(ProcessPoolExecutor(1, context, _one_of, (processes,))) for _ in range(count)]
         while left or busy:
             while left and idle:
                 pool = idle.pop(0)
-                others = {documents for other, documents in held.items() if other is not pool}
-                job, joined[pool] = _next(left, held.get(pool), others, parts, joined.get(pool, False))
+                others = {place for other, place in held.items() if other is not pool}
+                job, held[pool] = _next(left, held.get(pool, (None, False)), others, parts)
                 left = [other for other in left if other is not job]
-                held[pool] = _documents(job)
                 busy[pool.submit(execute, job)] = (pool, job)
             for done in wait(busy, return_when=FIRST_COMPLETED).done:
                 pool, job = busy.pop(done)

@@ -43,28 +43,33 @@ def test_a_job_is_served_by_one_that_measures_all_its_phases_and_more(job):
     assert served(jobs) == {"part": "whole"}
 
 
+A, B, C = (("model", name) for name in "abc")
+NOWHERE = (None, False)
+
+
 def test_processes_stay_with_their_documents(job):
     left = [job("a"), job("a"), job("b"), job("c"), job("c"), job("c")]
-    assert _next(left, None, set(), set(), False) == (left[0], False)
-    assert _next(left, ("model", "c"), {("model", "a")}, set(), False) == (left[3], False)  # its own
-    assert _next(left, None, {("model", "a")}, set(), True) == (left[2], False)  # nobody's
-    others = {("model", "a"), ("model", "c")}
-    assert _next(left[:2] + left[3:], ("model", "b"), others, set(), False) == (left[3], True)  # where most is left
+    assert _next(left, NOWHERE, set(), set()) == (left[0], (A, False))
+    assert _next(left, (C, False), {(A, False)}, set()) == (left[3], (C, False))  # its own
+    assert _next(left, (None, True), {(A, False)}, set()) == (left[2], (B, False))  # nobody's
+    others = {(A, False), (C, False)}
+    assert _next(left[:2] + left[3:], (B, False), others, set()) == (left[3], (C, True))  # where most is left
 
 
-def test_who_joins_begins_with_what_needs_least_of_the_full_cache(job):
+def test_the_first_who_joins_begins_with_what_needs_least_of_the_full_cache(job):
     """Of its documents every process measures what it needs of the full cache itself."""
     memory, more = {"memory": {}}, {"memory": {}, "match": {}}
     left = [job("a", "tri", memory), job("a", "tri", more), job("a", "wavelet", memory), job("a", "wavelet", more)]
     parts = _parts([*left, job("b", "tri", memory)])
     assert parts == {id(left[0]), id(left[2])}
-    own = ("model", "a")
-    assert _next(left, None, set(), parts, False) == (left[1], False)
-    assert _next(left, own, {own}, parts, False) == (left[1], False)  # of who was there first
-    assert _next(left, None, {own}, parts, False) == (left[0], True)
-    assert _next(left[1:], own, {own}, parts, True) == (left[2], True)
-    assert _next(left[1::2], own, {own}, parts, True) == (left[1], True)  # what there is
-    assert _next(left[::2], own, {own}, parts, False) == (left[0], False)
+    first, joined = (A, False), (A, True)
+    assert _next(left, NOWHERE, set(), parts) == (left[1], first)
+    assert _next(left, first, {joined}, parts) == (left[1], first)
+    assert _next(left, NOWHERE, {first}, parts) == (left[0], joined)
+    assert _next(left[1:], joined, {first}, parts) == (left[2], joined)
+    assert _next(left, NOWHERE, {first, joined}, parts) == (left[1], first)  # a third
+    assert _next(left[1::2], joined, {first}, parts) == (left[1], joined)  # what there is
+    assert _next(left[::2], first, {joined}, parts) == (left[0], first)
 
 
 @pytest.mark.slow
