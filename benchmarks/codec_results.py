@@ -8,12 +8,14 @@ what has the least KL among all that is no transform coder and has its bytes wit
 """
 
 import argparse
+import json
 import re
 from pathlib import Path
 
 import mlflow
 import numpy as np
 import pandas as pd
+from mlflow.artifacts import load_dict
 
 from pipeline.paper.tables import NEAR
 from pipeline.show.summary import spread
@@ -52,7 +54,9 @@ def collected(stores: list[Path]) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]
         found.append(runs)
         measured = runs[runs.reindex(columns=[f"metrics.{m}" for m in BY_DOCUMENT]).notna().any(axis=1)]
         for run, folder in zip(measured["run_id"], measured["artifact_uri"], strict=True):
-            rows = pd.DataFrame(**mlflow.artifacts.load_dict(f"{folder}/rows.json"))
+            beside = store.parent / "artifacts" / run / "artifacts" / "rows.json"  # also of a store that was moved
+            rows = json.loads(beside.read_text()) if beside.is_file() else load_dict(f"{folder}/rows.json")
+            rows = pd.DataFrame(**rows)
             numbers = {column: pd.to_numeric(rows[column]) for column in ("layer", "turn", "value")}
             values = per_document(rows.assign(**numbers))
             for metric in values.columns.intersection(BY_DOCUMENT):
