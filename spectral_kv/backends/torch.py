@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cached_property
 from importlib.util import find_spec
@@ -22,6 +22,7 @@ from spectral_kv.backends.suitable import attends_to_all, can_be_unrotated, depe
 from spectral_kv.backends.torch_cache import CompressedCache, CompressedLayer
 from spectral_kv.backends.torch_generation import fed
 from spectral_kv.backends.torch_runs import RunsLayer, read, split
+from spectral_kv.backends.unplanned import SHORT, unplanned
 from spectral_kv.engine.decoding import Engine, engine_of
 from spectral_kv.heads import Heads, runs, taken, uneven
 from spectral_kv.refit import Refitted
@@ -95,7 +96,9 @@ def _observing_attention(module, query, key, value, attention_mask, **kwargs):
     if layer is not None:
         fed.set(None)  # first, so that no error leaves it to the next forward pass
         attention_mask = _uncompiled(layer.mask, query, attention_mask)
-    result = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    decodes = layer is not None and query.shape[2] == 1 and not torch.compiler.is_compiling()
+    with unplanned() if decodes else nullcontext():
+        result = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if layer is not None:
         _uncompiled(layer.attended, query, attention_mask)
     return result
@@ -244,7 +247,9 @@ class TorchBackend:
     @torch.inference_mode()
     def _forward(self, ids: torch.Tensor, cache: Cache, last: int) -> torch.Tensor:
         """Logits `[batch, last, vocabulary]` (all of them if `last` is 0) of `ids` `[batch, tokens]` after a cache."""
-        return self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=last).logits
+        continues = isinstance(cache, CompressedCache) and ids.shape[1] <= SHORT
+        with unplanned() if continues else nullcontext():
+            return self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=last).logits
 
     def prefill(
         self, tokens: np.ndarray, observe: int, chunk: int | None = None, watch: Watch | None = None

@@ -8,6 +8,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.cache_utils import CacheLayerMixin
 
 from spectral_kv.backends.torch_cache import CompressedLayer
+from spectral_kv.backends.unplanned import unplanned
 from spectral_kv.heads import Heads, of_queries, runs
 from spectral_kv.storage.dense import Dense
 from spectral_kv.xp import rows, to_numpy
@@ -72,26 +73,28 @@ class RunsLayer(CacheLayerMixin):
 
     def attend(self, queries: torch.Tensor, scaling: float | None) -> torch.Tensor:
         """Outputs `[batch, tokens, query_heads, dim]` of queries `[batch, query_heads, tokens, dim]` just fed."""
-        outputs, start, kv_heads = [], 0, sum(self.heads)
-        for index, (count, (keys, values)) in enumerate(zip(self.heads, self._held, strict=True)):
-            own = of_queries(queries.transpose(0, 1), slice(start, start + count), kv_heads).transpose(0, 1)
-            mask = self._mask(index, own.shape[2], keys.shape[2], own)
-            attended = scaled_dot_product_attention(own, keys, values, mask, scale=scaling, enable_gqa=True)
-            outputs.append(attended)
-            start += count
+        outputs, start, kv_heads, new = [], 0, sum(self.heads), queries.shape[2]
+        with unplanned():
+            for index, (count, (keys, values)) in enumerate(zip(self.heads, self._held, strict=True)):
+                own = of_queries(queries.transpose(0, 1), slice(start, start + count), kv_heads).transpose(0, 1)
+                together = own.reshape(len(own), count, -1, own.shape[-1])  # query heads of a group are tokens of it
+                mask = self._mask(index, new, keys.shape[2], own)
+                attended = scaled_dot_product_attention(together, keys, values, mask, scale=scaling)
+                outputs.append(attended.reshape(own.shape))
+                start += count
         self._held = []
         return torch.cat(outputs, dim=1).transpose(1, 2).contiguous()
 
     def _mask(self, index: int, new: int, rows: int, queries: torch.Tensor) -> torch.Tensor | None:
-        """What the `new` tokens see of the `rows` of a run, and the bias of those."""
-        mask = None
+        """What the `new` tokens of all query heads of a group see of the `rows` of a run, and the bias of those."""
+        mask, group = None, queries.shape[1] // self.heads[index]
         if new > 1:
-            mask = torch.ones(new, rows, dtype=torch.bool, device=queries.device).tril(rows - new)
+            mask = torch.ones(new, rows, dtype=torch.bool, device=queries.device).tril(rows - new).repeat(group, 1)
         if self.bias is None:
             return mask
         bias = pad(self.bias[index], (0, rows - self.bias[index].shape[-1])).to(queries.dtype)
-        bias = bias.repeat_interleave(queries.shape[1] // len(bias), dim=0)[:, None]
-        return bias if mask is None else bias.expand(-1, new, -1).masked_fill(~mask, -torch.inf)
+        bias = bias[:, None].expand(-1, group * new, -1)
+        return bias if mask is None else bias.masked_fill(~mask, -torch.inf)
 
     @property
     def heads(self) -> list[int]:

@@ -23,6 +23,29 @@ REACH = 128  # tokens that a low-pass filter sees on either side
 SHORTEST = 1024  # tokens of which a plan is made
 RING = 4096  # tokens on which the response of a low-pass filter is measured
 LOST = 1e-4  # of the norm of a filter's response that may lie outside its window
+SMOOTH_TILE = 64  # tokens whose smooth part few numbers hold
+RANKS = (16, 32)  # how many, for sums of mirrored tokens and for their differences
+LEFT_OUT = 1e-5  # of the norm of tokens that fewer numbers may lose
+
+
+@dataclass(frozen=True)
+class Smooth:
+    """The smooth part of a tile of tokens by few numbers, each a sum over the tokens around the tile.
+
+    A filter that is its own mirror image makes of mirrored tokens mirrored results: sums of tokens at equal distance
+    from the middle, and their differences, are filtered apart, each by half a matrix.
+
+    Parameters
+    ----------
+    down : float32 [2, rank, window / 2]
+        From sums, and from differences, of the window's tokens, the outermost first, to the numbers.
+    up : float32 [2, tile / 2, rank]
+        From these to the smooth part of the tile's first half: even part and odd part. The second half is their
+        difference, the last token first.
+    """
+
+    down: np.ndarray
+    up: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -39,6 +62,8 @@ class Plan:
     energies : int
     index, gain : [tokens, k], optional
         Which energies a token gets, and how much of them; by default a token gets its own.
+    smooth : Smooth, optional
+        What is left of a token by the filters is the token less this.
     """
 
     matrices: np.ndarray
@@ -48,6 +73,7 @@ class Plan:
     energies: int
     index: np.ndarray | None = None
     gain: np.ndarray | None = None
+    smooth: Smooth | None = None
 
 
 def plan(scorer: Spectral, tokens: int) -> Plan | None:
@@ -73,26 +99,55 @@ def _banded(scorer: Spectral, tokens: int) -> bool:
     return type(scorer) is Fourier or (type(scorer) in (Wavelet, WaveletTri) and not scorer.centred)
 
 
-@lru_cache(maxsize=32)
-def fir(cutoff: float, taper: float, tokens: int, tile: int = TILE) -> Plan | None:
-    """The high-pass filter of FourierKV as a filter of `2 * REACH + 1` taps, or None where it has more."""
-    if tokens < 2 * REACH:  # reflected once at each end
-        return None
+@lru_cache(maxsize=8)
+def _taps(cutoff: float, taper: float) -> np.ndarray | None:
+    """The high-pass filter of FourierKV in `2 * REACH + 1` taps, or None where it has more."""
     impulse = np.zeros((1, RING, 1))
     impulse[0, RING // 2] = 1
     response = highpass(impulse, cutoff, taper)[0, :, 0]
     taps = response[RING // 2 - REACH : RING // 2 + REACH + 1]
-    if np.sum(response**2) - np.sum(taps**2) > (LOST**2) * np.sum(response**2):
-        return None
-    matrix = np.zeros((tile, tile + 2 * REACH), dtype=np.float32)
+    return None if np.sum(response**2) - np.sum(taps**2) > (LOST**2) * np.sum(response**2) else taps
+
+
+def _band(taps: np.ndarray, tile: int) -> np.ndarray:
+    """Filters `[tile, tile + 2 * REACH]` of a tile's tokens."""
+    matrix = np.zeros((tile, tile + 2 * REACH))
     for row in range(tile):
         matrix[row, row : row + 2 * REACH + 1] = taps[::-1]
+    return matrix
+
+
+@lru_cache(maxsize=32)
+def fir(cutoff: float, taper: float, tokens: int, tile: int = TILE) -> Plan | None:
+    """The high-pass filter of FourierKV as a filter of `2 * REACH + 1` taps, or None where it has more."""
+    taps = _taps(cutoff, taper)
+    if tokens < 2 * REACH or taps is None:  # reflected once at each end
+        return None
     blocks = -(-tokens // tile)
     energy = np.arange(blocks * tile).reshape(blocks, tile)
     return Plan(
-        matrix[None], np.zeros(blocks, dtype=int), np.arange(blocks) * tile - REACH,
-        np.where(energy < tokens, energy, -1), tokens,
+        _band(taps, tile).astype(np.float32)[None], np.zeros(blocks, dtype=int), np.arange(blocks) * tile - REACH,
+        np.where(energy < tokens, energy, -1), tokens, smooth=smooth(cutoff, taper),
     )  # fmt: skip
+
+
+@lru_cache(maxsize=8)
+def smooth(cutoff: float, taper: float, tile: int = SMOOTH_TILE) -> Smooth | None:
+    """What a filter of `fir` takes away from tokens, or None where a tile of it takes too many numbers."""
+    taps = _taps(cutoff, taper)
+    if taps is None:
+        return None
+    one = np.zeros_like(taps)
+    one[REACH] = 1
+    outer, inner = np.split(_band(one - taps, tile)[: tile // 2], 2, axis=1)
+    parts = [np.linalg.svd(part / 2, full_matrices=False) for part in (outer + inner[:, ::-1], outer - inner[:, ::-1])]
+    most = max(int(np.sum(values > LEFT_OUT)) for _, values, _ in parts)
+    rank = next((r for r in RANKS if r >= most), None)
+    if rank is None:
+        return None
+    down = np.stack([right[:rank] * np.sqrt(values[:rank, None]) for _, values, right in parts])
+    up = np.stack([left[:, :rank] * np.sqrt(values[:rank]) for left, values, _ in parts])
+    return Smooth(down.astype(np.float32), up.astype(np.float32))
 
 
 def _impulses(scorer: Wavelet, tokens: int) -> list[np.ndarray]:

@@ -1,6 +1,7 @@
 """Which tokens scores say to keep, and their keys and values, of all layers in one captured graph; scores, too."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -56,7 +57,9 @@ class Compaction:
         layers, (heads, tokens, dim) = len(keys), keys[0].shape
         count = quota + tokens - (span.stop - span.start)
         self.shape, self.rows = (layers, heads, count), layers * heads
-        self.where = addresses([*keys, *values])
+        self.make = partial(keys[0].new_empty, 2 * layers, 1, heads, count, dim)
+        first = self.make()  # the graph writes where it is told to
+        self.where = addresses([*keys, *values, first])
         if isinstance(scores, captured.Pass):
             self.alive, scored = scores.constants(), scores.scored
         else:
@@ -65,24 +68,24 @@ class Compaction:
             def scored(where: torch.Tensor) -> torch.Tensor:
                 return self.scores
 
-        def run() -> tuple[torch.Tensor, torch.Tensor]:
+        def run() -> tuple[torch.Tensor]:
             found = torch.empty(self.rows * (count + 1), dtype=torch.int64, device=keys[0].device)
             kept, bad = found[: self.rows * count], found[self.rows * count :]
             select_into(scored(self.where).view(self.rows, tokens), span, quota, kept, bad)
-            taken = keys[0].new_empty(2 * layers, 1, heads, count, dim)
-            take_into(self.where, keys[0], layers, kept, taken)
-            return found, taken
+            take_into(self.where, keys[0], layers, kept)
+            return (found,)
 
-        self.graph, (self.found, self.taken) = captured.graph(run)
+        self.graph, (self.found,) = captured.graph(run)
 
     def __call__(self, scores: torch.Tensor | captured.Pass, keys: list, values: list) -> Kept:
         if not isinstance(scores, captured.Pass):
             self.scores.copy_(scores)
-        self.where.copy_(on_host([*keys, *values]), non_blocking=True)
+        taken = self.make()
+        self.where.copy_(on_host([*keys, *values, taken]), non_blocking=True)
         self.graph.replay()
         host = torch.empty(self.found.shape, dtype=torch.int64, pin_memory=self.found.is_cuda)
         host.copy_(self.found, non_blocking=True)  # it comes while the host goes on
-        kept, rows = self.found[: -self.rows].clone(), self.taken.clone().unbind()
+        kept, rows = self.found[: -self.rows].clone(), taken.unbind()
         layers, answer = len(keys), host.numpy()
         stream = torch.cuda.current_stream(self.found.device) if self.found.is_cuda else None
         positions = answer[: -self.rows].reshape(self.shape)

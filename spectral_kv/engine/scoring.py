@@ -13,6 +13,7 @@ from spectral_kv.selection import not_numbers
 
 ROWS_WHOLE = 32768  # scores of a row that one program can hold
 TILE_OF_MANY = 8192  # scores that it reads at a time where there are more
+WARPS, STAGES = 4, 2  # of the pass that takes a smooth part away
 
 
 def dtype_of(x: torch.Tensor):
@@ -59,6 +60,8 @@ class _Tables:
         if chosen.index is not None:
             self.index = torch.from_numpy(chosen.index.astype(np.int32)).to(device)
             self.gain = torch.from_numpy(np.ascontiguousarray(chosen.gain, dtype=np.float32)).to(device)
+        if chosen.smooth is not None:
+            self.down, self.up = (torch.from_numpy(x).to(device) for x in (chosen.smooth.down, chosen.smooth.up))
 
 
 _tables: dict[tuple[int, str], _Tables] = {}
@@ -157,8 +160,34 @@ def deviations(
     chosen: Plan, keys: list[torch.Tensor], rope: Rope, where: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Deviations, and norms of keys, float32 `[layers * kv_heads, tokens]`, of rotated keys at positions from 0 on."""
+    if chosen.smooth is not None:
+        return _without_smooth(chosen, keys, rope, where)
     energy, norms, _ = energies(chosen, keys, rope, where=where)
     return at_tokens(chosen, energy, keys[0].shape[1]), norms
+
+
+def _without_smooth(
+    chosen: Plan, keys: list[torch.Tensor], rope: Rope, where: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`deviations` where a smooth part is known, products as those of `energies`."""
+    import triton
+
+    from spectral_kv.engine import scoring_kernels as kernels
+
+    heads, tokens, dim = keys[0].shape
+    device, layers = keys[0].device, len(keys)
+    tables = _on_device(chosen, device)
+    cos, sin = waves(rope, tokens, device)
+    left, norms = torch.empty(2, layers * heads, tokens, device=device)
+    pair = 2 if heads % 2 == 0 and dim <= 64 else 1
+    _, rank, half = tables.down.shape
+    half_tile = tables.up.shape[1]
+    kernels.without_smooth[(triton.cdiv(tokens, 2 * half_tile), layers, heads // pair)](
+        addresses(keys) if where is None else where, cos, sin, tables.down, tables.up, left, norms, tokens, heads,
+        HALF_WINDOW=half, HALF_TILE=half_tile, RANK=rank, STEP=STEP, D=dim, PAIR=pair, DTYPE=dtype_of(keys[0]),
+        PRECISION="tf32x3", num_warps=WARPS, num_stages=STAGES,
+    )  # fmt: skip
+    return left, norms
 
 
 def constants(chosen: Plan, rope: Rope, tokens: int, device: torch.device) -> list:
@@ -239,11 +268,11 @@ def highest(scores: torch.Tensor, evictable: slice, quota: int) -> tuple[torch.T
     return kept, question
 
 
-def take_into(where: torch.Tensor, first: torch.Tensor, layers: int, kept: torch.Tensor, out: torch.Tensor) -> None:
+def take_into(where: torch.Tensor, first: torch.Tensor, layers: int, kept: torch.Tensor) -> None:
     """Rows `kept` of keys and values of all layers, into `[keys, then values of every layer, ..., dim]`.
 
-    `where` are the addresses of all keys and all values, `first` is one of them, `[kv_heads, tokens, dim]`, and `kept`
-    is contiguous, `[layers, kv_heads, kept]` in whatever shape.
+    `where` are the addresses of all keys, all values and the result, `first` is the first of the keys, `[kv_heads,
+    tokens, dim]`, and `kept` is contiguous, `[layers, kv_heads, kept]` in whatever shape.
     """
     import triton
 
@@ -252,7 +281,7 @@ def take_into(where: torch.Tensor, first: torch.Tensor, layers: int, kept: torch
     heads, tokens, dim = first.shape
     count = kept.numel() // (layers * heads)
     kernels.take_rows[(triton.cdiv(count, 64), layers * heads)](
-        where, where[layers:], kept, out, out[layers:], tokens, count, heads, D=dim, BT=64, DTYPE=dtype_of(first)
+        where, kept, tokens, count, layers, heads, D=dim, BT=64, DTYPE=dtype_of(first)
     )
 
 
@@ -263,5 +292,5 @@ def kept_rows(keys: list[torch.Tensor], values: list[torch.Tensor], kept: torch.
     """
     layers, heads, count = kept.shape
     out = torch.empty(2 * layers, 1, heads, count, keys[0].shape[-1], dtype=keys[0].dtype, device=keys[0].device)
-    take_into(addresses([*keys, *values]), keys[0], layers, kept.contiguous(), out)
+    take_into(addresses([*keys, *values, out]), keys[0], layers, kept.contiguous())
     return out

@@ -85,10 +85,11 @@ def test_decoding_is_masked_attention_bit_for_bit_if_sums_do_not_depend_on_zeros
     kept = ragged(backend, np.random.default_rng(seed))
     apart, whole = backend.compress(prefill, kept, Dense()), backend.compress(prefill, None, Dense())
 
-    def of_run(query, keys, values, mask, scale, enable_gqa):
-        group = query.shape[1] // keys.shape[1]
-        found = [one_by_one(q[0], keys[0, h // group], values[0, h // group], scale) for h, q in enumerate(query[0])]
-        return torch.stack(found)[None, :, None]
+    def of_run(query, keys, values, mask, scale):
+        """Query heads of a group stand side by side, as tokens of its KV head."""
+        heads = zip(query[0], keys[0], values[0], strict=True)
+        found = [torch.stack([one_by_one(q, k, v, scale) for q in queries]) for queries, k, v in heads]
+        return torch.stack(found)[None]
 
     def masked(module, query, keys, values, mask, scaling, **others):
         found, group = [], query.shape[1] // keys.shape[1]

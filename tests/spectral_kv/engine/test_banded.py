@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from spectral_kv.engine.banded import filtered, fir, plan
+from spectral_kv.engine.banded import REACH, filtered, fir, plan, smooth
 from spectral_kv.engine.cascade import plans
 from spectral_kv.engine.cascade import segment_power as cascade_power
 from spectral_kv.scorers.fourier import Fourier
@@ -56,6 +56,22 @@ def test_a_filter_of_a_short_band_is_the_scorers(rng):
     got, want = filtered(fir(0.25, 0.5, 262), x), np.sqrt(np.sum(highpass(x, 0.25, 0.5) ** 2, axis=-1))
     assert np.linalg.norm(got - want) < 2e-4 * np.linalg.norm(want)
     assert fir(0.25, 0.5, 255) is None
+
+
+@pytest.mark.parametrize("cutoff, tile, rank", [(0.25, 64, 16), (0.25, 128, 32), (0.6, 64, 32), (0.6, 128, None)])
+def test_what_a_filter_takes_away_is_sums_and_differences_of_mirrored_tokens(rng, cutoff, tile, rank):
+    made = smooth(cutoff, 0.5, tile)
+    if rank is None:
+        assert made is None  # more numbers than a tile's half has tokens to spare
+        return
+    assert made.down.shape[1] == rank
+    x = rng.normal(size=tile + 2 * REACH)
+    outer, inner = x[: len(x) // 2], x[len(x) // 2 :][::-1]
+    numbers = (made.down[0] @ (outer + inner), made.down[1] @ (outer - inner))
+    sums, differences = (up @ n for up, n in zip(made.up, numbers, strict=True))
+    found = np.concatenate([sums + differences, (sums - differences)[::-1]])
+    want = x[REACH:-REACH] - fir(cutoff, 0.5, 2 * tile + REACH, tile).matrices[0] @ x
+    np.testing.assert_allclose(found, want, atol=3e-5)
 
 
 def test_a_cascade_filters_every_band_of_a_prompt_that_is_long_enough():
