@@ -148,3 +148,24 @@ def test_ragged_heads_give_the_logits_of_the_cpu(backend, gpu, tokens, rng):
             answers.append((logits, b.extend(cache, tokens[220:221]).logits.cpu()))
         for ours, theirs in zip(*answers, strict=True):
             torch.testing.assert_close(ours, theirs, atol=5e-3, rtol=5e-3)
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["dense", "ragged"])
+@pytest.mark.parametrize("fed", [1, 7])
+def test_few_new_tokens_start_no_kernel_that_is_planned_for_their_length(checkpoint, tokens, rng, ragged, fed):
+    from torch.profiler import ProfilerActivity, profile
+
+    eager = TorchBackend(str(checkpoint), device="cuda", engine="eager")
+    prefill = eager.prefill(tokens[:200], observe=1)
+    heads = [torch.arange(50 + 3 * ragged * head) for head in range(eager.shape.kv_heads)]
+    kept = [[h.cuda() for h in heads] if ragged else torch.stack(heads).cuda()] * eager.shape.layers
+    cache = eager.compress(prefill, kept, Dense())
+    eager.extend(cache, tokens[200:203])
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        logits = eager.extend(cache.copy(), tokens[203 : 203 + fed]).logits
+        torch.cuda.synchronize()
+    names = {event.key for event in seen.key_averages()}
+    assert any("attention" in name for name in names)
+    assert not [name for name in names if "cudnn" in name and "attention" in name]
+    one_by_one = [eager.extend(cache, tokens[i : i + 1]).logits for i in range(203, 203 + fed)]
+    torch.testing.assert_close(logits, torch.cat(one_by_one), atol=0.1, rtol=0.05)
