@@ -85,3 +85,25 @@ def test_few_new_tokens_after_a_cache_are_attended_without_plans(monkeypatch, ba
     backend.extend(backend.compress(prefill, kept, Dense()), rng.integers(0, backend.shape.vocabulary, fed))
     assert len(seen) == backend.shape.layers * (backend.shape.kv_heads if ragged else 1)
     assert set(seen) == {with_plans and not ragged}
+
+
+def test_decoding_is_without_plans_by_the_backend_and_by_transformers_own_generate(monkeypatch, backend, rng):
+    import spectral_kv
+    from spectral_kv.storage.dense import Dense
+
+    seen, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def spied(*arguments, **more):
+        seen.append(planned())
+        return attention(*arguments, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spied)
+    layers, prompt = backend.shape.layers, rng.integers(0, backend.shape.vocabulary, 40)
+    backend.generate(backend.compress(backend.prefill(prompt, 0), None, Dense()), 7, 3)
+    assert seen == [True] * layers + [False] * 3 * layers
+    seen.clear()
+    monkeypatch.setattr(backend.model.config, "_attn_implementation", "sdpa")  # as before, afterwards
+    cache = spectral_kv.cache(backend.model, "knorm", spectral_kv.Budget(20, sinks=2, recent=4))
+    ids = torch.from_numpy(prompt)[None]
+    backend.model.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert seen == [True] * layers + [False] * 2 * layers
