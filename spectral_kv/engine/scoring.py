@@ -13,7 +13,6 @@ from spectral_kv.selection import not_numbers
 
 ROWS_WHOLE = 32768  # scores of a row that one program can hold
 TILE_OF_MANY = 8192  # scores that it reads at a time where there are more
-MOST_ROWS = 2**21  # counts of them share a number
 WARPS, STAGES = 4, 2  # of the pass that takes a smooth part away
 
 
@@ -237,8 +236,6 @@ def select_into(scores: torch.Tensor, evictable: slice, quota: int, kept: torch.
 
     rows, tokens = scores.shape
     start, stop, _ = evictable.indices(tokens)
-    if stop - start >= MOST_ROWS:
-        raise ValueError(f"{stop - start} tokens may be evicted, a GPU selects among fewer than {MOST_ROWS}")
     whole = stop - start <= ROWS_WHOLE
     tile = max(64, triton.next_power_of_2(stop - start)) if whole else TILE_OF_MANY
     kernels.select_rows[(rows,)](

@@ -62,38 +62,12 @@ def _at_least(row_ptr, keys, edge, start, stop, WHOLE: tl.constexpr, BT: tl.cons
         return tl.sum(count, 0)
 
 
-@triton.jit
-def _of_four(row_ptr, keys, edge, unit, quota, start, stop, WHOLE: tl.constexpr, BT: tl.constexpr):
-    """The highest of `edge` and the three numbers above it, `unit` apart, that `quota` scores are not below."""
-    first, second, third = edge + unit, edge + 2 * unit, edge + 3 * unit
-    if WHOLE:
-        packed = _packed(keys, first, second, third)
-    else:
-        packed = tl.zeros([BT], tl.int64)
-        for begin in range(start, stop, BT):
-            t = begin + tl.arange(0, BT)
-            some, _ = _ordered(row_ptr, t, t < stop)
-            packed += _packed(some, first, second, third)
-    counts = tl.sum(packed, 0)
-    mask = (1 << 21) - 1
-    edge = tl.where((counts & mask) >= quota, first, edge)
-    edge = tl.where(((counts >> 21) & mask) >= quota, second, edge)
-    return tl.where((counts >> 42) >= quota, third, edge)
-
-
-@triton.jit
-def _packed(keys, first, second, third):
-    """Whether each is not below three numbers, 21 bits apart, so that one sum counts all."""
-    reached = (keys >= first).to(tl.int64) + ((keys >= second).to(tl.int64) << 21)
-    return reached + ((keys >= third).to(tl.int64) << 42)
-
-
 @triton.jit(do_not_specialize=["tokens", "start", "stop", "quota"])
 def select_rows(score_ptr, kept_ptr, bad_ptr, tokens, start, stop, quota, WHOLE: tl.constexpr, BT: tl.constexpr):
     """Tokens before `start`, the `quota` of highest score up to `stop`, and those after it, ascending.
 
-    Equal scores go to the lowest index. The last score that counts is found two bits at a time; `WHOLE` says that a
-    tile holds all tokens that may be evicted, which are then read once.
+    Equal scores go to the lowest index. The last score that counts is found bit by bit; `WHOLE` says that a tile holds
+    all tokens that may be evicted, which are then read once.
     """
     row = tl.program_id(0).to(tl.int64)
     scores = score_ptr + row * tokens
@@ -101,11 +75,9 @@ def select_rows(score_ptr, kept_ptr, bad_ptr, tokens, start, stop, quota, WHOLE:
     keys, odd = _ordered(scores, start + tl.arange(0, BT), start + tl.arange(0, BT) < stop)
     lowest = tl.full([], -0x7FFFFFFF - 1, tl.int32)
     edge = tl.where(_at_least(scores, keys, 0, start, stop, WHOLE, BT) >= quota, 0, lowest)
-    for step in range(0, 30, 2):
-        unit = tl.full([], 1 << 29, tl.int32) >> step
-        edge = _of_four(scores, keys, edge, unit, quota, start, stop, WHOLE, BT)
-    higher = edge + 1
-    edge = tl.where(_at_least(scores, keys, higher, start, stop, WHOLE, BT) >= quota, higher, edge)
+    for step in range(0, 31):
+        higher = edge + (tl.full([], 1 << 30, tl.int32) >> step)
+        edge = tl.where(_at_least(scores, keys, higher, start, stop, WHOLE, BT) >= quota, higher, edge)
     above = tl.minimum(edge, 0x7FFFFFFE) + 1
     equal = quota - _at_least(scores, keys, above, start, stop, WHOLE, BT)  # wanted of those at the edge
     bad = tl.zeros([], tl.int32)
