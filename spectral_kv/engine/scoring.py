@@ -13,7 +13,6 @@ from spectral_kv.selection import not_numbers
 
 ROWS_WHOLE = 32768  # scores of a row that one program can hold
 TILE_OF_MANY = 8192  # scores that it reads at a time where there are more
-WARPS, STAGES = 4, 2  # of the pass that takes a smooth part away
 
 
 def dtype_of(x: torch.Tensor):
@@ -185,7 +184,7 @@ def _without_smooth(
     kernels.without_smooth[(triton.cdiv(tokens, 2 * half_tile), layers, heads // pair)](
         addresses(keys) if where is None else where, cos, sin, tables.down, tables.up, left, norms, tokens, heads,
         HALF_WINDOW=half, HALF_TILE=half_tile, RANK=rank, STEP=STEP, D=dim, PAIR=pair, DTYPE=dtype_of(keys[0]),
-        PRECISION="tf32x3", num_warps=WARPS, num_stages=STAGES,
+        PRECISION="tf32x3", num_warps=2, num_stages=2,
     )  # fmt: skip
     return left, norms
 

@@ -24,10 +24,16 @@ def keys(rng, device):
 
 
 @pytest.mark.parametrize(
-    "scorer", [pytest.param(Wavelet(), marks=pytest.mark.slow), Fourier()], ids=["wavelet", "fourier"]
+    "scorer, layers",
+    [
+        (Fourier(), 1),
+        *(pytest.param(s, 2, marks=pytest.mark.slow) for s in (Wavelet(), Fourier(), Fourier(cutoff=0.4))),
+    ],
 )
-def test_deviations_and_norms_of_all_layers(keys, scorer):
+def test_deviations_and_norms_of_all_layers(keys, scorer, layers):
     from spectral_kv.engine.scoring import deviations
+
+    keys = keys[:layers]
 
     rope = Rope(10_000.0 ** -(np.arange(16) / 16), attention_scaling=1.3)
     got, norms = (x.cpu() for x in deviations(plan(scorer, TOKENS), keys, rope))
