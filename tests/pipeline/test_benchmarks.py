@@ -1,5 +1,6 @@
 """What benchmarks leave behind, and what they refuse."""
 
+import json
 import os
 import subprocess
 import sys
@@ -86,3 +87,19 @@ def test_runs_of_a_codec_with_other_settings_stay_apart_and_the_newest_of_the_sa
     table, by_document = codec_results.collected([tmp_path])
     assert list(table.index) == list("bcdefg") and all(windows.empty for windows in by_document.values())
     assert table.loc["g", "storage.bases"] == "ten_layers.safetensors"
+
+
+def test_tables_of_a_codec_read_a_store_that_was_moved(monkeypatch, tmp_path):
+    about = {"model.name": "small", "document.name": "novel", "document.tokens": "4096", "document.count": "2",
+             "method.name": "full", "budget.allocation": "uniform", "storage.name": "spectral"}  # fmt: skip
+    found = pd.DataFrame([{f"params.{name}": value for name, value in about.items()}])
+    found = found.assign(run_id="a", start_time=0, artifact_uri="/gone/a/artifacts",
+                         **{"metrics.memory/ratio": 8.0, "metrics.ppl/kl": 0.3})  # fmt: skip
+    monkeypatch.setattr(codec_results.mlflow, "set_tracking_uri", lambda uri: None)
+    monkeypatch.setattr(codec_results.mlflow, "search_runs", lambda **asked: found)
+    rows = [[0, None, None, "ppl/kl", 0.2], [1, None, None, "ppl/kl", 0.4]]
+    written = {"columns": ["document", "layer", "turn", "metric", "value"], "data": rows}
+    (folder := tmp_path / "artifacts" / "a" / "artifacts").mkdir(parents=True)
+    (folder / "rows.json").write_text(json.dumps(written))
+    _, by_document = codec_results.collected([tmp_path / "mlflow.db"])
+    assert by_document["ppl/kl"].loc["a"].tolist() == [0.2, 0.4]
