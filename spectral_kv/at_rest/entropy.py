@@ -64,7 +64,7 @@ class Tables:
         """The tables of a `histogram`."""
         lengths = np.where(frequencies.any(axis=1), CAP + 1 - np.argmax(frequencies[:, ::-1] > 0, axis=1), 0)
         used = np.concatenate([row[:n] for row, n in zip(frequencies, lengths, strict=True)])
-        logarithms = 1 + np.rint(OCTAVE * np.log2(np.maximum(used, 1)))
+        logarithms = np.minimum(1 + np.rint(OCTAVE * np.log2(np.maximum(used, 1))), 255)  # of 2**32 numbers and more
         return cls(np.where(used > 0, logarithms, 0).astype(np.uint8), lengths.astype(np.uint8))
 
     @property

@@ -84,3 +84,10 @@ def test_contexts_save_bits(counted):
 def test_nothing_and_zeros_alone(met):
     found = Tables.of(met).frequencies
     np.testing.assert_array_equal(found.sum(axis=1), [WHOLE * x for x in (*met.any(axis=1), 1)])
+
+
+def test_numbers_that_are_met_more_often_than_a_logarithm_says_are_the_most_likely():
+    met = np.zeros((1, CAP + 1), dtype=np.int64)
+    met[0, :3] = 2**40, 2**33, 2**20
+    frequencies = Tables.of(met).frequencies[0, CAP:]
+    assert frequencies[0] > frequencies[1] > 0.4 * frequencies[0] and frequencies[2] == 1
