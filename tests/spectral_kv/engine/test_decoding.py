@@ -318,7 +318,7 @@ def test_joined_blocks_that_say_something_else_are_refused(monkeypatch, wrong):
             blocks.rotary.inv_freq *= -1
         elif wrong == "norm":
             blocks.epsilon = 10.0
-        monkeypatch.setattr("spectral_kv.engine.decoding.Blocks", lambda model, made=blocks: made)
+        monkeypatch.setattr("spectral_kv.engine.decoding.Blocks", lambda model, compiled, made=blocks: made)
         engine._modules = Modules(engine.model)
         assert (engine._verified() is blocks) == (wrong is None)
 
@@ -361,6 +361,16 @@ def test_the_kinds_of_buffers(torch_backend, engine, prefilled):
         cache = torch_backend.compress(prefilled, None, storage)
         decoded(engine, cache, 5, 2)
         assert isinstance(engine.held(cache.layers, 1), kind)
+
+
+@pytest.mark.skipif(CUDA, reason="for CPUs")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_on_a_cpu_are_decoded_through_joined_blocks_in_float32(prefilled, torch_backend, dtype):
+    engine = Engine(copy.deepcopy(torch_backend.model).to(dtype))
+    assert isinstance(engine.forward(), Blocks if dtype == torch.float32 else Modules)
+    if dtype == torch.float32:
+        caches = [torch_backend.compress(prefilled, None, STORAGES["packed"], 2) for _ in range(2)]
+        assert decoded(engine, caches[0], 5, COUNT) == torch_backend.generate(caches[1], 5, COUNT)
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
