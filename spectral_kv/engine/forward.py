@@ -78,10 +78,12 @@ class Modules:
         return out.logits[:, -1]
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def _joined(*modules: torch.nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weights and biases of layers with one input as those of one layer.
 
-    The layers' own become views of them, so that weights are held once.
+    The layers' own become views of them, so that weights are held once; a gradient can still be asked of them.
     """
     weight = torch.cat([m.weight.detach() for m in modules])
     bias = None if modules[0].bias is None else torch.cat([m.bias.detach() for m in modules])

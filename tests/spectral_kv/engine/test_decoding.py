@@ -373,6 +373,17 @@ def test_codes_on_a_cpu_are_decoded_through_joined_blocks_in_float32(prefilled, 
         assert decoded(engine, caches[0], 5, COUNT) == torch_backend.generate(caches[1], 5, COUNT)
 
 
+def test_a_model_whose_weights_were_joined_still_learns():
+    """Nor does it matter that a model was made where no gradient is known of."""
+    with torch.inference_mode():
+        Blocks(llama(), compiled=False)
+    model = llama()
+    with torch.inference_mode():
+        Blocks(model, compiled=False)
+    model(input_ids=torch.tensor([[1, 2]])).logits.sum().backward()
+    assert model.model.layers[1].self_attn.k_proj.weight.grad.abs().sum() > 0
+
+
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 def test_compiled_blocks_in_a_graph_say_what_the_eager_path_says(prefilled, torch_backend):
     """In float32 token by token; nothing of it was left to chance by falling back to the modules."""
