@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from spectral_kv.codec.fixed_rate import CELLS, OCTAVE, ZERO, Codes, FixedRate
 from spectral_kv.engine.scoring import addresses, dtype_of
@@ -20,13 +21,17 @@ ROWS = 32  # of a program that writes them
 TILE, WIDTH = 4, 32  # tokens and bytes that a program packs at a time
 
 
+def _in_halves(matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix `[columns, used]` for the product with rows in halves, bfloat16 `[3 * columns, used]`."""
+    high = matrix.to(torch.bfloat16)
+    return torch.cat([high, high, (matrix - high.float()).to(torch.bfloat16)])
+
+
 class _Tables:
     """What the kernels read of a coder, on a device."""
 
     def __init__(self, coder: FixedRate, device: torch.device):
-        matrix = torch.from_numpy(coder.analysis).to(device)
-        high = matrix.to(torch.bfloat16)
-        self.matrix = torch.cat([high, high, (matrix - high.float()).to(torch.bfloat16)])
+        self.matrix = _in_halves(torch.from_numpy(coder.analysis).to(device))
         self.mean = torch.from_numpy(np.asarray(coder.mean, dtype=np.float32)).to(device)
         ends = np.cumsum([c.nbytes for c in coder.classes])
         places = zip(coder.classes, ends, strict=True)
@@ -38,6 +43,7 @@ class _Tables:
 
 
 _tables: WeakKeyDictionary[FixedRate, dict[torch.device, _Tables]] = WeakKeyDictionary()
+_halves: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of matrices in single precision
 
 
 def _on_device(coder: FixedRate, device: torch.device) -> _Tables:
@@ -108,3 +114,53 @@ def encode(
                 len(coder.classes), held.bytes, BT=TILE, BJ=WIDTH, num_warps=4,
             )  # fmt: skip
     return Codes(packed, gains)
+
+
+def _halves_of(matrix: np.ndarray, beside: torch.Tensor) -> torch.Tensor:
+    """`_in_halves`, made once for a matrix that stays where it is."""
+    own = constant(matrix, beside)
+    if own not in _halves:
+        _halves[own] = _in_halves(own)
+    return _halves[own]
+
+
+def analyse(
+    analysis: np.ndarray, mean: np.ndarray, keys: list[torch.Tensor], values: list[torch.Tensor],
+    waves: tuple[np.ndarray, np.ndarray], out: torch.Tensor,
+) -> None:  # fmt: skip
+    """Components of rotated keys and values `[kv_heads, tokens, dim]` of the layers of a group.
+
+    Parameters
+    ----------
+    analysis : np.ndarray of float32, [columns, components]
+    mean : np.ndarray of float32, [columns]
+    waves : pair of np.ndarray
+        See `Rope.undoing`.
+    out : torch.Tensor of float32, [components, tokens]
+        Where they are written.
+    """
+    matrix, waves = _halves_of(analysis, keys[0]).T, [constant(wave, keys[0]) for wave in waves]
+    for first in range(0, out.shape[1], PART):
+        own = out[:, first : first + PART]
+        rows = _rows(keys, values, waves, constant(mean, keys[0]), first, own.shape[1]).T
+        if rows.is_cuda:
+            torch.mm(matrix, rows, out_dtype=torch.float32, out=own)
+        else:
+            torch.mm(matrix.float(), rows.float(), out=own)
+
+
+def synthesise(components: torch.Tensor, synthesis: np.ndarray, mean: np.ndarray) -> torch.Tensor:
+    """Columns, float32 `[tokens, columns]`, of components float32 `[components, tokens]` of a group.
+
+    Parameters
+    ----------
+    synthesis : np.ndarray of float32, [components, columns]
+    mean : np.ndarray of float32, [columns]
+    """
+    used, tokens = components.shape
+    rows = components.new_empty((3, used, tokens), dtype=torch.bfloat16)
+    rows[0].copy_(components)
+    torch.sub(components, rows[0], out=rows[1])
+    rows[2].copy_(rows[0])
+    found = _product(rows.flatten(0, 1).T, _halves_of(synthesis, components))
+    return found.add_(constant(mean, components))

@@ -14,16 +14,20 @@ ROPE = Rope(10_000.0 ** -(np.arange(DIM // 2) / DIM * 2), attention_scaling=1.3)
 
 
 @pytest.fixture
-def coder() -> FixedRate:
-    """Classes of 6 bits to 1, some of them wider than a tile."""
+def block() -> Block:
     rng, columns = np.random.default_rng(0), 2 * 2 * HEADS * DIM
-    block = Block(
+    return Block(
         (0, 1),
         rng.normal(size=columns).astype(np.float32),
         rng.uniform(0.5, 2, size=columns).astype(np.float32),
         haar(columns, (1,)).astype(np.float16),
         np.geomspace(4, 1e-3, columns).astype(np.float32),
     )
+
+
+@pytest.fixture
+def coder(block) -> FixedRate:
+    """Classes of 6 bits to 1, some of them wider than a tile."""
     return FixedRate(block, np.repeat([6, 5, 4, 3, 2, 1, 0], [8, 16, 24, 24, 24, 16, 16]))
 
 
@@ -55,6 +59,25 @@ def test_codes_are_those_of_the_definition(device, coder, monkeypatch, dtype, ba
     assert (got.packed == want.packed).float().mean() > 0.998
     theirs, ours = coder.decode(want), coder.decode(got)
     assert (ours - theirs).norm() < 1e-2 * theirs.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_components_and_columns_are_products_but_for_what_halves_leave_out(device, block, monkeypatch, dtype):
+    from spectral_kv.engine import coding
+
+    monkeypatch.setattr(coding, "PART", 50)
+    keys, values = ([x[0, :, 3:-2] for x in kind] for kind in layers(device, dtype))
+    positions = np.r_[5:20, 40 : 40 + TOKENS - 20]
+    found = torch.zeros(len(block.mean) + 8, TOKENS - 5, device=device)
+    coding.analyse(block.analysis, block.mean, keys, values, ROPE.undoing(positions), found[4:-4])
+    rows = centred(keys, values, positions, ROPE, block.mean, wide=True)
+    wanted = torch.from_numpy(block.analysis).to(device).T @ rows.T
+    assert ((found[4:-4] - wanted).norm(dim=0) < 3e-5 * wanted.norm(dim=0)).all()
+    assert not found[:4].any() and not found[-4:].any()
+    columns = coding.synthesise(found[4:-4], block.synthesis, block.mean)
+    exact = (torch.from_numpy(x).to(device) for x in (block.mean, block.synthesis))
+    wanted = next(exact) + found[4:-4].T @ next(exact)
+    assert (columns - wanted).norm() < 3e-5 * wanted.norm()
 
 
 def test_tensors_that_no_kernel_can_read(device):
