@@ -12,7 +12,7 @@ import torch
 
 from spectral_kv.at_rest.counting import on_gpu
 from spectral_kv.at_rest.entropy import PRECISION, WHOLE, Tables
-from spectral_kv.at_rest.threads import each
+from spectral_kv.at_rest.threads import Ahead, each
 
 BITS = 16  # that leave a state at once
 LOW = 1 << 15  # the smallest state between steps; the largest is below LOW << BITS
@@ -20,6 +20,7 @@ ROOM = 31 - PRECISION  # a number of a frequency can be added to states below it
 LANES = 128  # of a stream, at most: each costs the bytes of a state
 TOGETHER = 4096  # lanes that are coded at once on a CPU, so that what is between steps stays in its cache
 STEPS = 64  # likewise
+AHEAD = 1024  # lanes from which on NumPy lets another thread look up what the next steps need
 
 
 def lanes_of(tokens: int) -> tuple[int, int]:
@@ -63,42 +64,74 @@ def encode(rows: torch.Tensor, tables: Tables) -> tuple[np.ndarray, np.ndarray, 
     return np.concatenate([np.zeros(0, dtype=np.uint16), *words]), counts, np.concatenate(states)
 
 
+class _Steps:
+    """What is looked up of the numbers of some steps, in memory that is used again."""
+
+    def __init__(self, size: int, lanes: int):
+        self.rows = np.empty((size, lanes), dtype=np.intp)
+        self.most, self.before, self.rest = (np.empty((size, lanes), dtype=np.int32) for _ in range(3))
+        self.inverse = np.empty((size, lanes), dtype=np.float64)
+        self.states = np.empty((size, lanes), dtype=np.int32)
+
+    def look_up(self, steps: np.ndarray, tables: Tables) -> "_Steps":
+        """Largest states below, what is before, left of and beside numbers of rows `[rows, turns, streams, lanes]`."""
+        np.copyto(self.rows[: steps.shape[0] * steps.shape[1]].reshape(steps.shape), steps)
+        tables.entries.take(self.rows, out=self.before, mode="clip")
+        np.bitwise_and(self.before, 0xFFFF, out=self.rest)
+        self.before >>= 16
+        np.left_shift(self.rest, ROOM, out=self.most)
+        self.most -= 1  # which wraps around to the largest of all
+        np.subtract(WHOLE, self.rest, out=self.rest)
+        tables.inverses.take(self.rows, out=self.inverse, mode="clip")
+        return self
+
+    def words(self, count: int, streams: int) -> tuple[np.ndarray, np.ndarray]:
+        """Words that leave the states before `count` steps, of one stream after the other, and how many of each."""
+        lanes = self.states.shape[1] // streams
+        there, most = (x[:count].reshape(-1, streams, lanes) for x in (self.states, self.most))
+        full, low = (np.empty((streams, count, lanes), dtype=kind) for kind in (bool, np.uint16))
+        np.greater(there, most, out=full.swapaxes(0, 1))
+        np.copyto(low, there.swapaxes(0, 1), casting="unsafe")
+        at = np.flatnonzero(full)
+        return low.ravel().take(at), np.searchsorted(at, np.arange(1, streams) * (count * lanes))
+
+
 def _encode(rows: np.ndarray, tables: Tables) -> tuple[list[np.ndarray], np.ndarray]:
     """Words of every stream, and states."""
     count, streams, turns, lanes = rows.shape
     steps, size, found = rows.swapaxes(1, 2), max(1, STEPS // turns), []
-    states = np.full((size * turns + 1, streams * lanes), LOW, dtype=np.int32)
-    small, quotient, wide = states[0].copy(), states[0].copy(), np.empty(streams * lanes, dtype=np.float64)
-    for stop in range(count, 0, -size):
-        some = steps[max(stop - size, 0) : stop].reshape(-1, streams * lanes).astype(np.intp)
-        before = tables.entries.take(some)
-        frequency = before & 0xFFFF
-        before >>= 16
-        most = (frequency << ROOM) - np.int32(1)  # which wraps around to the largest of all
-        inverse = tables.inverses.take(some)
-        rest = np.subtract(WHOLE, frequency, out=frequency)
-        states[len(some)] = states[0]
-        for step in reversed(range(len(some))):
-            state, following = states[step + 1], states[step]
-            np.subtract(most[step], state, out=small)
-            small >>= 31
-            small &= BITS
-            np.right_shift(state, small, out=small)
-            np.copyto(wide, small)
-            wide *= inverse[step]
-            np.copyto(quotient, wide, casting="unsafe")
-            quotient *= rest[step]
-            small += quotient
-            np.add(small, before[step], out=following)
-        there = states[1 : len(some) + 1]
-        full = np.empty((streams, len(some), lanes), dtype=bool)
-        np.greater(*(x.reshape(-1, streams, lanes) for x in (there, most)), out=full.swapaxes(0, 1))
-        at = np.flatnonzero(full)
-        stream, at = np.divmod(at, len(some) * lanes)
-        words = there[at // lanes, stream * lanes + at % lanes].astype(np.uint16)
-        found.append(np.split(words, np.searchsorted(stream, np.arange(1, streams))))
-    words = [np.concatenate([some[i] for some in reversed(found)] or [np.zeros(0, np.uint16)]) for i in range(streams)]
-    return words, states[0].reshape(streams, lanes)
+    state = np.full(streams * lanes, LOW, dtype=np.int32)
+    small, quotient, wide = np.empty_like(state), np.empty_like(state), np.empty(len(state), dtype=np.float64)
+    stops = range(count, 0, -size)
+    with Ahead(len(state) >= AHEAD) as ahead:
+        room = [_Steps(size * turns, len(state)) for _ in stops[:2]]
+        parts = [steps[max(stop - size, 0) : stop] for stop in stops]
+        looked, written = (ahead(room[0].look_up, parts[0], tables) if parts else None), None
+        for index, part in enumerate(parts):
+            own = looked()
+            if written is not None:
+                found.append(written())
+            if index + 1 < len(parts):
+                looked = ahead(room[(index + 1) % 2].look_up, parts[index + 1], tables)
+            there = len(part) * turns
+            for step in reversed(range(there)):
+                own.states[step] = state
+                np.subtract(own.most[step], state, out=small)
+                small >>= 31
+                small &= BITS
+                np.right_shift(state, small, out=small)
+                np.copyto(wide, small)
+                wide *= own.inverse[step]
+                np.copyto(quotient, wide, casting="unsafe")
+                quotient *= own.rest[step]
+                small += quotient
+                np.add(small, own.before[step], out=state)
+            written = ahead(own.words, there, streams)
+        if parts:
+            found.append(written())
+    split = [np.split(*x) for x in reversed(found)]
+    words = [np.concatenate([some[i] for some in split] or [np.zeros(0, np.uint16)]) for i in range(streams)]
+    return words, state.reshape(streams, lanes)
 
 
 def decoder(

@@ -24,3 +24,23 @@ def each(function: Callable[[Part], Found], parts: Iterable[Part]) -> list[Found
         return [function(part) for part in parts]
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(function, parts))
+
+
+class Ahead:
+    """A second thread for what is needed later, or the same one where it is not `worth` that or there is one core."""
+
+    def __init__(self, worth: bool = True):
+        self._pool = ThreadPoolExecutor(1) if worth and cores() > 1 else None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._pool:
+            self._pool.shutdown()
+
+    def __call__(self, function: Callable[..., Found], *given) -> Callable[[], Found]:
+        """What returns the result, once it is there."""
+        if self._pool:
+            return self._pool.submit(function, *given).result
+        return lambda: function(*given)

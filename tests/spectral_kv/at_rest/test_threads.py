@@ -25,6 +25,7 @@ def test_bytes_and_what_is_read_from_them_are_those_of_one_thread(monkeypatch, c
     y = (np.random.default_rng(0).standard_normal((60, 1000)) * np.geomspace(5, 0.1, 60)[:, None]).astype(np.float32)
     y, block = torch.from_numpy(y), np.repeat([0, 1], 30)
     monkeypatch.setattr(ans, "TOGETHER", 200)
+    monkeypatch.setattr(ans, "AHEAD", 100)
     written = []
     for cores in (1, count):
         monkeypatch.setattr(threads, "cores", lambda cores=cores: cores)
@@ -33,3 +34,13 @@ def test_bytes_and_what_is_read_from_them_are_those_of_one_thread(monkeypatch, c
     for one, other in zip(*written, strict=True):
         np.testing.assert_array_equal(one, other)
     assert (written[0][2] - y[:, 100:900]).abs().max() < 0.5
+
+
+def test_what_is_needed_later_is_found_by_a_second_thread_if_there_is_one(monkeypatch):
+    for cores, worth in ((2, True), (2, False), (1, True)):
+        monkeypatch.setattr(threads, "cores", lambda cores=cores: cores)
+        with threads.Ahead(worth) as ahead:
+            later = [ahead(lambda x: (x, threading.get_ident()), x) for x in range(3)]
+            found = [x() for x in later]
+        assert [x for x, _ in found] == [0, 1, 2]
+        assert ({who for _, who in found} == {threading.get_ident()}) == (cores == 1 or not worth)
