@@ -1,6 +1,6 @@
 """Triton kernels of the entropy coder: one program a stream, whose lanes advance side by side.
 
-What a step reads does not depend on the states before it, and is asked for a step or two ahead.
+What steps read does not depend on the states before them, and is asked for eight steps and more ahead.
 """
 
 import numpy as np
@@ -12,6 +12,7 @@ from spectral_kv.at_rest import ans
 from spectral_kv.at_rest.entropy import PRECISION, WHOLE, Tables
 
 LANES = 32  # of a warp
+TILE = 2048  # words, or none, that are gathered together
 
 _LOW, _BITS, _ROOM = (tl.constexpr(x) for x in (ans.LOW, ans.BITS, ans.ROOM))
 _PRECISION, _WHOLE = tl.constexpr(PRECISION), tl.constexpr(WHOLE)
@@ -23,35 +24,94 @@ def _place(step, stride, lanes, TURNS: tl.constexpr):
     return stride * (step // TURNS) + step % TURNS * lanes
 
 
-@triton.jit(do_not_specialize=["steps", "stride", "room"])
-def encode_streams(row_ptr, entry_ptr, word_ptr, count_ptr, state_ptr, steps, stride, lanes, room,
-                   TURNS: tl.constexpr, L: tl.constexpr):  # fmt: skip
-    """Write words from the end of a stream's `room` on down, beginning with the last step."""
+@triton.jit
+def _eight(numbers, step, by, steps, stride, lanes, ok, TURNS: tl.constexpr):
+    """What eight steps read, the first of them `step` and the others `by` one more each; zeros where there is none."""
+    return (
+        _number(numbers, step, steps, stride, lanes, ok, TURNS),
+        _number(numbers, step + by, steps, stride, lanes, ok, TURNS),
+        _number(numbers, step + 2 * by, steps, stride, lanes, ok, TURNS),
+        _number(numbers, step + 3 * by, steps, stride, lanes, ok, TURNS),
+        _number(numbers, step + 4 * by, steps, stride, lanes, ok, TURNS),
+        _number(numbers, step + 5 * by, steps, stride, lanes, ok, TURNS),
+        _number(numbers, step + 6 * by, steps, stride, lanes, ok, TURNS),
+        _number(numbers, step + 7 * by, steps, stride, lanes, ok, TURNS),
+    )
+
+
+@triton.jit
+def _number(numbers, step, steps, stride, lanes, ok, TURNS: tl.constexpr):
+    step = tl.minimum(tl.maximum(step, 0), steps - 1)
+    return tl.load(numbers + _place(step, stride, lanes, TURNS), mask=ok, other=0).to(tl.int32)
+
+
+@triton.jit
+def _entry(entry_ptr, row, step, lane, lanes):
+    """Of a row, or one that changes no state where there is no such step."""
+    return tl.load(entry_ptr + row, mask=lane < tl.where(step >= 0, lanes, 0), other=_WHOLE)
+
+
+@triton.jit
+def _entries(entry_ptr, rows, step, lane, lanes):
+    return (
+        _entry(entry_ptr, rows[0], step, lane, lanes), _entry(entry_ptr, rows[1], step - 1, lane, lanes),
+        _entry(entry_ptr, rows[2], step - 2, lane, lanes), _entry(entry_ptr, rows[3], step - 3, lane, lanes),
+        _entry(entry_ptr, rows[4], step - 4, lane, lanes), _entry(entry_ptr, rows[5], step - 5, lane, lanes),
+        _entry(entry_ptr, rows[6], step - 6, lane, lanes), _entry(entry_ptr, rows[7], step - 7, lane, lanes),
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["steps", "stride"])
+def encode_lanes(row_ptr, entry_ptr, word_ptr, state_ptr, steps, stride, lanes, TURNS: tl.constexpr, L: tl.constexpr):
+    """Words that leave `L` of a stream's lanes at each step, or -1; lanes do not depend on one another here."""
     stream = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, L)
+    lane = tl.program_id(1) * L + tl.arange(0, L)
     ok = lane < lanes
     stride = stream * 0 + stride  # of 64 bits: numbers may be more than 32 can count
-    rows = row_ptr + stream * TURNS * lanes + lane
-    words = word_ptr + stream * room
+    numbers = row_ptr + stream * TURNS * lanes + lane
+    words = word_ptr + stream * steps * lanes + lane
     state = tl.full([L], _LOW, tl.int32)
-    entry = tl.load(entry_ptr + tl.load(rows + _place(steps - 1, stride, lanes, TURNS), mask=ok, other=0).to(tl.int32),
-                    mask=ok, other=_WHOLE)  # fmt: skip
-    row = tl.load(rows + _place(tl.maximum(steps - 2, 0), stride, lanes, TURNS), mask=ok, other=0).to(tl.int32)
-    left = room
-    for done in range(0, steps):
-        following = tl.load(entry_ptr + row, mask=ok, other=_WHOLE)
-        row = tl.load(rows + _place(tl.maximum(steps - 3 - done, 0), stride, lanes, TURNS), mask=ok, other=0)
-        row = row.to(tl.int32)
-        frequency = entry & 0xFFFF
-        full = ((state >> _ROOM) >= frequency).to(tl.int32)
-        left -= tl.sum(full, 0)
-        tl.store(words + left + tl.cumsum(full, 0) - 1, (state & 0xFFFF).to(tl.int16), mask=full > 0)
-        state = state >> (full * _BITS)
-        quotient = (state.to(tl.uint32) // frequency.to(tl.uint32)).to(tl.int32)
-        state += quotient * (_WHOLE - frequency) + (entry >> 16)
-        entry = following
-    tl.store(count_ptr + stream, room - left)
+    rows = _eight(numbers, steps - 1, -1, steps, stride, lanes, ok, TURNS)
+    entries = _entries(entry_ptr, rows, steps - 1, lane, lanes)
+    rows = _eight(numbers, steps - 9, -1, steps, stride, lanes, ok, TURNS)
+    for done in range(0, steps, 8):
+        last = steps - 1 - done
+        later = _eight(numbers, last - 16, -1, steps, stride, lanes, ok, TURNS)
+        following = _entries(entry_ptr, rows, last - 8, lane, lanes)
+        for index in tl.static_range(8):
+            entry, step = entries[index], last - index
+            frequency = entry & 0xFFFF
+            inverse = 1.0 / frequency.to(tl.float32)
+            full = (state >> _ROOM) >= frequency
+            there = lane < tl.where(step >= 0, lanes, 0)
+            tl.store(words + step.to(tl.int64) * lanes, tl.where(full, state & 0xFFFF, -1), mask=there)
+            state = tl.where(full, state >> _BITS, state)
+            quotient = (state.to(tl.float32) * inverse).to(tl.int32)  # below 2^19, so that it is off by one at most
+            rest = state - quotient * frequency
+            quotient += (rest >= frequency).to(tl.int32) - (rest < 0).to(tl.int32)
+            state += quotient * (_WHOLE - frequency) + (entry >> 16)
+        entries, rows = following, later
     tl.store(state_ptr + stream * lanes + lane, state, mask=ok)
+
+
+@triton.jit
+def count_words(word_ptr, count_ptr, size, tiles, BT: tl.constexpr):
+    """How many words there are in each tile of each stream's."""
+    stream, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    t = tile * BT + tl.arange(0, BT)
+    word = tl.load(word_ptr + stream * size + t, mask=t < size, other=-1)
+    tl.store(count_ptr + stream * tiles + tile, tl.sum((word >= 0).to(tl.int32), 0))
+
+
+@triton.jit
+def gather_words(word_ptr, end_ptr, found_ptr, size, tiles, BT: tl.constexpr):
+    """Words of each tile to where they belong, before `end_ptr`."""
+    stream, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    t = tile * BT + tl.arange(0, BT)
+    word = tl.load(word_ptr + stream * size + t, mask=t < size, other=-1)
+    there = (word >= 0).to(tl.int32)
+    place = tl.load(end_ptr + stream * tiles + tile) - tl.sum(there, 0) + tl.cumsum(there, 0) - 1
+    tl.store(found_ptr + place, word.to(tl.int16), mask=there > 0)
 
 
 @triton.jit(do_not_specialize=["steps", "stride"])
@@ -65,22 +125,23 @@ def decode_streams(context_ptr, number_ptr, slot_ptr, word_ptr, at_ptr, state_pt
     own = stream * TURNS * lanes + lane
     at = tl.load(at_ptr + stream)
     state = tl.load(state_ptr + stream * lanes + lane, mask=ok, other=_LOW)
-    context = tl.load(context_ptr + own, mask=ok, other=0)
-    for step in range(0, steps):
-        following = tl.load(
-            context_ptr + own + _place(tl.minimum(step + 1, steps - 1), stride, lanes, TURNS), mask=ok, other=0
-        )
-        slot = (context.to(tl.int32) << _PRECISION) + (state & (_WHOLE - 1))
-        entry = tl.load(slot_ptr + slot, mask=ok, other=_WHOLE)
-        number = tl.load(number_ptr + slot, mask=ok, other=0)
-        state = (state >> _PRECISION) * (entry & 0xFFFF) + (entry >> 16)
-        low = ((state < _LOW) & ok).to(tl.int32)
-        place = at + tl.cumsum(low, 0) - 1
-        word = tl.load(word_ptr + place, mask=(low > 0) & (place <= last), other=0).to(tl.int32) & 0xFFFF
-        state = tl.where(low > 0, state << _BITS | word, state)
-        at += tl.sum(low, 0)
-        tl.store(found_ptr + own + _place(step, stride, lanes, TURNS), number, mask=ok)
-        context = following
+    contexts = _eight(context_ptr + own, 0, 1, steps, stride, lanes, ok, TURNS)
+    for first in range(0, steps, 8):
+        following = _eight(context_ptr + own, first + 8, 1, steps, stride, lanes, ok, TURNS)
+        for index in tl.static_range(8):
+            step = first + index
+            there = lane < tl.where(step < steps, lanes, 0)
+            slot = (contexts[index] << _PRECISION) + (state & (_WHOLE - 1))
+            entry = tl.load(slot_ptr + slot, mask=ok, other=_WHOLE)
+            number = tl.load(number_ptr + slot, mask=ok, other=0)
+            state = tl.where(there, (state >> _PRECISION) * (entry & 0xFFFF) + (entry >> 16), state)
+            low = ((state < _LOW) & there).to(tl.int32)
+            place = at + tl.cumsum(low, 0) - 1
+            word = tl.load(word_ptr + place, mask=(low > 0) & (place <= last), other=0).to(tl.int32) & 0xFFFF
+            state = tl.where(low > 0, state << _BITS | word, state)
+            at += tl.sum(low, 0)
+            tl.store(found_ptr + own + _place(step, stride, lanes, TURNS), number, mask=there)
+        contexts = following
     tl.store(at_ptr + stream, at)
     tl.store(state_ptr + stream * lanes + lane, state, mask=ok)
 
@@ -101,26 +162,31 @@ def _width(lanes: int) -> dict[str, int]:
 def _on_host(x: torch.Tensor) -> np.ndarray:
     """A copy by way of pinned memory, which takes a tenth of the time and is not held while a cache is parked."""
     found = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
-    return found.copy_(x).numpy().copy()
+    return torch.empty(x.shape, dtype=x.dtype).copy_(found.copy_(x)).numpy()
 
 
 def encode(rows: torch.Tensor, tables: Tables) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """As `ans.encode`."""
     rows = rows.contiguous()
     count, streams, turns, lanes = rows.shape
-    room = max(count * turns * lanes, 1)
-    entries = torch.from_numpy(tables.entries).to(rows.device)
-    words = torch.empty((streams, room), dtype=torch.int16, device=rows.device)
-    counts = torch.zeros(streams, dtype=torch.int64, device=rows.device)
-    states = torch.full((streams, lanes), ans.LOW, dtype=torch.int32, device=rows.device)
-    if count * turns:
-        encode_streams[(streams,)](
-            rows, entries, words, counts, states, count * turns, rows.stride(0), lanes, room, TURNS=turns,
-            **_width(lanes),
-        )  # fmt: skip
-    many = counts.tolist()
-    found = torch.cat([row[room - n :] for row, n in zip(words, many, strict=True)])
-    return _on_host(found).view(np.uint16), np.array(many, dtype=np.int64), states.cpu().numpy()
+    steps, device = count * turns, rows.device
+    size = steps * lanes
+    if not size or not streams:
+        return np.zeros(0, np.uint16), np.zeros(streams, np.int64), np.full((streams, lanes), ans.LOW, np.int32)
+    entries = torch.from_numpy(tables.entries).to(device)
+    words = torch.empty((streams, size), dtype=torch.int32, device=device)
+    states = torch.empty((streams, lanes), dtype=torch.int32, device=device)
+    encode_lanes[(streams, triton.cdiv(lanes, LANES))](
+        rows, entries, words, states, steps, rows.stride(0), lanes, TURNS=turns, L=LANES, num_warps=1,
+    )  # fmt: skip
+    tiles = triton.cdiv(size, TILE)
+    ends = torch.empty((streams, tiles), dtype=torch.int32, device=device)
+    count_words[(streams, tiles)](words, ends, size, tiles, BT=TILE, num_warps=4)
+    ends = ends.view(-1).cumsum(0)
+    last = ends[tiles - 1 :: tiles].cpu().numpy()
+    found = torch.empty(int(last[-1]), dtype=torch.int16, device=device)
+    gather_words[(streams, tiles)](words, ends, found, size, tiles, BT=TILE, num_warps=4)
+    return _on_host(found).view(np.uint16), np.diff(last, prepend=0), states.cpu().numpy()
 
 
 class Decoder:
@@ -128,7 +194,7 @@ class Decoder:
 
     def __init__(self, words: np.ndarray, starts: np.ndarray, states: np.ndarray, device: torch.device):
         kept = torch.empty(len(words), dtype=torch.int16, pin_memory=device.type == "cuda")
-        kept.numpy()[:] = words.view(np.int16)
+        kept.copy_(torch.from_numpy(words.view(np.int16)))
         self.words = kept.to(device, non_blocking=True)
         self.at = torch.tensor(starts, dtype=torch.int64, device=device)
         self.states = torch.tensor(states, dtype=torch.int32, device=device)
