@@ -58,14 +58,12 @@ MUTANTS = [
     Mutant("transforms/wavelet.py", "ahead, count = 1,", "ahead, count = 0,", "transforms/test_wavelet.py::test_eq"),
     Mutant(
         "at_rest/ans.py",
-        "np.subtract(most[step], state",
-        "np.subtract(state, most[step]",
+        "np.subtract(own.most[step], state",
+        "np.subtract(state, own.most[step]",
         "at_rest/test_ans.py::test_words",
     ),
-    Mutant(
-        "at_rest/ans.py", "for some in reversed(found)", "for some in found", "at_rest/test_ans.py::test_what_is_read"
-    ),
-    Mutant("at_rest/ans_kernels.py", "left + tl.cumsum(full, 0) - 1", "left", "at_rest/test_ans.py::test_kernels"),
+    Mutant("at_rest/ans.py", "for x in reversed(found)", "for x in found", "at_rest/test_ans.py::test_what_is_read"),
+    Mutant("at_rest/ans_kernels.py", "+ tl.cumsum(there, 0) - 1", "", "at_rest/test_ans.py::test_kernels"),
     Mutant(
         "at_rest/entropy.py",
         "weights[:, CAP] *= 2",
@@ -76,7 +74,7 @@ MUTANTS = [
         "at_rest/rounding_kernels.py",
         "tl.where(value < 0, -number, number)",
         "number",
-        "at_rest/test_variable_rate.py::test_the_kernel",
+        "at_rest/test_rounding.py::test_the_kernels",
     ),
     Mutant(
         "at_rest/rounding.py",

@@ -9,7 +9,10 @@ import numpy as np
 import torch
 from scipy.fft import dct
 
-from spectral_kv.at_rest.counting import some_rows
+from spectral_kv.at_rest.rounding import Components
+from spectral_kv.at_rest.step_search import few
+
+SAMPLED = 4  # every so many components say whether the transform pays
 
 
 @cache
@@ -21,8 +24,8 @@ def cosine(size: int) -> np.ndarray:
 def _blockwise(matrix: np.ndarray, x: torch.Tensor) -> torch.Tensor:
     size, found = len(matrix), torch.empty_like(x)
     whole, turned = x.shape[1] // size * size, torch.from_numpy(matrix.T.copy()).to(x.device)
-    for rows in some_rows(len(x), x):
-        found[rows, :whole] = (x[rows, :whole].reshape(-1, size) @ turned).view(rows.stop - rows.start, whole)
+    own = [y[:, :whole].unflatten(1, (whole // size, size)) for y in (x, found)]  # neither is copied
+    torch.bmm(own[0], turned.expand(len(x), size, size), out=own[1])
     found[:, whole:] = x[:, whole:]
     return found
 
@@ -35,3 +38,11 @@ def forward(components: torch.Tensor, size: int) -> torch.Tensor:
 def backward(transformed: torch.Tensor, size: int) -> torch.Tensor:
     """The inverse of `forward`, of any run of tokens that begins with a block."""
     return _blockwise(cosine(size).T, transformed)
+
+
+def pays(components: Components, size: int, step: float) -> bool:
+    """Whether components cost less when they are transformed, as some of them and some tokens say."""
+    block = np.unique(components.block[::SAMPLED], return_inverse=True)[1]
+    plain = components.values[::SAMPLED].contiguous()
+    before, after = (few(Components(x, block)).cost(step) for x in (plain, forward(plain, size)))
+    return after < before

@@ -21,6 +21,29 @@ def on_gpu(x: torch.Tensor) -> bool:
     return x.is_cuda and find_spec("triton") is not None
 
 
+class Beside:
+    """A stream of a GPU for what does not wait for work that is asked for after this, or nothing at all on a CPU."""
+
+    def __init__(self, x: torch.Tensor):
+        self.device = x.device
+        self.stream = torch.cuda.Stream(x.device) if x.is_cuda else None
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream(x.device))
+
+    def __call__(self):
+        """A context in which it is used."""
+        return torch.cuda.stream(self.stream)
+
+    def join(self, found: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What was made there, for use here."""
+        if self.stream:
+            own = torch.cuda.current_stream(self.device)
+            own.wait_stream(self.stream)
+            for x in found:
+                x.record_stream(own)
+        return found
+
+
 def counts(numbers: torch.Tensor, size: int) -> np.ndarray:
     """How often each number from 0 to `size` - 1 is among some, int64 `[size]`."""
     if on_gpu(numbers):

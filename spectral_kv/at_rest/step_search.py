@@ -11,9 +11,15 @@ from spectral_kv.at_rest.rounding import CONTEXTS, Components
 SEARCHED = 512  # tokens of which bits are counted while a step is looked for
 CLOSE = 0.015  # of the logarithm to base 2 of what is met, where the search ends
 FINE = 2 * np.pi * np.e  # squares of the step that a variance is, where a number takes no bits if steps were fine
+ROUGH = 0.1  # likewise, where another search goes on
 SPARSE = 0.2  # the same, where it takes half of them as most are rounded to 0: where to look first, within a tenth
 MISSED = np.log2(1.02)  # what is left by then and is not good enough
 TURNS = 12  # at most
+
+
+def few(components: Components) -> Components:
+    """Some of the tokens."""
+    return components.every(components.tokens // SEARCHED | 1)
 
 
 @dataclass(frozen=True)
@@ -33,12 +39,15 @@ class Search:
     ----------
     components : Components
     goal : Goal
+    about : float, optional
+        A step to begin with.
     """
 
-    def __init__(self, components: Components, goal: Goal):
+    def __init__(self, components: Components, goal: Goal, about: float | None = None):
         self.components, self.goal = components, goal
-        self.few = self.components.every(self.components.tokens // SEARCHED | 1)
-        self._near: float | None = None
+        self._about = None if about is None else float(np.log2(about))
+        self.few = few(components)
+        self._close = np.inf
 
     def _beyond(self, some: Components, logarithm: float) -> float:
         """How far above the goal a step is, by the logarithm that is to be 0."""
@@ -59,19 +68,17 @@ class Search:
         bits = 0.5 * np.log2(1 + FINE * relative) * relative / (relative + SPARSE)
         return np.log2(goal.bits / max(self.components.tokens * bits.sum(), 1.0))
 
-    def near(self) -> float:
+    def near(self, close: float = CLOSE / 2) -> float:
         """A step that nearly meets the goal, as some tokens say."""
         if self.goal.step is not None:
             return self.goal.step
-        if self._near is None:
+        if self._about is None:
             about = 0.5 * np.log2(float((self.components.deviations**2).mean()) + 1e-24)
-            about, _ = root(self._expected, about, CLOSE)
-            self._near, _ = root(lambda at: self._beyond(self.few, at), about, CLOSE / 2)
-        return float(np.float32(2.0**self._near))
-
-    def cost(self, step: float) -> float:
-        """What some tokens cost at a step, to compare it with what they cost otherwise: see `Components.cost`."""
-        return self.few.cost(step)
+            self._about, _ = root(self._expected, about, CLOSE)
+        if close < self._close:
+            self._about, _ = root(lambda at: self._beyond(self.few, at), self._about, close)
+            self._close = close
+        return float(np.float32(2.0**self._about))
 
     def step(self) -> float:
         """The one that meets the goal.
@@ -84,7 +91,7 @@ class Search:
         near = self.near()
         if self.goal.step is not None:
             return near
-        found, off = root(lambda at: self._beyond(self.components, at), self._near, CLOSE)
+        found, off = root(lambda at: self._beyond(self.components, at), self._about, CLOSE)
         if self.goal.bits is not None and off > MISSED:
             raise ValueError(f"{self.goal.asked} can't be met within 2 %, no step does: choose another, or give a step")
         return float(np.float32(2.0**found))

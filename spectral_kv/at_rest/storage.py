@@ -10,11 +10,13 @@ import torch
 from spectral_kv.at_rest import along_tokens, exact
 from spectral_kv.at_rest.ans import lanes_of
 from spectral_kv.at_rest.content import FORMAT, AtRest
+from spectral_kv.at_rest.counting import Beside, on_gpu
 from spectral_kv.at_rest.entropy import Tables
 from spectral_kv.at_rest.rounding import OCTAVE, Components
-from spectral_kv.at_rest.step_search import Goal, Search
+from spectral_kv.at_rest.step_search import ROUGH, Goal, Search
 from spectral_kv.at_rest.variable_rate import VariableRate
 from spectral_kv.codec.bases import Bases, Block, by_head, centred
+from spectral_kv.engine import coding
 from spectral_kv.rope import Rope
 from spectral_kv.storage.base import Pair
 from spectral_kv.storage.dense import DenseTokens
@@ -157,7 +159,13 @@ class SpectralAtRest:
         coded = max(tokens - sinks - self.recent, 0)
         pairs = list(zip(keys, values, strict=True))
         whole = [part(x, *span) for span in ((0, sinks), (sinks + coded, tokens)) for pair in pairs for x in pair]
-        tensors = {f"exact.{name}": x for name, x in exact.encode(whole).items()}
+        beside, components = Beside(keys[0]), None
+        if coded:
+            where = np.asarray(positions)[sinks : sinks + coded]
+            middle = [[x[..., sinks : sinks + coded, :] for x in pair] for pair in pairs]
+            components = components_of(bases.blocks, middle, where, rope)
+        with beside():  # a GPU finds components meanwhile
+            tensors = {f"exact.{name}": x for name, x in exact.encode(whole).items()}
         header = {
             "format": FORMAT,
             "bases": bases.digest,
@@ -169,10 +177,7 @@ class SpectralAtRest:
         }
         if not np.array_equal(positions, np.arange(tokens)):
             tensors["positions"] = np.asarray(positions, dtype=np.int32)
-        if coded:
-            where = np.asarray(positions)[sinks : sinks + coded]
-            middle = [[x[..., sinks : sinks + coded, :] for x in pair] for pair in pairs]
-            components = components_of(bases.blocks, middle, where, rope)
+        if components is not None:
             if (fineness := self._fineness(sinks, coded)) is not None:
                 tensors["fineness"] = fineness
                 components.values.mul_(finer(fineness, components.values))
@@ -180,10 +185,10 @@ class SpectralAtRest:
             goal = self._goal(components, full, sum(x.nbytes for x in tensors.values()), bases.following)
             search = Search(components, goal)
             if self.along is not None and coded >= self.along:
-                other = Search(Components(along_tokens.forward(components.values, self.along), components.block), goal)
-                at = other.near()  # where the search goes on if it is used, which it mostly is
-                if other.cost(at) < search.cost(at):
-                    search, header["along"] = other, self.along
+                near = search.near(ROUGH)
+                if along_tokens.pays(components, self.along, near):
+                    transformed = along_tokens.forward(components.values, self.along)
+                    search, header["along"] = Search(Components(transformed, components.block), goal, near), self.along
             step = search.step()
             written = VariableRate.of(search.components, step, self.chunk)
             header |= {"step": step, "chunk": self.chunk}
@@ -259,13 +264,16 @@ class SpectralAtRest:
         counts = (sinks, tokens - sinks - coded)
         shapes = [(heads, count, dim) for count in counts for _ in range(2 * layers)]
         beside = as_torch(template)
-        whole = exact.decode(written.part("exact"), shapes, beside)
-        first, recent = whole[: 2 * layers], whole[2 * layers :]
+        aside = Beside(beside)
         low, high = (min(max(x - sinks, 0), coded) for x in (start, stop))
         between = [[] for _ in range(2 * layers)]
         if high > low:
             positions = written.tensors.get("positions", np.arange(tokens))[sinks + low : sinks + high]
             between = [[x] for x in self._middle(written, bases, beside, low, high, positions, rope)]
+        with aside():  # a GPU reads the others meanwhile
+            whole = exact.decode(written.part("exact"), shapes, beside)
+        whole = aside.join(whole)
+        first, recent = whole[: 2 * layers], whole[2 * layers :]
         edges = (sinks, sinks + coded, tokens)
         pairs = []
         for index in range(2 * layers):
@@ -298,15 +306,17 @@ class SpectralAtRest:
             components = components / finer(written.tensors["fineness"][low:high], components)
         found, at = [], 0
         for block, width in zip(bases.blocks, widths, strict=True):
-            z = components[at : at + width].T
+            z = components[at : at + width]
             at += width
-            x = torch.addmm(constant(block.mean, z), z, constant(block.synthesis, z))
+            if on_gpu(beside) and beside.itemsize == 2:
+                x = coding.synthesise(z, block.synthesis, block.mean)
+            else:
+                x = torch.addmm(constant(block.mean, z), z.T, constant(block.synthesis, z))
             each = by_head(x, bases.dim)  # [heads, tokens, dim], keys of all layers before values
             count = bases.kv_heads
-            for index in range(len(block.layers)):
-                found.append(rope.rotate(each[index * count : (index + 1) * count], positions))
-                start = (len(block.layers) + index) * count
-                found.append(each[start : start + count])
+            split = len(block.layers) * count
+            keys, values = rope.rotate(each[:split], positions).split(count), each[split:].split(count)
+            found += [x for pair in zip(keys, values, strict=True) for x in pair]
         return found
 
     def store_together(
@@ -353,12 +363,23 @@ def finer(fineness: np.ndarray, beside: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(2.0 ** (fineness.astype(np.float32) / OCTAVE)).to(beside.device)
 
 
+def in_halves(keys: list[torch.Tensor], values: list[torch.Tensor]) -> bool:
+    """Whether components are found by products of 16-bit numbers, which lose less than the cache has."""
+    return on_gpu(keys[0]) and keys[0].itemsize == 2 and coding.suits(keys, values)
+
+
 def components_of(blocks: tuple[Block, ...], pairs: list[Pair], positions: np.ndarray, rope: Rope) -> Components:
-    """Components of rotated keys and values of all layers."""
-    widths = [block.basis.shape[1] for block in blocks]
+    """Components of rotated keys and values of all layers.
+
+    On a GPU those of 16 bits by a product of such: see `engine/coding.py`.
+    """
+    widths, waves = [block.basis.shape[1] for block in blocks], rope.undoing(positions)
     found = pairs[0][0].new_empty((sum(widths), len(positions)), dtype=torch.float32)
     for block, own in zip(blocks, found.split(widths), strict=True):
-        keys, values = zip(*(pairs[layer] for layer in block.layers), strict=True)
+        keys, values = (list(x) for x in zip(*(pairs[layer] for layer in block.layers), strict=True))
+        if in_halves(keys, values):
+            coding.analyse(block.analysis, block.mean, keys, values, waves, own)
+            continue
         x = centred(keys, values, positions, rope, block.mean, wide=True)
         torch.matmul(constant(block.analysis, x).T, x.T, out=own)
     return Components(found, np.repeat(np.arange(len(blocks)), widths))

@@ -11,9 +11,8 @@ import torch
 from torch.nn.functional import pad
 
 from spectral_kv.at_rest import ans
-from spectral_kv.at_rest.counting import some_rows
 from spectral_kv.at_rest.entropy import CAP, WIDTH, Tables
-from spectral_kv.at_rest.rounding import CONTEXTS, GAINS, Components, Sizes, values
+from spectral_kv.at_rest.rounding import CONTEXTS, GAINS, Components, Sizes, stand_for
 
 NOTHING = CONTEXTS + 1  # context of tokens which are not there
 
@@ -93,17 +92,13 @@ class VariableRate:
 
         scale = torch.full((int(block.max()) + 1, count), GAINS, dtype=torch.int8, device=beside.device)
         sizes = Sizes(self.levels, read(scale).to(torch.int8), block)
-        there, skipped = sizes.there, start - first * self.chunk
+        skipped = start - first * self.chunk
         numbers = read(sizes.contexts())
         far = self.far[begins[0, 1] : begins[-1, 1]]
         if len(far):
             numbers = self._with(far, numbers)
         numbers = numbers[:, skipped : skipped + stop - start]
-        found = torch.zeros((len(self.levels), stop - start), dtype=torch.float32, device=beside.device)
-        at = torch.from_numpy(there).to(beside.device)
-        for part in some_rows(len(there), found):
-            found[at[part]] = values(numbers[part], self.levels[there[part]], self.means, self.step)
-        return found
+        return stand_for(numbers, sizes, self.means, self.step)
 
     def _with(self, far: np.ndarray, numbers: torch.Tensor) -> torch.Tensor:
         """Numbers with what exceeds `CAP` added, int32."""

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from spectral_kv.at_rest.along_tokens import backward, cosine, forward
+from spectral_kv.at_rest.along_tokens import backward, cosine, forward, pays
+from spectral_kv.at_rest.rounding import Components
 
 
 @pytest.mark.parametrize("size", [1, 4, 64])
@@ -22,3 +23,12 @@ def test_a_constant_is_in_the_first_frequency_and_the_rest_of_a_block_stays():
     np.testing.assert_allclose(y[:, 1:8], 0, atol=1e-6)
     assert torch.equal(y[:, 8:], x[:, 8:])
     np.testing.assert_allclose(cosine(8) @ cosine(8).T, np.eye(8), atol=1e-6)
+
+
+def test_it_pays_for_tokens_that_are_like_their_neighbours_and_not_for_single_ones(rng):
+    z = rng.normal(size=(24, 2000))
+    alike = np.cumsum(z, axis=1) - np.cumsum(z, axis=1)[:, ::100].repeat(100, axis=1)
+    single = z * 20 * (rng.random(2000) < 0.02)
+    for values, wanted in ((alike, True), (single, False)):
+        x = torch.from_numpy(values.astype(np.float32))
+        assert pays(Components(x, np.repeat([0, 1, 2], [2, 1, 21])), 64, 1.0) == wanted

@@ -22,4 +22,9 @@ def test_a_step_meets_bits_or_an_error_and_is_near_before_all_tokens_are_looked_
     assert search.near() == pytest.approx(step, rel=0.1)
     search = Search(components, Goal(bits=3000 * 30))
     assert search.components.rounded(search.step()).bits == pytest.approx(3000 * 30, rel=0.05)
+    assert Search(components, Goal(bits=3000 * 30), search.near()).step() == pytest.approx(search.step(), rel=0.02)
+    rough = Search(components, Goal(bits=3000 * 30))
+    assert rough.near(0.3) == pytest.approx(search.near(), rel=0.4) and rough.near() == pytest.approx(
+        search.near(), rel=0.02
+    )
     assert Search(components, Goal(step=0.25)).step() == 0.25
