@@ -78,22 +78,22 @@ class Modules:
         return out.logits[:, -1]
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
 def _joined(*modules: torch.nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weights and biases of layers with one input as those of one layer.
 
-    The layers' own become views of them, so that weights are held once; a gradient can still be asked of them.
+    The layers' own become views of them, so that weights are held once; they are tensors of inference mode only if they
+    were before, so that a gradient can still be asked of them.
     """
-    weight = torch.cat([m.weight.detach() for m in modules])
-    bias = None if modules[0].bias is None else torch.cat([m.bias.detach() for m in modules])
-    start = 0
-    for m in modules:
-        stop = start + m.out_features
-        m.weight.data = weight[start:stop]
-        if bias is not None:
-            m.bias.data = bias[start:stop]
-        start = stop
+    with torch.inference_mode(modules[0].weight.is_inference()), torch.no_grad():
+        weight = torch.cat([m.weight.detach() for m in modules])
+        bias = None if modules[0].bias is None else torch.cat([m.bias.detach() for m in modules])
+        start = 0
+        for m in modules:
+            stop = start + m.out_features
+            m.weight.data = weight[start:stop]
+            if bias is not None:
+                m.bias.data = bias[start:stop]
+            start = stop
     return weight, bias
 
 

@@ -374,13 +374,17 @@ def test_codes_on_a_cpu_are_decoded_through_joined_blocks_in_float32(prefilled, 
 
 
 def test_a_model_whose_weights_were_joined_still_learns():
-    """Nor does it matter that a model was made where no gradient is known of."""
+    """One that was made in inference mode still runs in it."""
+    ids = torch.tensor([[1, 2]])
     with torch.inference_mode():
-        Blocks(llama(), compiled=False)
+        Blocks(made := llama(), compiled=False)
+        want = made(input_ids=ids).logits
     model = llama()
     with torch.inference_mode():
         Blocks(model, compiled=False)
-    model(input_ids=torch.tensor([[1, 2]])).logits.sum().backward()
+    got = model(input_ids=ids).logits
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    got.sum().backward()
     assert model.model.layers[1].self_attn.k_proj.weight.grad.abs().sum() > 0
 
 
