@@ -135,6 +135,10 @@ MUTANTS = [
     ),
     Mutant("refit.py", "@ values - shares @ there", "@ values + shares @ there", "test_refit.py::test_a_refit"),
     Mutant("backends/torch_runs.py", "tril(rows - new)", "tril(0)", "backends/test_torch_runs.py::test_a_ragged"),
+    Mutant("engine/rows.py", "counts[0]] = row", "counts[0] - 1] = row", "engine/test_decoding.py::test_greedy_tokens"),
+    Mutant(
+        "engine/rows.py", "torch.addcmul(shift,", "torch.addcmul(-shift,", "engine/test_decoding.py::test_greedy_tokens"
+    ),
     Mutant("attention.py", "> own", ">= own", "test_attention.py::test_causal"),
     Mutant("rope.py", "self._turn(x, positions, -1.0,", "self._turn(x, positions, 1.0,", "test_rope.py::test_rotates"),
     Mutant("rope.py", "1.0 / self.attention_scaling, tokens", "1.0, tokens", "test_rope.py::test_rotates"),
