@@ -139,6 +139,23 @@ MUTANTS = [
     Mutant(
         "engine/rows.py", "torch.addcmul(shift,", "torch.addcmul(-shift,", "engine/test_decoding.py::test_greedy_tokens"
     ),
+    Mutant(
+        "backends/torch_runs.py",
+        ".repeat(group, 1)",
+        ".repeat_interleave(group, 0)",
+        "backends/test_torch_runs.py::test_a_ragged",
+    ),
+    Mutant("backends/unplanned.py", "_inside += 1", "_inside = 1", "backends/test_unplanned.py::test_kernels"),
+    Mutant(
+        "backends/torch.py", "ids.shape[1] <= SHORT", "ids.shape[1] > SHORT", "backends/test_unplanned.py::test_few"
+    ),
+    Mutant("engine/banded.py", "outer - inner[:, ::-1]", "outer - inner", "engine/test_banded.py::test_what_a_filter"),
+    Mutant(
+        "engine/scoring_kernels.py",
+        "sum_a - difference_a",
+        "sum_a + difference_a",
+        "engine/test_scoring.py::test_deviations",
+    ),
     Mutant("attention.py", "> own", ">= own", "test_attention.py::test_causal"),
     Mutant("rope.py", "self._turn(x, positions, -1.0,", "self._turn(x, positions, 1.0,", "test_rope.py::test_rotates"),
     Mutant("rope.py", "1.0 / self.attention_scaling, tokens", "1.0, tokens", "test_rope.py::test_rotates"),
