@@ -81,7 +81,7 @@ def test_lanes_take_two_turns_at_least():
         assert lanes <= 128 and turns >= 2 and lanes * turns >= tokens
 
 
-@pytest.mark.parametrize("shape", [(9, 3, 2, 20), (5, 2, 1, 1), (3, 1, 3, 130)])
+@pytest.mark.parametrize("shape", [(9, 2, 2, 20), (5, 2, 1, 1), (3, 1, 3, 130)])
 def test_kernels_write_and_read_the_same_bytes(rng, shape):
     kernels = pytest.importorskip("spectral_kv.at_rest.ans_kernels", reason="needs Triton")
     numbers, contexts, rows, tables, _ = drawn(rng, *shape)
@@ -97,10 +97,10 @@ def test_kernels_write_and_read_the_same_bytes(rng, shape):
 def test_words_that_are_no_stream_are_read_to_their_end_and_alike(rng):
     """Whatever they say: zeros follow the last of them."""
     kernels = pytest.importorskip("spectral_kv.at_rest.ans_kernels", reason="needs Triton")
-    _, contexts, _, tables, _ = drawn(rng, 60, 2, 1, 9)
+    _, contexts, _, tables, _ = drawn(rng, 24, 2, 1, 9)
     contexts.clamp_(max=19)
     states = rng.integers(ans.LOW, 2**31, (2, 9)).astype(np.int32)
-    for count in (0, 1, 50):
+    for count in (0, 1, 20):
         words, starts = rng.integers(0, 2**16, count).astype(np.uint16), np.array([0, count // 2])
         ours = ans.Decoder(words, starts, states)
         found = ours(contexts, tables)
