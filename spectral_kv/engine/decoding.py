@@ -17,7 +17,7 @@ from spectral_kv.storage.windowed import WindowedTokens
 
 ENGINES = ("auto", "eager", "graph")
 AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}  # relative error of logits
-FED = {torch.float32: 4, torch.bfloat16: 16, torch.float16: 16}  # tokens on which joined blocks and modules compare
+FED = 16  # tokens on which joined blocks are compared with the modules
 ROUND = 256  # rows
 WIDEST = 256  # channels of a head of which a multiprocessor's shared memory holds the tiles
 
@@ -41,7 +41,7 @@ class Engine:
 
     On CUDA a step is captured in a graph and replayed: by the model's own modules, or, where a model is built like
     Llama or Qwen2, by compiled blocks with joined projections, after they gave the same logits once. On a CPU the
-    step reads TurboQuant codes without decoding them first, in float32 through the same blocks, not compiled.
+    step reads TurboQuant codes without decoding them first.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ class Engine:
     kind : str
         `auto`; `eager` for none of it; `graph` to refuse where no graph can be captured.
     blocks : bool
-        Whether blocks are joined where they can be.
+        Whether blocks are joined and compiled where they can be.
     """
 
     def __init__(self, model: torch.nn.Module, kind: str = "auto", blocks: bool = True):
@@ -144,14 +144,14 @@ class Engine:
         """The fastest way through the model that gives its logits."""
         if self._modules is None:
             self._modules = Modules(self.model)
-            if self.blocks and (self.device.type == "cuda" or self.dtype == torch.float32):
+            if self.blocks and self.device.type == "cuda":
                 self._joined = self._verified()
         return self._joined or self._modules
 
     def _verified(self) -> Blocks | None:
         """Joined blocks, if the model has them and they say what its modules say."""
         try:
-            blocks = Blocks(self.model, compiled=self.device.type == "cuda")
+            blocks = Blocks(self.model)
             error = self._difference(blocks)
         except Exception as problem:
             log.warning("decoding by the model's own modules: %s", problem)
@@ -170,17 +170,17 @@ class Engine:
         """
         from spectral_kv.engine.rows import DenseRows
 
-        config, fed, generator = self.model.config, FED[self.dtype], torch.Generator(self.device).manual_seed(0)
+        config, generator = self.model.config, torch.Generator(self.device).manual_seed(0)
         attention = self.model.base_model.layers[0].self_attn
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         lengths = torch.zeros(1, heads, dtype=torch.int64, device=self.device)
-        empty = torch.zeros(1, heads, fed, attention.head_dim, device=self.device, dtype=self.dtype)
+        empty = torch.zeros(1, heads, FED, attention.head_dim, device=self.device, dtype=self.dtype)
         rows = [
             DenseRows(empty.clone(), empty.clone(), lengths, config.num_attention_heads)
             for _ in range(config.num_hidden_layers)
         ]
         errors = []
-        for token in torch.randint(config.vocab_size, (fed, 1, 1), generator=generator, device=self.device):
+        for token in torch.randint(config.vocab_size, (FED, 1, 1), generator=generator, device=self.device):
             one, other = (forward(token, lengths[0, :1], rows).double() for forward in (self._modules, blocks))
             errors.append((one - other).norm() / one.norm())
             lengths.add_(1)
