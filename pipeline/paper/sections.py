@@ -265,7 +265,14 @@ def plan(
 
 
 def _prepared(name: str, section: dict) -> Section:
-    """A section with its jobs checked."""
-    jobs = [prepare(j["config"] if j["resolved"] else OmegaConf.create(j["config"])) for j in section["jobs"]]
+    """A section with its jobs checked; of those whose text is too short the one with the fewest windows is told."""
+    jobs, short = [], []
+    for job in section["jobs"]:
+        try:
+            jobs.append(prepare(job["config"] if job["resolved"] else OmegaConf.create(job["config"])))
+        except TooFewWindows as error:
+            short.append(error)
+    if short:
+        raise min(short, key=lambda error: error.held)
     choices = [job["choice"] for job in section["jobs"]]
     return Section(name, section["asked"], section["narrowed"], choices, jobs, section["taken"])

@@ -5,6 +5,7 @@ of milliseconds: a decoding step, whose length is always new, takes several time
 run of KV heads that hold another number of tokens. Its plans are kept for good.
 """
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,19 +21,38 @@ _before = True
 
 @contextmanager
 def unplanned() -> Iterator[None]:
-    """While it lasts, and another thread's as well, torch chooses among the other kernels, if any is allowed."""
+    """While it lasts, and another thread's as well, torch chooses among the other kernels, if any is allowed.
+
+    A caller's own change of cuDNN's attention within is undone on leaving.
+    """
     global _inside, _before
     own = torch.backends.cuda
-    with _lock:
-        if not _inside:
+    lock = _lock
+    with lock:
+        first = not _inside
+        if first:
             _before = own.cudnn_sdp_enabled()
             others = own.flash_sdp_enabled() or own.mem_efficient_sdp_enabled() or own.math_sdp_enabled()
+        _inside += 1  # first, so that a fork in between gives it back
+        if first:
             own.enable_cudnn_sdp(_before and not others)
-        _inside += 1
     try:
         yield
     finally:
-        with _lock:
-            _inside -= 1
-            if not _inside:
-                own.enable_cudnn_sdp(_before)
+        if lock is _lock:  # else it was given back in a fork
+            with lock:
+                if _inside == 1:
+                    own.enable_cudnn_sdp(_before)
+                _inside -= 1
+
+
+def _forked() -> None:
+    """In the child of a fork no other thread is left to leave, or to open the lock."""
+    global _lock, _inside
+    if _inside:
+        torch.backends.cuda.enable_cudnn_sdp(_before)
+    _lock, _inside = threading.Lock(), 0
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forked)

@@ -78,6 +78,20 @@ def test_a_text_with_fewer_windows_than_the_experiment_asks_for_gives_all_it_has
                 plan(["baselines"], given, memory)
 
 
+@pytest.mark.parametrize("tokens", ["100,120", "120,100"])
+def test_of_several_lengths_the_one_with_the_fewest_windows_decides(settings, tmp_path, tokens):
+    text, memory = tmp_path / "text.txt", tmp_path / "compositions.json"
+    ours = [o for o in settings if not o.startswith(("document=", "document.tokens=", "document.continuation="))]
+    ours += ["document=file", f"document.path={text}", f"document.tokens={tokens}", "document.continuation=60"]
+    given = [*ours, "method=random", "budget.tokens=80", "model.bos=false"]
+    text.write_text("word " * 160 * 18)  # 18 windows of 160 tokens, 16 of 180
+    (section,) = plan(["baselines"], given, memory)
+    assert section.asked == 16 and [len(job.windows) for job in section.jobs] == [16, 16]
+    text.write_text("word " * 160 * 17)  # 17 and 15
+    with pytest.raises(InputError, match=r"document\.count=20 windows of document\.tokens=120 .* 15 windows"):
+        plan(["baselines"], given, memory)
+
+
 @pytest.mark.slow
 def test_processes_that_share_the_work_find_the_same(small_in, tmp_path, capsys):
     """And speeds, which share nothing, are timed in the end."""

@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spectral_kv.backends import torch as torch_backend
 from spectral_kv.backends import torch_runs
+from spectral_kv.backends import unplanned as of_process
 from spectral_kv.backends.unplanned import SHORT, unplanned
 
 planned = torch.backends.cuda.cudnn_sdp_enabled
@@ -52,6 +53,18 @@ def test_an_error_gives_it_back():
     with pytest.raises(KeyError), unplanned():
         raise KeyError
     assert planned()
+
+
+def test_a_fork_while_someone_is_inside_gives_it_back_in_the_child():
+    with unplanned(), of_process._lock:  # another thread's
+        of_process._forked()
+        assert planned() and not of_process._lock.locked()
+        with unplanned():
+            assert not planned()
+        assert planned()
+    assert planned() and of_process._inside == 0
+    with unplanned():
+        assert not planned()
 
 
 @pytest.mark.parametrize("allowed, inside", [(SDPBackend.CUDNN_ATTENTION, True), (SDPBackend.MATH, False)])
