@@ -64,6 +64,14 @@ MUTANTS = [
     ),
     Mutant("at_rest/ans.py", "for x in reversed(found)", "for x in found", "at_rest/test_ans.py::test_what_is_read"),
     Mutant("at_rest/ans_kernels.py", "+ tl.cumsum(there, 0) - 1", "", "at_rest/test_ans.py::test_kernels"),
+    Mutant("at_rest/ans_kernels.py", " - (rest < 0).to(tl.int32)", "", "at_rest/test_ans.py::test_kernels"),
+    Mutant(
+        "at_rest/along_tokens.py",
+        "return_inverse=True)[1]",
+        "return_inverse=True)[1] * 0",
+        "at_rest/test_along_tokens.py::test_it_does",
+    ),
+    Mutant("at_rest/rounding.py", "< CONTEXTS - GAIN", "<= CONTEXTS - GAIN", "at_rest/test_rounding.py::test_contexts"),
     Mutant(
         "at_rest/entropy.py",
         "weights[:, CAP] *= 2",
@@ -149,6 +157,7 @@ MUTANTS = [
     Mutant(
         "backends/torch.py", "ids.shape[1] <= SHORT", "ids.shape[1] > SHORT", "backends/test_unplanned.py::test_few"
     ),
+    Mutant("engine/banded.py", "LEFT_OUT = 1e-5", "LEFT_OUT = 1e-3", "engine/test_banded.py::test_few_numbers"),
     Mutant("engine/banded.py", "outer - inner[:, ::-1]", "outer - inner", "engine/test_banded.py::test_what_a_filter"),
     Mutant(
         "engine/scoring_kernels.py",

@@ -97,20 +97,22 @@ def encode_lanes(row_ptr, entry_ptr, word_ptr, state_ptr, steps, stride, lanes, 
 @triton.jit
 def count_words(word_ptr, count_ptr, size, tiles, BT: tl.constexpr):
     """How many words there are in each tile of each stream's."""
-    stream, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    program = tl.program_id(0).to(tl.int64)  # all on one axis: others have room for 65535
+    stream, tile = program // tiles, program % tiles
     t = tile * BT + tl.arange(0, BT)
     word = tl.load(word_ptr + stream * size + t, mask=t < size, other=-1)
-    tl.store(count_ptr + stream * tiles + tile, tl.sum((word >= 0).to(tl.int32), 0))
+    tl.store(count_ptr + program, tl.sum((word >= 0).to(tl.int32), 0))
 
 
 @triton.jit
 def gather_words(word_ptr, end_ptr, found_ptr, size, tiles, BT: tl.constexpr):
     """Words of each tile to where they belong, before `end_ptr`."""
-    stream, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    program = tl.program_id(0).to(tl.int64)  # all on one axis: others have room for 65535
+    stream, tile = program // tiles, program % tiles
     t = tile * BT + tl.arange(0, BT)
     word = tl.load(word_ptr + stream * size + t, mask=t < size, other=-1)
     there = (word >= 0).to(tl.int32)
-    place = tl.load(end_ptr + stream * tiles + tile) - tl.sum(there, 0) + tl.cumsum(there, 0) - 1
+    place = tl.load(end_ptr + program) - tl.sum(there, 0) + tl.cumsum(there, 0) - 1
     tl.store(found_ptr + place, word.to(tl.int16), mask=there > 0)
 
 
@@ -181,11 +183,11 @@ def encode(rows: torch.Tensor, tables: Tables) -> tuple[np.ndarray, np.ndarray, 
     )  # fmt: skip
     tiles = triton.cdiv(size, TILE)
     ends = torch.empty((streams, tiles), dtype=torch.int32, device=device)
-    count_words[(streams, tiles)](words, ends, size, tiles, BT=TILE, num_warps=4)
+    count_words[(streams * tiles,)](words, ends, size, tiles, BT=TILE, num_warps=4)
     ends = ends.view(-1).cumsum(0)
     last = ends[tiles - 1 :: tiles].cpu().numpy()
     found = torch.empty(int(last[-1]), dtype=torch.int16, device=device)
-    gather_words[(streams, tiles)](words, ends, found, size, tiles, BT=TILE, num_warps=4)
+    gather_words[(streams * tiles,)](words, ends, found, size, tiles, BT=TILE, num_warps=4)
     return _on_host(found).view(np.uint16), np.diff(last, prepend=0), states.cpu().numpy()
 
 

@@ -177,8 +177,10 @@ class Components:
         """Of mean squares and largest sizes `[2, components]`, and of the mean squares of tokens `[blocks, tokens]`."""
         gains = power.clamp_(min=1e-9).log2_().mul_(OCTAVE * 0.5).round_().clamp_(-GAIN, GAIN)
         means, largest = own.cpu().numpy()
-        if not np.isfinite(largest).all():
-            raise ValueError("some keys or values are not finite: run the model in bfloat16 or float32")
+        if not np.isfinite([means, largest]).all():
+            raise ValueError(
+                "some keys or values, or their squares, are not finite: run the model in bfloat16 or float32"
+            )
         return OCTAVE * 0.5 * np.log2(means.astype(np.float64)), gains.to(torch.int8), largest
 
     @cached_property

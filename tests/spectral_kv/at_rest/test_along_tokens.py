@@ -32,3 +32,12 @@ def test_it_pays_for_tokens_that_are_like_their_neighbours_and_not_for_single_on
     for values, wanted in ((alike, True), (single, False)):
         x = torch.from_numpy(values.astype(np.float32))
         assert pays(Components(x, np.repeat([0, 1, 2], [2, 1, 21])), 64, 1.0) == wanted
+
+
+def test_it_does_not_pay_where_the_scales_of_blocks_say_more(rng):
+    """Each of two blocks is in every other token alone, which one block's scale for both would not say."""
+    x = 0.9 * rng.normal(size=(24, 20)).repeat(100, axis=1) + 0.45 * rng.normal(size=(24, 2000))
+    x[:12, 1::2] = x[12:, ::2] = 0
+    x = torch.from_numpy(x.astype(np.float32))
+    assert not pays(Components(x, np.repeat([0, 1], 12)), 64, 1.0)
+    assert pays(Components(x, np.zeros(24, dtype=int)), 64, 1.0)

@@ -81,7 +81,7 @@ def test_lanes_take_two_turns_at_least():
         assert lanes <= 128 and turns >= 2 and lanes * turns >= tokens
 
 
-@pytest.mark.parametrize("shape", [(9, 2, 2, 20), (5, 2, 1, 1), (3, 1, 3, 130)])
+@pytest.mark.parametrize("shape", [(11, 2, 2, 20), (5, 2, 1, 1), (3, 1, 3, 130)])
 def test_kernels_write_and_read_the_same_bytes(rng, shape):
     kernels = pytest.importorskip("spectral_kv.at_rest.ans_kernels", reason="needs Triton")
     numbers, contexts, rows, tables, _ = drawn(rng, *shape)
@@ -92,6 +92,28 @@ def test_kernels_write_and_read_the_same_bytes(rng, shape):
     decoder = kernels.Decoder(words, np.cumsum(counts) - counts, states, torch.device(DEVICE))
     parts = [decoder(part.to(DEVICE), tables).cpu() for part in contexts.split(4)]
     assert torch.equal(torch.cat(parts), numbers)
+
+
+def test_tiles_and_streams_are_on_the_axis_that_has_room_for_them(rng, monkeypatch):
+    """A GPU starts no more than 65535 programs along any axis but the first."""
+    kernels = pytest.importorskip("spectral_kv.at_rest.ans_kernels", reason="needs Triton")
+    grids = []
+
+    class Started:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return self.kernel[grid]
+
+    for name in ("count_words", "gather_words"):
+        monkeypatch.setattr(kernels, name, Started(getattr(kernels, name)))
+    monkeypatch.setattr(kernels, "TILE", 8)
+    _, _, rows, tables, _ = drawn(rng, 3, 2, 1, 8)
+    for one, other in zip(ans.encode(rows, tables), kernels.encode(rows.to(DEVICE), tables), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert grids == [(6,)] * 2
 
 
 def test_words_that_are_no_stream_are_read_to_their_end_and_alike(rng):

@@ -50,6 +50,16 @@ def test_numbers_contexts_and_counts_are_those_of_the_definition(blocks, step):
     assert {0.02: 0.6, 2.0: 0.05, 500.0: 0}[step] <= (numbers != 0).mean() <= {0.02: 1, 2.0: 0.5, 500.0: 1e-3}[step]
 
 
+@pytest.mark.parametrize("level", [11, 12, 13, 51, 52, 53])
+def test_contexts_end_at_both_ends(level):
+    """Those of the levels from which a token's scale may or may not lead beyond them."""
+    gains = torch.tensor([[-12, -11, 0, 11, 12]], dtype=torch.int8)
+    sizes = Sizes(np.array([level], dtype=np.uint8), gains, np.zeros(1, dtype=int))
+    contexts = np.clip(level + gains.numpy().astype(int), 0, CONTEXTS - 1)
+    np.testing.assert_array_equal(sizes.contexts().numpy(), contexts)
+    np.testing.assert_array_equal(sizes.zeros(slice(None)).numpy(), contexts * WIDTH + CAP)
+
+
 def test_the_kernels_of_a_gpu_round_and_count_alike(rng, monkeypatch):
     kernels = pytest.importorskip("spectral_kv.at_rest.rounding_kernels", reason="needs Triton")
     monkeypatch.setattr(kernels, "TILE", 128)
@@ -89,6 +99,8 @@ def test_what_has_no_size_is_refused(blocks):
     blocks[1][5, 3] = np.nan
     with pytest.raises(ValueError, match="not finite"):
         components(blocks).rounded(1.0)
+    with pytest.raises(ValueError, match="not finite"):
+        components([np.full((50, 2), 1.5e19, dtype=np.float32)]).rounded(1e14)  # the sum of squares is not
 
 
 def test_sizes_of_tokens_save_bits(blocks, rng):
@@ -121,6 +133,7 @@ def test_numbers_stand_for_the_mean_of_what_was_rounded_to_them(blocks):
     assert rounded.distortion(own.values, 1.0) < 0.999 * bare.distortion(own.values, 1.0)
 
 
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
 def test_kernels_find_the_same_sizes(blocks, monkeypatch):
     pytest.importorskip("spectral_kv.at_rest.rounding_kernels", reason="needs Triton")
     blocks = [y[:300, ::4].copy() for y in blocks]
@@ -133,9 +146,10 @@ def test_kernels_find_the_same_sizes(blocks, monkeypatch):
     np.testing.assert_allclose(found[0], wanted[0], atol=1e-4)
     assert (found[1].cpu() == wanted[1]).float().mean() > 0.999
     np.testing.assert_array_equal(found[2], wanted[2])
-    own = Components(own.values.index_fill(1, torch.tensor([7], device=DEVICE), float("nan")), own.block)
-    with pytest.raises(ValueError, match="not finite"):
-        own.levels(1.0)
+    for bad in (float("nan"), 1e20):
+        few = torch.ones((2, 64), device=DEVICE).index_fill(1, torch.tensor([7], device=DEVICE), bad)
+        with pytest.raises(ValueError, match="not finite"):
+            Components(few, np.zeros(2, dtype=int)).levels(1e14)
 
 
 def test_kernels_and_tables_say_what_numbers_stand_for(rng, monkeypatch):

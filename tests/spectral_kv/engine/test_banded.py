@@ -74,6 +74,19 @@ def test_what_a_filter_takes_away_is_sums_and_differences_of_mirrored_tokens(rng
     np.testing.assert_allclose(found, want, atol=3e-5)
 
 
+@pytest.mark.parametrize("cutoff, tile", [(0.25, 64), (0.25, 128), (0.4, 64), (0.2, 128)])
+def test_few_numbers_lose_little_of_what_a_filter_takes_away(cutoff, tile):
+    """Of any tokens: 1e-5 of their norm at most."""
+    made, x = smooth(cutoff, 0.5, tile), np.eye(tile + 2 * REACH)
+    outer, inner = x[: len(x) // 2], x[len(x) // 2 :][::-1]
+    sums, differences = (
+        up @ (down @ y) for up, down, y in zip(made.up, made.down, (outer + inner, outer - inner), strict=True)
+    )
+    found = np.concatenate([sums + differences, (sums - differences)[::-1]])
+    want = x[REACH:-REACH] - fir(cutoff, 0.5, 2 * tile + REACH, tile).matrices[0] @ x
+    assert np.linalg.norm(found - want, 2) < 1e-5
+
+
 def test_a_cascade_filters_every_band_of_a_prompt_that_is_long_enough():
     bands, filters = plans(WaveletFourier(), 4096)
     assert [f.energies for f in filters] == [2051, 1029, 518, 262]
